@@ -1,5 +1,5 @@
-// Package apitest checks in tests that every answer of the REST API is one
-// that its OpenAPI document has.
+// Package apitest checks in tests that every response of the REST API conforms to the
+// OpenAPI document.
 package apitest
 
 import (
@@ -23,8 +23,8 @@ import (
 	"github.com/wrenn-dev/wrenn/api"
 )
 
-// raw are the operations whose successful answers are no JSON: of those only
-// status, headers and content type are checked.
+// raw has the operations whose successful responses are not JSON. Only the status, the
+// headers and the content type of those are checked.
 var raw = map[string]bool{
 	"execStream":       true, // a WebSocket
 	"readFile":         true,
@@ -42,15 +42,15 @@ var raw = map[string]bool{
 	"listAllAudit":     true,
 }
 
-// Document is the API's OpenAPI document, made strict: an answer has no field
-// that the document does not have.
+// Document is the API's OpenAPI document, made strict: a response must not have fields
+// that are not in the document.
 type Document struct {
 	spec   *openapi3.T
 	router routers.Router
 	fault  *openapi3.Schema
 }
 
-// operations are the ids of the document's operations.
+// operations returns the ids of the document's operations.
 func (d *Document) operations() []string {
 	var ids []string
 	for _, item := range d.spec.Paths.Map() {
@@ -81,7 +81,7 @@ var load = sync.OnceValues(func() (*Document, error) {
 	return d, nil
 })
 
-// seal forbids the fields that an object's schema does not name.
+// seal makes an object's schema forbid fields that it does not name.
 func seal(s *openapi3.SchemaRef) {
 	if s == nil || s.Value == nil {
 		return
@@ -92,7 +92,7 @@ func seal(s *openapi3.SchemaRef) {
 		v.AdditionalProperties.Has = &no
 	}
 	if s.Ref != "" {
-		return // Sealed where it is.
+		return // The schema that it refers to is sealed itself.
 	}
 	for _, p := range v.Properties {
 		seal(p)
@@ -101,11 +101,11 @@ func seal(s *openapi3.SchemaRef) {
 	seal(v.AdditionalProperties.Schema)
 }
 
-// sandboxHost is a Host that stands for a sandbox's port, whose answers are the
-// sandbox's own.
+// sandboxHost matches the host name of a sandbox's port, whose responses come from the
+// sandbox.
 var sandboxHost = regexp.MustCompile(`^[0-9]+-cl-[0-9a-z]*\.`)
 
-// Check says what of an answer is not as the document has it.
+// Check returns an error that says how a response does not conform to the document.
 func (d *Document) Check(req *http.Request, status int, header http.Header, body []byte) error {
 	asked := req
 	if req.Method == http.MethodHead {
@@ -128,7 +128,7 @@ func (d *Document) Check(req *http.Request, status int, header http.Header, body
 		if len(body) > 0 {
 			return errors.New("a body for HEAD")
 		}
-		isJSON = false // There is none to be checked.
+		isJSON = false // There is no body to check.
 	}
 	if !isJSON && len(body) > 0 && (!raw[route.Operation.OperationID] || status >= 400) {
 		return fmt.Errorf("a body of the type %q", header.Get("Content-Type"))
@@ -143,7 +143,7 @@ func (d *Document) Check(req *http.Request, status int, header http.Header, body
 	})
 }
 
-// checkOptions checks the answer to OPTIONS, which every path has.
+// checkOptions checks the response to OPTIONS, which every path supports.
 func checkOptions(header http.Header, body []byte) error {
 	if header.Get("Allow") == "" || len(body) > 0 {
 		return fmt.Errorf("OPTIONS: Allow %q and a body of %d bytes", header.Get("Allow"), len(body))
@@ -151,7 +151,7 @@ func checkOptions(header http.Header, body []byte) error {
 	return nil
 }
 
-// checkNoRoute checks the answer to what the document has no operation for.
+// checkNoRoute checks the response to a request for which there is no operation.
 func (d *Document) checkNoRoute(status int, header http.Header, body []byte) error {
 	if status != http.StatusNotFound && status != http.StatusMethodNotAllowed {
 		return fmt.Errorf("%d where there is no operation", status)
@@ -166,10 +166,9 @@ func (d *Document) checkNoRoute(status int, header http.Header, body []byte) err
 	return d.fault.VisitJSON(v)
 }
 
-// Transport returns a transport that sends requests by next and has report
-// called for each answer that the document does not have. Requests to
-// sandboxes' ports are passed on as they are. Bodies that are JSON are read to
-// their end before the answer is returned.
+// Transport returns a transport that sends requests through next, and calls report for
+// each response that does not conform to the document. It does not check requests to
+// sandboxes' ports. It reads JSON bodies completely before it returns the response.
 func (d *Document) Transport(next http.RoundTripper, report func(error)) http.RoundTripper {
 	return transport{d, next, report}
 }
@@ -190,7 +189,7 @@ func (t transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		return resp, err
 	}
 	if resp.StatusCode == http.StatusBadGateway && resp.Header.Get("X-Request-Id") == "" {
-		return resp, nil // The front door's own, while there is no server behind it: the server's have an id.
+		return resp, nil // without an id: from the front door, while no server is behind it
 	}
 	var body []byte
 	if strings.HasPrefix(resp.Header.Get("Content-Type"), "application/json") {

@@ -1,5 +1,5 @@
-// Package atomicfile writes small files so that a crash at any moment leaves
-// either the old content or the new, never a part of it.
+// Package atomicfile writes small files atomically: a crash at any moment leaves either
+// the old content or the new.
 package atomicfile
 
 import (
@@ -12,14 +12,14 @@ import (
 	"strings"
 )
 
-// Write replaces the file at path, or creates it, with the given permissions.
-// After it returns nil, the content survives a power failure. After an error
-// the file holds the old content or the new, whole.
+// Write replaces or creates the file at path with the given permissions. If it returns
+// nil, the content survives a power failure. If it fails, the file has either the old
+// content or the new.
 func Write(path string, content []byte, perm fs.FileMode) error {
 	return write(path, content, perm, replace|durable)
 }
 
-// WriteJSON is [Write] of v as indented JSON, readable by the owner alone.
+// WriteJSON is [Write] of v as indented JSON, which only the owner may read.
 func WriteJSON(path string, v any) error {
 	b, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
@@ -50,20 +50,21 @@ func Sync(path string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// Between a prefix and a suffix stands the name of the file that is written.
+// The name of a temporary file is the prefix, the name of the file to write, and a
+// suffix.
 const (
 	tempPrefix = "."
 	tempSuffix = ".tmp-"
 )
 
-// IsTemporary reports whether name, without its directory, is one that this
-// package gives to a file that is not complete. A killed writer leaves one.
+// IsTemporary reports whether name, without its directory, is that of a temporary file
+// of this package. A killed writer leaves one.
 func IsTemporary(name string) bool {
 	return strings.HasPrefix(name, tempPrefix) && strings.Contains(name, tempSuffix)
 }
 
-// Sweep removes what killed writers of path left beside it, as far as it can.
-// Nobody may be writing path meanwhile.
+// Sweep removes temporary files that killed writers of path left beside it, as far as it
+// can. Nothing may write path at the same time.
 func Sweep(path string) error {
 	return sweep(filepath.Dir(path), tempPrefix+filepath.Base(path)+tempSuffix)
 }
@@ -118,7 +119,7 @@ func write(path string, content []byte, perm fs.FileMode, how mode) error {
 	}
 	err = do("sync directory", func() error { return Sync(filepath.Dir(path)) })
 	if err != nil && how&replace == 0 {
-		return errors.Join(err, os.Remove(path)) // so that the caller can try again
+		return errors.Join(err, os.Remove(path)) // so that the caller can retry
 	}
 	return err
 }

@@ -1,7 +1,7 @@
-// Package await lets tests wait for what they cannot make happen themselves.
+// Package await lets tests wait for events that they do not control.
 //
-// A test orders events by gates and conditions. The bound here is only for
-// hangs: what works never takes that long, however busy the machine is.
+// Tests order events by gates and conditions. The time limit here only catches hangs: it
+// is much longer than any working code takes, even on a busy machine.
 package await
 
 import (
@@ -12,12 +12,12 @@ import (
 	"time"
 )
 
-// Hang is how long a test waits before it reports a hang: two minutes, see [Scale].
+// Hang is how long a test waits before it reports a hang: two minutes, scaled by [Scale].
 var Hang = Scale(2 * time.Minute)
 
 // Scale returns d multiplied by the variable WRENN_TEST_TIMEOUT_FACTOR, or d if that is not
-// set. On a slow machine, such as the emulated one of `make test-kvm`, the factor is above
-// 1. Scale only bounds that end a hang: no test may expect something to take long.
+// set. Slow machines, such as the emulated one of `make test-kvm`, set a factor above 1.
+// Use Scale only for time limits that catch hangs.
 func Scale(d time.Duration) time.Duration {
 	const name = "WRENN_TEST_TIMEOUT_FACTOR"
 	text := os.Getenv(name)
@@ -26,13 +26,13 @@ func Scale(d time.Duration) time.Duration {
 	}
 	factor, err := strconv.ParseFloat(text, 64)
 	if err != nil || factor <= 0 {
-		panic(name + " is " + strconv.Quote(text) + ", which is no positive number")
+		panic(name + " is " + strconv.Quote(text) + ", which is not a positive number")
 	}
 	return time.Duration(factor * float64(d))
 }
 
-// Until calls ok until it returns true. It fails the test if that takes longer
-// than [Hang]. Use it for what no channel reports.
+// Until calls ok until it returns true. It fails the test if that takes longer than
+// [Hang]. Use it for conditions that no channel signals.
 func Until(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	end, pause := time.Now().Add(Hang), time.Millisecond
@@ -45,8 +45,8 @@ func Until(t testing.TB, what string, ok func() bool) {
 	}
 }
 
-// Recv receives a value from c, which is the zero value if c is closed. It fails
-// the test if that takes longer than [Hang].
+// Recv receives a value from c, or the zero value if c is closed. It fails the test if
+// that takes longer than [Hang].
 func Recv[T any](t testing.TB, what string, c <-chan T) (v T) {
 	t.Helper()
 	select {

@@ -1,4 +1,4 @@
-// Package backoff says how long to wait between attempts that fail.
+// Package backoff computes how long to wait between retries.
 package backoff
 
 import (
@@ -8,26 +8,26 @@ import (
 	"github.com/sethvargo/go-retry"
 )
 
-// jitter is how much each wait differs by chance, in percent, so that those
-// that failed together do not come back together.
+// jitter is the random part of each wait in percent, so that callers that failed at the
+// same time do not retry at the same time.
 const jitter = 33
 
-// Backoff is a series of waits, of which each is about twice the one before.
-// It is not safe for concurrent use.
+// Backoff is a series of waits, each about twice as long as the one before. It is not
+// safe for concurrent use.
 type Backoff struct {
 	first, most time.Duration
 	next        retry.Backoff
 }
 
-// New returns a series that begins with about first and ends with about most:
-// up to a third less or more.
+// New returns a series of waits from first to most. Each differs from that by up to a
+// third, at random.
 func New(first, most time.Duration) *Backoff {
 	b := &Backoff{first: first, most: most}
 	b.Reset()
 	return b
 }
 
-// Reset lets the series begin again.
+// Reset restarts the series.
 func (b *Backoff) Reset() {
 	b.next = retry.WithJitterPercent(jitter, retry.WithCappedDuration(b.most, retry.NewExponential(b.first)))
 }
@@ -38,8 +38,7 @@ func (b *Backoff) Next() time.Duration {
 	return wait
 }
 
-// Wait waits before the next attempt. If ctx is done before, it returns the
-// cause.
+// Wait waits before the next attempt. If ctx is done first, it returns the cause.
 func (b *Backoff) Wait(ctx context.Context) error {
 	t := time.NewTimer(b.Next())
 	defer t.Stop()

@@ -1,8 +1,8 @@
 // Package ballast makes a program collect garbage less often.
 //
-// A Go program whose live heap is small collects garbage whenever it has allocated a
-// few MiB: with some thousand requests a second, several times a second. Each collection
-// delays the requests that are under way.
+// A Go program with a small live heap collects garbage whenever it has allocated a few
+// MiB, which at some thousand requests a second means several times a second. Each
+// collection delays the requests under way.
 package ballast
 
 import (
@@ -19,13 +19,13 @@ var ballast []byte
 // memory. A memory limit allows for them if it was set before. Call Load once.
 func Load() {
 	ballast = make([]byte, Bytes)
-	runtime.KeepAlive(ballast) // Linters take what nobody reads for unused.
+	runtime.KeepAlive(ballast) // otherwise linters report it as unused
 	debug.SetMemoryLimit(raised(debug.SetMemoryLimit(-1)))
 }
 
 // raised returns a memory limit that leaves the ballast out.
 func raised(limit int64) int64 {
-	if limit > 1<<62 { // There is none.
+	if limit > 1<<62 { // no limit
 		return limit
 	}
 	return limit + Bytes

@@ -1,4 +1,4 @@
-// Package bounded keeps one address from having all of a listener's connections.
+// Package bounded limits the connections of each client address to a listener.
 package bounded
 
 import (
@@ -9,15 +9,15 @@ import (
 	"time"
 )
 
-// PerAddress is how many connections one address may have to a listener.
+// PerAddress is the most connections that one address may have to a listener.
 const PerAddress = 4096
 
-// sayEvery is how often the log says that an address is at its bound.
+// sayEvery is how often the log reports that an address has reached its limit.
 const sayEvery = time.Minute
 
-// Listener returns l with a bound on the connections of each address, or of each /64
-// network of IPv6. It closes further connections at once, and logs that. Unix sockets,
-// loopback addresses and the networks in exempt have no bound.
+// Listener returns l with a limit on the connections of each IPv4 address and each IPv6
+// /64 network. It closes further connections at once, and logs that. Unix sockets,
+// loopback addresses and the networks in exempt have no limit.
 func Listener(l net.Listener, each int, exempt []netip.Prefix, log *slog.Logger) net.Listener {
 	return &listener{Listener: l, each: each, exempt: exempt, log: log, now: time.Now, clients: make(map[netip.Addr]*client)}
 }
@@ -36,7 +36,7 @@ type listener struct {
 // client is an address that has connections.
 type client struct {
 	open int
-	said time.Time // when the log said last that it has too many
+	said time.Time // when the log last reported that it has too many
 }
 
 func (b *listener) Accept() (net.Conn, error) {
@@ -55,15 +55,15 @@ func (b *listener) Accept() (net.Conn, error) {
 	}
 }
 
-// admit counts a connection until its descriptor is closed. If its address may have
-// no further one, admit closes the connection and returns nil.
+// admit counts a connection until its descriptor is closed. If its address has reached
+// the limit, admit closes the connection and returns nil.
 func (b *listener) admit(c net.Conn, from netip.Addr) net.Conn {
 	if !b.enter(from) {
 		_ = c.Close()
 		return nil
 	}
 	leave := sync.OnceFunc(func() { b.leave(from) })
-	// A connection of package linger, whose path in Caddy's module is another one.
+	// This is a connection of package linger, which has another path in Caddy's module.
 	if lingers, ok := c.(interface{ OnGone(func()) }); ok {
 		lingers.OnGone(leave)
 		return c
@@ -71,7 +71,7 @@ func (b *listener) admit(c net.Conn, from netip.Addr) net.Conn {
 	return &conn{Conn: c, leave: leave}
 }
 
-// enter counts a connection, if its address may have one more.
+// enter counts a connection and returns true, if its address may have one more.
 func (b *listener) enter(from netip.Addr) bool {
 	b.mu.Lock()
 	c := b.clients[from]
@@ -89,7 +89,7 @@ func (b *listener) enter(from netip.Addr) bool {
 	}
 	b.mu.Unlock()
 	if say {
-		b.log.Warn("closed a connection, because its address has as many as it may; if it is a proxy's, name it in WRENN_TRUSTED_PROXIES", "address", from, "connections", b.each)
+		b.log.Warn("closed a connection, because its address has too many; if this is a proxy, add it to WRENN_TRUSTED_PROXIES", "address", from, "connections", b.each)
 	}
 	return !full
 }
@@ -103,8 +103,8 @@ func (b *listener) leave(from netip.Addr) {
 	}
 }
 
-// counted returns the address, or the /64 network of IPv6, that a connection from remote
-// counts for. It returns false if nothing bounds those.
+// counted returns the address, or the IPv6 /64 network, for which a connection from
+// remote counts. It returns false if those have no limit.
 func (b *listener) counted(remote net.Addr) (netip.Addr, bool) {
 	at, err := netip.ParseAddrPort(remote.String())
 	if err != nil {
@@ -127,7 +127,7 @@ func (b *listener) counted(remote net.Addr) (netip.Addr, bool) {
 	return ip, true
 }
 
-// conn counts until it is closed.
+// conn is a connection that counts until it is closed.
 type conn struct {
 	net.Conn
 	leave func()

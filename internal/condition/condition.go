@@ -1,21 +1,21 @@
-// Package condition names what can be wrong with a sandbox beside its state. Agent
-// and server share the names; clients see them in a sandbox's condition.
+// Package condition names the faults that a sandbox can have beside its state. Agent and
+// server share the names; clients see them in a sandbox's condition.
 package condition
 
 import "time"
 
-// Kind is what is wrong.
+// Kind is the kind of a fault.
 type Kind string
 
 const (
 	// Unresponsive is the condition of a running sandbox whose guest does not answer.
 	Unresponsive Kind = "unresponsive"
-	// MemoryLost is the condition of a paused sandbox whose virtual machine ended
-	// without being saved. It starts from its disk when it is resumed.
+	// MemoryLost is the condition of a paused sandbox whose VM ended without being saved.
+	// It boots from its disk when it is resumed.
 	MemoryLost Kind = "memory_lost"
 )
 
-// Reason is why, as a word that stays the same between releases.
+// Reason is the cause of a condition. It is stable between releases.
 type Reason string
 
 // The reasons.
@@ -29,7 +29,7 @@ const (
 	NoSpace   Reason = "no_space"
 )
 
-// reasons has the kind that each reason belongs to, and what it says.
+// reasons has the kind and the text of each reason.
 var reasons = map[Reason]struct {
 	kind Kind
 	text string
@@ -54,22 +54,22 @@ func Reasons(k Kind) []Reason {
 	return all
 }
 
-// Kind returns the kind that r is a reason of; empty: r is none.
+// Kind returns the kind of condition that r belongs to, or "" if r is not a reason.
 func (r Reason) Kind() Kind { return reasons[r].kind }
 
-// Text says in a few words what r means.
+// Text returns a short description of r.
 func (r Reason) Text() string { return reasons[r].text }
 
-// Condition is what is wrong with one sandbox.
+// Condition is a fault of one sandbox.
 type Condition struct {
 	Reason Reason `json:"reason"`
-	// Detail is what more is known, such as the kernel's last line; may be empty. It
-	// can be the guest's own text.
+	// Detail is further information, such as the kernel's last line, or empty. It can be
+	// text of the guest.
 	Detail string    `json:"detail,omitempty"`
 	Since  time.Time `json:"since"`
 }
 
-// Text says what is wrong.
+// Text describes the condition in a sentence.
 func (c Condition) Text() string {
 	if c.Detail == "" {
 		return c.Reason.Text()

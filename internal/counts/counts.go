@@ -1,4 +1,4 @@
-// Package counts has a Prometheus gauge of how many things are in which state.
+// Package counts provides a Prometheus gauge of how many objects are in each state.
 package counts
 
 import (
@@ -8,8 +8,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// within bounds one reading, so that a database that does not answer delays the other
-// metrics no longer.
+// within bounds one reading, so that a database that does not answer cannot delay the
+// other metrics for longer.
 const within = 2 * time.Second
 
 type gauge struct {
@@ -18,9 +18,9 @@ type gauge struct {
 	read   func(context.Context) (map[string]int64, error)
 }
 
-// New returns a gauge with the label state that calls read whenever Prometheus asks. A
-// state that read leaves out is 0, and one that is not in states is left out: labels
-// must not be anybody's to choose.
+// New returns a gauge with the label state. It calls read for each scrape. A state that
+// read leaves out is 0. States that are not in states are ignored, because labels must
+// come from a fixed set.
 func New(name, help string, states []string, read func(context.Context) (map[string]int64, error)) prometheus.Collector {
 	return &gauge{prometheus.NewDesc(name, help, []string{"state"}, nil), states, read}
 }

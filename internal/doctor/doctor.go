@@ -1,4 +1,4 @@
-// Package doctor says what a machine lacks to run sandboxes, and the fix.
+// Package doctor checks what a machine needs to run sandboxes, and suggests fixes.
 package doctor
 
 import (
@@ -35,23 +35,23 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
-// What a fresh installation takes, and a few sandboxes.
+// What a fresh installation with a few sandboxes needs.
 const (
 	minDiskMiB   = 6 << 10
 	minMemoryMiB = 2 << 10
 )
 
-// Finding is the answer of one check.
+// Finding is the result of one check.
 type Finding struct {
 	Name     string `json:"name"`
 	OK       bool   `json:"ok"`
-	Required bool   `json:"required"` // nothing works without
+	Required bool   `json:"required"` // sandboxes cannot run without it
 	Detail   string `json:"detail,omitempty"`
 	Fix      string `json:"fix,omitempty"`
 	Package  string `json:"package,omitempty"` // Debian package to install
 }
 
-// errFindings is returned when something required is missing.
+// errFindings reports that something required is missing.
 var errFindings = errors.New("this machine lacks what wrenn needs")
 
 // Command is `wrenn doctor`.
@@ -112,7 +112,7 @@ func report(out io.Writer, format string, findings []Finding) error {
 	return nil
 }
 
-// check finds out one thing: a detail for people, or what is wrong.
+// check is one check. It returns a detail to show, or an error that says what is wrong.
 type check struct {
 	name     string
 	required bool
@@ -120,22 +120,22 @@ type check struct {
 	do       func(context.Context, layout.Dir) (string, error)
 }
 
-// Examine checks the machine for `wrenn up`, or for a host agent alone. dir is
-// the data directory; only the result of the KVM probe is written there.
+// Examine checks the machine for `wrenn up`, or only for a host agent. It writes nothing
+// to the data directory dir except the result of the KVM probe.
 func Examine(ctx context.Context, dir layout.Dir, agent bool) []Finding {
 	checks := []check{
 		{"root", true, "run as root: sudo wrenn …", isRoot},
 		{"tun", true, "modprobe tun, or a kernel with CONFIG_TUN", hasTun},
-		{"namespaces", true, "a kernel with network, mount and IPC namespaces, and the right to use them", hasNamespaces},
+		{"namespaces", true, "a kernel with network, mount and IPC namespaces, and permission to use them", hasNamespaces},
 		{"nftables", true, "a kernel with CONFIG_NF_TABLES, and NAT", hasNftables},
 		{"cgroups", true, "mount control groups (version 2, or version 1 with memory, cpu and pids)", hasCgroups},
 		{"KVM", false, "without it guests are emulated, about 10 times slower: enable virtualization in the firmware, or nested virtualization in the hypervisor", hasKVM},
-		{"disk", true, fmt.Sprintf("free %d MiB, or choose another place with --dir", minDiskMiB), hasDisk},
-		{"memory", true, fmt.Sprintf("at least %d MiB that are free", minMemoryMiB), hasMemory},
+		{"disk", true, fmt.Sprintf("free %d MiB, or choose another directory with --dir", minDiskMiB), hasDisk},
+		{"memory", true, fmt.Sprintf("free at least %d MiB", minMemoryMiB), hasMemory},
 		{"firewall", false, "let the other firewall forward from interfaces named wrenn-veth-*", noObstacles},
 	}
 	if !agent {
-		checks = append(checks, check{"Caddy", true, "make build, and have bin/caddy beside wrenn", hasCaddy},
+		checks = append(checks, check{"Caddy", true, "make build, and put bin/caddy beside wrenn", hasCaddy},
 			check{"full disk", false, "PostgreSQL will stop if the disk is full: move its data, as docs/sharing.md says", overwrites})
 	}
 	findings := make([]Finding, 0, len(checks))
@@ -150,8 +150,8 @@ func Examine(ctx context.Context, dir layout.Dir, agent bool) []Finding {
 	return slices.Concat(findings, installed(agent), kept(dir), reported(dir))
 }
 
-// kept lists what the agent could not read on disk, whether or not it runs,
-// and says if it cannot run on what there is.
+// kept lists the data that the agent could not read and set aside, and says if data of a
+// later release keeps the agent from starting. No agent need run.
 func kept(dir layout.Dir) []Finding {
 	var findings []Finding
 	var newer *format.NewerError
@@ -171,8 +171,8 @@ func kept(dir layout.Dir) []Finding {
 	return findings
 }
 
-// reported is what the agent says is wrong with the host, apart from what [kept]
-// lists. An agent that was killed has left its last list.
+// reported lists the problems that the agent reports, apart from those that [kept]
+// lists. If the agent was killed, its last list is still there.
 func reported(dir layout.Dir) []Finding {
 	problems, err := problem.Read(dir.Problems())
 	if err != nil {
@@ -183,13 +183,13 @@ func reported(dir layout.Dir) []Finding {
 		return []Finding{{Name: "agent", Detail: err.Error()}}
 	}
 	var findings []Finding
-	says := "the agent reports since %s: %s"
+	says := "reported by the agent since %s: %s"
 	if info, err := os.Stat(dir.Problems()); err == nil && !runs {
 		findings = append(findings, Finding{
-			Name: "agent", Detail: fmt.Sprintf("no agent runs, and the last one was killed: its list of problems is of %s, %s ago", info.ModTime().Format(time.DateTime), time.Since(info.ModTime()).Round(time.Second)),
-			Fix: "start the agent; sandboxes whose machines run are taken back",
+			Name: "agent", Detail: fmt.Sprintf("no agent runs, and the last one was killed: its list of problems dates from %s, %s ago", info.ModTime().Format(time.DateTime), time.Since(info.ModTime()).Round(time.Second)),
+			Fix: "start the agent, which takes back the sandboxes whose machines run",
 		})
-		says = "the agent that was killed reported since %s: %s"
+		says = "reported since %s by the agent that was killed: %s"
 	}
 	for _, p := range problems {
 		if p.Kind == problem.Unreadable && slices.Contains(unreadable.Kinds(), unreadable.Kind(p.Object)) {
@@ -200,7 +200,7 @@ func reported(dir layout.Dir) []Finding {
 	return findings
 }
 
-// agentRuns tells whether an agent runs on dir.
+// agentRuns reports whether an agent runs on dir.
 func agentRuns(dir layout.Dir) (bool, error) { return flock.Held(dir.AgentLock()) }
 
 // installed checks for every program in the table, one finding per package.
@@ -252,7 +252,7 @@ func hasTun(context.Context, layout.Dir) (string, error) {
 func hasNamespaces(context.Context, layout.Dir) (string, error) {
 	result := make(chan error)
 	go func() {
-		runtime.LockOSThread() // not unlocked: the thread ends in its namespaces
+		runtime.LockOSThread() // never unlocked, so the thread ends with its namespaces
 		result <- unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS)
 	}()
 	if err := <-result; err != nil {
@@ -274,7 +274,7 @@ func hasNftables(context.Context, layout.Dir) (string, error) {
 
 func hasCgroups(context.Context, layout.Dir) (string, error) { return "", cgroup.Available() }
 
-// hasKVM boots a kernel, if there is one yet.
+// hasKVM boots a kernel under KVM, if the agent has prepared one.
 func hasKVM(ctx context.Context, dir layout.Dir) (string, error) {
 	if _, err := os.Stat("/dev/kvm"); err != nil {
 		return "", err
@@ -282,7 +282,7 @@ func hasKVM(ctx context.Context, dir layout.Dir) (string, error) {
 	kernels, err := filepath.Glob(filepath.Join(dir.Kernels(), "*", "vmlinux"))
 	if err != nil || len(kernels) == 0 {
 		if os.Geteuid() != 0 {
-			return "", errors.New("/dev/kvm is there; only root can tell whether it works")
+			return "", errors.New("/dev/kvm exists; only root can check whether it works")
 		}
 		// The probe needs a kernel to boot.
 		envd, err := image.FindDaemon()
@@ -296,7 +296,7 @@ func hasKVM(ctx context.Context, dir layout.Dir) (string, error) {
 		kernels = []string{k.Vmlinux}
 	}
 	kernel := kernels[len(kernels)-1]
-	// Where the agent keeps its answer too: what doctor finds out, it believes.
+	// The agent keeps its own result there, too, and reuses this one.
 	if err := os.MkdirAll(dir.VMM(), 0o700); err != nil {
 		return "", err
 	}
@@ -309,7 +309,7 @@ func hasKVM(ctx context.Context, dir layout.Dir) (string, error) {
 	return "a kernel boots under " + monitor, nil
 }
 
-// existing is the nearest folder above path that is there.
+// existing returns path, or the nearest folder above it that exists.
 func existing(path string) string {
 	for {
 		if _, err := os.Stat(path); err == nil || path == filepath.Dir(path) {
@@ -323,7 +323,7 @@ func hasDisk(_ context.Context, dir layout.Dir) (string, error) {
 	var st unix.Statfs_t
 	at := existing(string(dir))
 	if err := unix.Statfs(at, &st); err != nil {
-		return "", fmt.Errorf("look for free space: %w", err)
+		return "", fmt.Errorf("read free space: %w", err)
 	}
 	free := int64(st.Bavail) * st.Bsize >> 20
 	detail := fmt.Sprintf("%d MiB free at %s", free, at)
@@ -337,7 +337,7 @@ func hasDisk(_ context.Context, dir layout.Dir) (string, error) {
 // place, because PostgreSQL then stops when the disk is full.
 func overwrites(_ context.Context, dir layout.Dir) (string, error) {
 	log := filepath.Join(dir.Postgres(), "data", "pg_wal")
-	if _, err := os.Stat(log); err != nil { // not made yet, or not for this user to see
+	if _, err := os.Stat(log); err != nil { // it does not exist yet, or this user may not see it
 		return "", inplace.Possible(existing(dir.Postgres()))
 	}
 	return "", inplace.Check(log)
@@ -360,11 +360,11 @@ func hasMemory(context.Context, layout.Dir) (string, error) {
 	return detail, nil
 }
 
-// noObstacles guesses from other programs' rules. A running agent knows better,
-// because it sends packets.
+// noObstacles guesses from other programs' firewall rules whether guests' packets pass.
+// If an agent runs, it leaves that to the agent, which sends test packets.
 func noObstacles(_ context.Context, dir layout.Dir) (string, error) {
 	if runs, err := agentRuns(dir); err == nil && runs {
-		return "the running agent looks whether guests' packets pass", nil
+		return "the running agent checks whether guests' packets pass", nil
 	}
 	if o := network.Obstacles(); len(o) > 0 {
 		return "", fmt.Errorf("guests may not reach the internet: %s", strings.Join(o, "; "))

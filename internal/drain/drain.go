@@ -1,7 +1,8 @@
-// Package drain stops an HTTP server without losing a connection that it has accepted.
+// Package drain stops an HTTP server without dropping a request on a connection that the
+// server has accepted.
 //
-// Once [http.Server.Shutdown] is called, net/http closes a connection whose first
-// request arrives only then, without an answer, although the client could not know.
+// [http.Server.Shutdown] closes an accepted connection whose first request has not
+// arrived yet, without a response.
 package drain
 
 import (
@@ -21,7 +22,7 @@ import (
 // listener is closed.
 const freshWait = time.Second
 
-// waiter is a listener that answers requests itself. It is closed before Wait is called.
+// waiter is a listener that also serves requests itself. Close it before Wait.
 type waiter interface {
 	Wait(ctx context.Context) error
 }
@@ -29,11 +30,11 @@ type waiter interface {
 var _ waiter = (*upstream.Listener)(nil)
 
 // Serve serves l with srv, over TLS if identity is not nil, until ctx is done. Then it
-// closes l and stops within the given time: a connection without a request gets a second
-// to send its first, idle connections are closed, and requests under way may end. The
-// handler must have told clients that their connections end. If l has a Wait method, as
-// [upstream.Listener] has, Serve waits for l's own requests too. Serve returns nil
-// unless l failed.
+// closes l and stops within the given time: a new connection gets a second to send its
+// first request, idle connections are closed, and requests under way may finish. Before
+// that, the handler must have told clients to close their connections. If l has a Wait
+// method, as [upstream.Listener] has, Serve also waits for the requests that l serves.
+// Serve returns nil unless l failed.
 //
 // Serve changes fields of srv, so the caller must not use srv for anything else.
 func Serve(ctx context.Context, srv *http.Server, l net.Listener, identity *tls.Config, within time.Duration) error {
@@ -52,7 +53,7 @@ func Serve(ctx context.Context, srv *http.Server, l net.Listener, identity *tls.
 	case err = <-served:
 	case <-ctx.Done():
 		_ = l.Close()
-		err = <-served // From here on, f knows each connection.
+		err = <-served // from now on, f has every fresh connection
 	}
 	if errors.Is(err, net.ErrClosed) && ctx.Err() != nil {
 		err = nil
@@ -61,31 +62,31 @@ func Serve(ctx context.Context, srv *http.Server, l net.Listener, identity *tls.
 	defer cancel()
 	f.wait(drain)
 	if srv.Shutdown(drain) != nil {
-		_ = srv.Close() // streams that last
+		_ = srv.Close() // ends streams that are still open
 	}
 	if w, ok := l.(waiter); ok {
-		_ = w.Wait(drain) // On an error it has closed their connections.
+		_ = w.Wait(drain) // if it fails, it has closed their connections
 	}
 	return err
 }
 
-// fresh has a server's connections that have not had their first request.
+// fresh tracks a server's connections that have not had a request yet.
 type fresh struct {
 	mu     sync.Mutex
 	conns  map[net.Conn]*conn
-	closed bool          // Nobody accepts any more.
+	closed bool          // the server accepts no more connections
 	none   chan struct{} // closed when closed is set and conns is empty
 }
 
 type conn struct {
 	net.Conn
-	begun atomic.Bool // The handler has its first request, or it ended without one.
+	begun atomic.Bool // the handler has the first request, or the connection ended without one
 }
 
 type connKey struct{}
 
-// follow hooks into srv to keep track of its fresh connections. A connection is fresh
-// until the handler is called: net/http drops a request that it has only read.
+// follow hooks into srv to track its fresh connections. A connection is fresh until the
+// handler is called, because net/http drops a request that it has only read.
 func follow(srv *http.Server) *fresh {
 	f := &fresh{conns: make(map[net.Conn]*conn), none: make(chan struct{})}
 	srv.ConnContext = func(ctx context.Context, nc net.Conn) context.Context {
@@ -96,7 +97,7 @@ func follow(srv *http.Server) *fresh {
 		return context.WithValue(ctx, connKey{}, c)
 	}
 	srv.ConnState = func(nc net.Conn, state http.ConnState) {
-		// HTTP/2 is idle before its first request, and loses none that way.
+		// An HTTP/2 connection is idle before its first request, and loses none.
 		if state == http.StateNew || state == http.StateActive {
 			return
 		}
@@ -132,8 +133,8 @@ func (f *fresh) endLocked() {
 	}
 }
 
-// wait returns once no connection waits for its first request, or the time for that is
-// over. Nothing may accept connections any more.
+// wait returns when no connection is fresh any more, or after freshWait. The server must
+// accept no more connections.
 func (f *fresh) wait(ctx context.Context) {
 	f.mu.Lock()
 	f.closed = true

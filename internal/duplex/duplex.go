@@ -1,10 +1,10 @@
-// Package duplex lets a proxy answer a request whose body is still under way,
-// over HTTP/1.1 as over HTTP/2.
+// Package duplex lets a proxy respond while the request's body is still arriving, over
+// HTTP/1.1 as well as HTTP/2.
 //
-// Go's HTTP/1.1 server is half-duplex by default: when the response begins, it
-// reads the rest of the request's body itself, and takes it away from a proxy
-// that is about to send it on. Full-duplex, it panics at the next request if a
-// handler left a part of the body unread (golang/go#68560).
+// Go's HTTP/1.1 server is half-duplex by default: when the response begins, it reads the
+// rest of the request's body itself, so a proxy cannot forward it. In full-duplex mode,
+// it panics at the next request if a handler left a part of the body unread
+// (golang/go#68560).
 package duplex
 
 import (
@@ -15,36 +15,35 @@ import (
 	"time"
 )
 
-// Serve has h answer a request in full duplex. If the request's body has not
-// ended when the response begins, the connection is closed after the response.
-// The listener must be one of package linger, or the client may lose the response.
+// Serve calls h in full-duplex mode. If the request's body has not ended when the
+// response begins, the server closes the connection after the response. The listener
+// must be one of package linger, or the client may lose the response.
 func Serve(w http.ResponseWriter, r *http.Request, h func(http.ResponseWriter, *http.Request)) {
-	// A server that wraps this one, as Caddy does, may have wrapped the body that
-	// is none.
+	// The check for http.NoBody is not enough, because Caddy may have wrapped that.
 	if r.ProtoMajor != 1 || r.Body == nil || r.ContentLength == 0 {
 		h(w, r)
 		return
 	}
-	_ = http.NewResponseController(w).EnableFullDuplex() // Never fails for HTTP/1.1.
+	_ = http.NewResponseController(w).EnableFullDuplex() // never fails for HTTP/1.1
 	b := &body{ReadCloser: r.Body}
 	r.Body = b
 	out := &writer{ResponseWriter: w, body: b}
-	// Whether h returns or breaks the response off, the server must not wait for
-	// the rest of the body before it closes the connection.
+	// Even if h panics, the server must not wait for the rest of the body before it closes
+	// the connection.
 	defer b.leave(http.NewResponseController(w))
 	h(out, r)
 	out.begin(http.StatusOK)
 }
 
-// body knows whether it was read to its end. Its reader may outlive the handler.
+// body tracks whether it was read to its end. Its reader may outlive the handler.
 type body struct {
 	io.ReadCloser
 	ended, closed atomic.Bool
 	reading       sync.Mutex // held while the server's body is read
 }
 
-// Close leaves the rest to the server. The server's own Close waits for it, and
-// a proxy that cannot send a request on closes it before it answers.
+// Close does nothing. The server's own Close would wait for the rest of the body, and a
+// proxy that cannot forward a request closes the body before it responds.
 func (b *body) Close() error {
 	b.closed.Store(true)
 	return nil
@@ -63,8 +62,8 @@ func (b *body) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// leave ends the reading of an unfinished body for good, and waits for a read that
-// is under way, after which the server would remove the deadline.
+// leave stops all reads of an unfinished body. It waits for a read that is under way,
+// because the server removes the read deadline afterwards.
 func (b *body) leave(control *http.ResponseController) {
 	if b.ended.Load() {
 		return
@@ -75,13 +74,13 @@ func (b *body) leave(control *http.ResponseController) {
 		if b.reading.TryLock() {
 			break
 		}
-		time.Sleep(time.Millisecond) // A read that has just begun may have set its own deadline.
+		time.Sleep(time.Millisecond) // a read that has just begun may have set its own deadline
 	}
 	b.reading.Unlock()
 }
 
-// writer has the connection closed if the body has not ended when the response
-// begins: nobody can tell then whether it will be read.
+// writer closes the connection after the response if the body has not ended when the
+// response begins, because the body may then never be read.
 type writer struct {
 	http.ResponseWriter
 	body  *body
@@ -111,11 +110,11 @@ func (w *writer) Write(p []byte) (int, error) {
 // Flush implements [http.Flusher].
 func (w *writer) Flush() { _ = w.FlushError() }
 
-// FlushError is what [http.ResponseController] calls.
+// FlushError implements the method that [http.ResponseController] calls.
 func (w *writer) FlushError() error {
 	w.begin(http.StatusOK)
 	return http.NewResponseController(w.ResponseWriter).Flush()
 }
 
-// Unwrap lets [http.ResponseController] reach the rest.
+// Unwrap lets [http.ResponseController] reach the other methods.
 func (w *writer) Unwrap() http.ResponseWriter { return w.ResponseWriter }

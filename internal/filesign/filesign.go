@@ -1,5 +1,5 @@
-// Package filesign makes the signatures of URLs that read or write one file of a
-// sandbox, as E2B's clients make them.
+// Package filesign makes and checks the signatures of URLs that read or write one file
+// of a sandbox. They are the same as those of E2B's clients.
 package filesign
 
 import (
@@ -26,12 +26,12 @@ const (
 	signatureParam  = "signature"
 )
 
-// Signed reports whether a request shows a signature instead of a token.
+// Signed reports whether a request has a signature instead of a token.
 func Signed(u *url.URL) bool { return u.Path == Path && u.Query().Has(signatureParam) }
 
-// Of returns the signature of a request for a file, made with a sandbox's access
-// token. operation is "read" or "write", user the query's username, expiration in
-// seconds since 1970; empty: none.
+// Of returns the signature of a request for a file, made with the sandbox's access
+// token. operation is "read" or "write", user is the query's username, and expiration is
+// in seconds since 1970 (empty: never).
 func Of(path, operation, user, token, expiration string) string {
 	s := path + ":" + operation + ":" + user + ":" + token
 	if expiration != "" {
@@ -41,13 +41,13 @@ func Of(path, operation, user, token, expiration string) string {
 	return "v1_" + base64.RawStdEncoding.EncodeToString(sum[:])
 }
 
-// Check returns an error that says why q's signature does not allow a request
-// with the method, or nil. The signature must be made with token.
+// Check returns nil if q has a signature, made with token, for a request with the given
+// method. Otherwise the error says what is wrong.
 func Check(method string, q url.Values, token string, now time.Time) error {
 	// If a name had two values, the checked one and the used one could differ.
 	for _, name := range []string{pathParam, userParam, signatureParam, expirationParam} {
 		if len(q[name]) > 1 {
-			return fmt.Errorf("query parameter %s is there twice", name)
+			return fmt.Errorf("query parameter %s has several values", name)
 		}
 	}
 	// A colon separates the signed parts, so it would make them ambiguous.
@@ -70,10 +70,10 @@ func Check(method string, q url.Values, token string, now time.Time) error {
 	return nil
 }
 
-// Resign replaces q's signature with the one that token makes.
+// Resign replaces q's signature with one made with token.
 func Resign(method string, q url.Values, token string) { q.Set(signatureParam, of(method, q, token)) }
 
-// of returns the signature that a request must show.
+// of returns the signature that a request must have.
 func of(method string, q url.Values, token string) string {
 	operation := "write"
 	if method == http.MethodGet || method == http.MethodHead {

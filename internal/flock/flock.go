@@ -1,6 +1,5 @@
-// Package flock keeps other processes out of a file or a directory with
-// flock(2). The kernel removes a lock when its file is closed, or its process
-// ends.
+// Package flock locks files and directories against other processes with flock(2). The
+// kernel releases a lock when its file is closed or its process ends.
 package flock
 
 import (
@@ -18,8 +17,8 @@ import (
 // lock.
 var ErrLocked = errors.New("locked by another process")
 
-// TryLock opens path, creates a file if nothing exists, and locks it. If it is
-// locked, the error is an [ErrLocked]. Closing the file removes the lock.
+// TryLock opens path, or creates a file there, and locks it. If path is locked, the error
+// is [ErrLocked]. Closing the file releases the lock.
 func TryLock(path string) (*os.File, error) {
 	f, err := open(path)
 	if err != nil {
@@ -35,7 +34,7 @@ func TryLock(path string) (*os.File, error) {
 	return nil, errors.Join(fmt.Errorf("lock %s: %w", path, err), f.Close())
 }
 
-// Lock is [TryLock], but waits while path is locked, until ctx is done.
+// Lock is like [TryLock], but waits while path is locked, until ctx is done.
 func Lock(ctx context.Context, path string) (*os.File, error) {
 	f, err := TryLock(path)
 	if !errors.Is(err, ErrLocked) {
@@ -53,7 +52,7 @@ func Lock(ctx context.Context, path string) (*os.File, error) {
 		}
 		return f, nil
 	case <-ctx.Done():
-		// Nothing interrupts flock: the file is closed once it has the lock.
+		// flock cannot be interrupted, so the file is closed when it gets the lock.
 		go func() { <-got; f.Close() }()
 		return nil, fmt.Errorf("lock %s: %w", path, context.Cause(ctx))
 	}
@@ -68,11 +67,11 @@ func Held(path string) (bool, error) {
 		return false, nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("look for lock on %s: %w", path, err)
+		return false, fmt.Errorf("check lock on %s: %w", path, err)
 	}
 	all, err := os.ReadFile("/proc/locks")
 	if err != nil {
-		return false, fmt.Errorf("look for lock on %s: %w", path, err)
+		return false, fmt.Errorf("check lock on %s: %w", path, err)
 	}
 	// The device is left out: for some file systems it is not that of stat(2).
 	inode := ":" + strconv.FormatUint(st.Ino, 10)

@@ -1,9 +1,9 @@
-// Package handover passes a client's connection from the front door to another
-// program on this machine, which then serves it itself.
+// Package handover passes a client's connection from the front door to another program
+// on this machine, which then serves it.
 //
-// The descriptor travels over a Unix socket (SCM_RIGHTS), together with what was
-// already read of the connection. The program answers with one byte when it accepts
-// the connection. Until then it is the front door's.
+// The front door sends the descriptor over a Unix socket (SCM_RIGHTS), with the bytes
+// that it has already read. The program answers with one byte when it accepts the
+// connection. Until then, the front door owns it.
 package handover
 
 import (
@@ -19,23 +19,23 @@ import (
 )
 
 const (
-	// maxRead is how many bytes may have been read of a connection that is passed: as
-	// many as the longest header that upstream.Server takes.
+	// maxRead is how many bytes may have been read from a connection that is passed. It is
+	// the longest header that upstream.Server accepts.
 	maxRead = 4 << 10
-	// maxRights is how many descriptors the kernel lets a message have.
+	// maxRights is the kernel's limit for the descriptors of one message.
 	maxRights = 253
 	// sendWithin bounds the wait until the program accepts a connection.
 	sendWithin = time.Second
-	// maxIdle is how many of its own connections a sender keeps.
+	// maxIdle is how many idle connections to the program a sender keeps.
 	maxIdle = 32
 )
 
-// Path returns the path at which the program that listens on the given Unix socket
-// takes connections from a [Sender].
+// Path returns the path of the socket for passed connections of the program that listens
+// on the given Unix socket.
 func Path(socket string) string { return socket + ".passed" }
 
-// Sender passes connections to the program that listens at Path. Its methods can be
-// called concurrently: connections do not wait for one another.
+// Sender passes connections to the program that listens at Path. It is safe for
+// concurrent use; connections do not wait for one another.
 type Sender struct {
 	Path string
 
@@ -44,9 +44,9 @@ type Sender struct {
 	closed bool
 }
 
-// Send passes a connection with the bytes read from it, and waits until the program
-// has accepted it. Then the caller closes its own descriptor. If Send fails, only the
-// caller has the connection.
+// Send passes a connection with the bytes read from it, and waits until the program has
+// accepted it. The caller must then close its own descriptor. If Send fails, the caller
+// still owns the connection.
 func (s *Sender) Send(c syscall.Conn, read []byte) error {
 	if len(read) == 0 || len(read) > maxRead {
 		return fmt.Errorf("pass connection: %d bytes were read, not 1 to %d", len(read), maxRead)
@@ -73,14 +73,14 @@ func (s *Sender) Send(c syscall.Conn, read []byte) error {
 		if err == nil {
 			return nil
 		}
-		// A connection that was kept may lead to a program that has ended.
+		// An idle connection may lead to a program that has ended.
 		if fresh || errors.Is(err, os.ErrDeadlineExceeded) {
 			return fmt.Errorf("pass connection: %w", err)
 		}
 	}
 }
 
-// pass passes one connection, and says whether the caller may pass another over to.
+// pass passes one connection over to. keep reports whether to can be used again.
 func pass(to *net.UnixConn, raw syscall.RawConn, read []byte, until time.Time) (keep bool, err error) {
 	if err := to.SetDeadline(until); err != nil {
 		return false, err
@@ -96,14 +96,14 @@ func pass(to *net.UnixConn, raw syscall.RawConn, read []byte, until time.Time) (
 	return taken(to)
 }
 
-// taken waits until the program has accepted what was passed last. It returns as pass
-// does.
+// taken waits until the program has accepted the last connection. Its results are those
+// of pass.
 func taken(to *net.UnixConn) (keep bool, err error) {
 	var b [1]byte
 	if _, err = to.Read(b[:]); !errors.Is(err, os.ErrDeadlineExceeded) {
 		return err == nil, err
 	}
-	// After this the program cannot accept it any more. It may have before.
+	// After this the program cannot accept the connection any more, but may have before.
 	if e := errors.Join(to.CloseRead(), to.SetDeadline(time.Time{})); e != nil {
 		return false, e
 	}
@@ -113,7 +113,7 @@ func taken(to *net.UnixConn) (keep bool, err error) {
 	return false, err
 }
 
-// kept returns an unused connection to the program, or nil if there is none.
+// kept returns an idle connection to the program, or nil if there is none.
 func (s *Sender) kept() *net.UnixConn {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -163,21 +163,22 @@ type Listener struct {
 	senders map[*net.UnixConn]struct{} // nil: closed
 }
 
-// offer is a passed connection that its sender keeps until this program accepts it.
+// offer is a passed connection that its sender still owns until this program accepts it.
 type offer struct {
 	*conn
 	sender *net.UnixConn
 }
 
-// accept accepts the connection, and says whether the sender gave it up.
+// accept tells the sender that this program accepts the connection. It returns false if
+// the sender has taken it back.
 func (o offer) accept() bool {
 	_ = o.sender.SetWriteDeadline(time.Now().Add(sendWithin))
 	_, err := o.sender.Write([]byte{1})
 	return err == nil
 }
 
-// Listen takes connections at path, in place of an earlier process. The socket
-// gets the given mode: whoever may write to it may pass connections.
+// Listen listens for passed connections at path and replaces the socket of an earlier
+// process. Whoever may write to the socket, which gets the given mode, may pass them.
 func Listen(path string, mode fs.FileMode) (*Listener, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
@@ -201,7 +202,7 @@ func (l *Listener) accept() {
 			return
 		}
 		if err != nil {
-			time.Sleep(50 * time.Millisecond) // Probably too many files are open.
+			time.Sleep(50 * time.Millisecond) // probably too many open files
 			continue
 		}
 		if !l.enter(sender) {
@@ -222,7 +223,7 @@ func (l *Listener) enter(sender *net.UnixConn) bool {
 	return true
 }
 
-// take takes a sender's connections until it leaves.
+// take receives a sender's connections until it disconnects.
 func (l *Listener) take(sender *net.UnixConn) {
 	defer func() {
 		l.mu.Lock()
@@ -241,7 +242,7 @@ func (l *Listener) take(sender *net.UnixConn) {
 			if c != nil {
 				_ = c.Close()
 			}
-			return // The sender is not a [Sender].
+			return // the message is not from a [Sender]
 		}
 		select {
 		case l.passed <- offer{&conn{TCPConn: c, read: append([]byte(nil), b[:n]...)}, sender}:
@@ -254,8 +255,8 @@ func (l *Listener) take(sender *net.UnixConn) {
 
 var errRights = errors.New("a message without one descriptor of a TCP connection")
 
-// connection returns the connection whose descriptor came with a message. If it also
-// returns an error, the caller must still close the connection.
+// connection returns the connection whose descriptor came with a message. The caller
+// closes it, even if there is an error.
 func connection(rights []byte) (*net.TCPConn, error) {
 	messages, err := syscall.ParseSocketControlMessage(rights)
 	if err != nil {
@@ -296,15 +297,15 @@ func (l *Listener) Accept() (net.Conn, error) {
 			if o.accept() {
 				return o.conn, nil
 			}
-			_ = o.conn.Close() // This program's descriptor: the sender goes on with its own.
+			_ = o.conn.Close() // only this program's descriptor; the sender keeps its own
 		case <-l.closed:
 			return nil, net.ErrClosed
 		}
 	}
 }
 
-// Close implements [net.Listener]. Connections that were accepted go on; the others
-// are left to their senders.
+// Close implements [net.Listener]. Accepted connections stay open; senders keep the
+// others.
 func (l *Listener) Close() error {
 	err := net.ErrClosed
 	l.close.Do(func() {
@@ -323,7 +324,7 @@ func (l *Listener) Close() error {
 // Addr implements [net.Listener].
 func (l *Listener) Addr() net.Addr { return l.socket.Addr() }
 
-// conn is a connection that was passed. Reads begin with what its sender had read.
+// conn is a passed connection. Reads first return what its sender had read.
 type conn struct {
 	*net.TCPConn
 	read []byte // what the sender had read and this program has not
@@ -339,7 +340,7 @@ func (c *conn) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// WriteTo implements [io.WriterTo]: TCPConn's own would leave out what was read.
+// WriteTo implements [io.WriterTo], because TCPConn's would skip what the sender had read.
 func (c *conn) WriteTo(w io.Writer) (int64, error) {
 	n, err := w.Write(c.read)
 	c.read = c.read[n:]

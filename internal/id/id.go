@@ -1,6 +1,5 @@
-// Package id converts between UUIDs, which everything inside Wrenn passes,
-// and the prefixed text that every wire carries: a kind's prefix and the
-// UUID as 25 digits of lowercase base 36.
+// Package id converts between UUIDs, which Wrenn uses internally, and the text that
+// clients see: a prefix for the kind, and the UUID as 25 digits in lowercase base 36.
 package id
 
 import (
@@ -13,7 +12,7 @@ import (
 	"github.com/google/uuid"
 )
 
-// Kind is what an id names; its value is the prefix on the wire.
+// Kind is the kind of object that an id names. Its value is the prefix of the text.
 type Kind string
 
 // The kinds of id.
@@ -28,18 +27,17 @@ const (
 	Channel  Kind = "chn-"
 )
 
-// ErrMalformed is what Parse returns, wrapped, for text that is no id of the kind.
+// ErrMalformed is the error that Parse wraps for text that is not an id of the kind.
 var ErrMalformed = errors.New("malformed id")
 
-// ErrNone is what Parse returns, wrapped, for text of the right form whose
-// number is larger than any UUID. It is an [ErrMalformed] too.
+// ErrNone is the error that Parse wraps for text of the right form whose number is larger
+// than any UUID. It wraps [ErrMalformed].
 var ErrNone = fmt.Errorf("%w: number out of range", ErrMalformed)
 
-// digits is the number of base 36 digits that hold any 128-bit number.
+// digits is the number of base 36 digits of any 128-bit number.
 const digits = 25
 
-// Format returns u in its wire form, for example
-// "cl-0123456789abcdefghijklmno".
+// Format returns the text of u, for example "cl-0123456789abcdefghijklmno".
 func Format(k Kind, u uuid.UUID) string {
 	hi, lo := binary.BigEndian.Uint64(u[:8]), binary.BigEndian.Uint64(u[8:])
 	b := make([]byte, len(k)+digits)
@@ -53,8 +51,7 @@ func Format(k Kind, u uuid.UUID) string {
 	return string(b)
 }
 
-// Parse reads the wire form of an id of kind k. It accepts the one form that
-// Format writes and nothing else.
+// Parse parses the text of an id of kind k. It accepts only what Format returns.
 func Parse(k Kind, s string) (uuid.UUID, error) {
 	rest, ok := strings.CutPrefix(s, string(k))
 	if !ok || len(rest) != digits {

@@ -1,5 +1,5 @@
-// Package inplace turns copy on write off, so that a program can overwrite its files
-// on a full disk: in place, that takes no new space.
+// Package inplace turns off copy-on-write, so that a program can overwrite its files on
+// a full disk.
 package inplace
 
 import (
@@ -15,12 +15,12 @@ const noCOW = 0x00800000
 
 const zfsMagic = 0x2fc12fc1
 
-// ErrCopies is returned, wrapped, for folders whose new files are copied on write.
+// ErrCopies is the error, wrapped, for folders whose new files are copied on write.
 var ErrCopies = errors.New("the file system copies files when they are overwritten")
 
-// Set turns copy on write off for files that are created in dir from now on, and in
-// new folders below it. Only btrfs needs that. Set fails with [ErrCopies] if the file
-// system cannot overwrite in place.
+// Set turns off copy-on-write for files that are created in dir from now on, and in new
+// folders below it. Only btrfs needs that. Set fails with [ErrCopies] if the file system
+// cannot overwrite in place.
 func Set(dir string) error { return look(dir, true) }
 
 // Check fails with [ErrCopies] if files that are created in dir are copied on write.

@@ -1,5 +1,5 @@
-// Package kmod reads what depmod(8) writes about a kernel's modules: the host
-// chooses by it what a guest boots with, and the guest what it loads later.
+// Package kmod reads the index of a kernel's modules that depmod(8) writes. The host
+// selects the modules of the initrd with it, and the guest those that it loads later.
 package kmod
 
 import (
@@ -15,10 +15,10 @@ import (
 	"strings"
 )
 
-// ErrNotFound means that a kernel has no module of a name.
+// ErrNotFound means that a kernel has no module with a name.
 var ErrNotFound = errors.New("the kernel has no such module")
 
-// Name returns the name of the module in a file. The kernel takes "-" for "_".
+// Name returns the name of the module in a file. The kernel treats "-" as "_".
 func Name(file string) string {
 	base, _, _ := strings.Cut(path.Base(file), ".")
 	return underscores(base)
@@ -26,7 +26,7 @@ func Name(file string) string {
 
 func underscores(s string) string { return strings.ReplaceAll(s, "-", "_") }
 
-// Index knows the modules of a kernel.
+// Index has the names, files and dependencies of a kernel's modules.
 type Index struct {
 	file  map[string]string   // "" if the kernel has it built in
 	needs map[string][]string // files
@@ -51,7 +51,7 @@ func Open(dir string) (*Index, error) {
 	return parse(text), nil
 }
 
-// files are those of an index. Only the first must be there.
+// files are the files of an index. Only the first one must exist.
 var files = [...]string{"modules.dep", "modules.builtin", "modules.softdep", "modules.alias", "modules.symbols", "modules.builtin.modinfo"}
 
 func parse(text [len(files)][]byte) *Index {
@@ -111,8 +111,8 @@ func (x *Index) soft(f []string) {
 	}
 }
 
-// Order returns the files of the named modules and of all that they need, in the order
-// in which they must be loaded. What is built in has no file.
+// Order returns the files of the named modules and of their dependencies, in the order in
+// which they must be loaded. Built-in modules have no file.
 func (x *Index) Order(names ...string) (order []string, err error) {
 	done := map[string]bool{}
 	for _, n := range names {
@@ -146,8 +146,7 @@ func (x *Index) visit(name string, chain []string, done map[string]bool, order *
 	return nil
 }
 
-// Find returns the modules that a name stands for: the one that has it, or those that
-// have it as an alias.
+// Find returns the module with the given name, or the modules for which it is an alias.
 func (x *Index) Find(name string) []string {
 	name = underscores(name)
 	if _, ok := x.file[name]; ok {
@@ -169,7 +168,8 @@ func matches(pattern, name string) bool {
 	return ok && err == nil
 }
 
-// Soft returns what should be loaded before and after a module, if the kernel has it.
+// Soft returns the modules that should be loaded before and after a module, as far as the
+// kernel has them.
 func (x *Index) Soft(module string) (before, after []string) {
 	return x.pre[module], x.post[module]
 }

@@ -1,5 +1,4 @@
-// Package layout makes every path below $WRENN_DIR; no other package joins
-// one by hand.
+// Package layout builds every path below $WRENN_DIR. No other package joins such paths.
 package layout
 
 import (
@@ -9,7 +8,7 @@ import (
 	"github.com/google/uuid"
 )
 
-// DefaultDir is where Wrenn keeps its data unless $WRENN_DIR or --dir says otherwise.
+// DefaultDir is the default of $WRENN_DIR and --dir.
 const DefaultDir = "/var/lib/wrenn"
 
 // Dir is the root of one installation's data.
@@ -31,50 +30,50 @@ func (d Dir) Template(team, template uuid.UUID) string {
 	return d.join("images", "teams", team.String(), template.String())
 }
 
-// Sandboxes holds one folder a sandbox.
+// Sandboxes holds one folder per sandbox.
 func (d Dir) Sandboxes() string { return d.join("sandboxes") }
 
-// Sandbox holds the files of one sandbox: its record, its disks, what it began
-// with, its saved state and the control socket of its machine. Its name is
-// that of the machine, which was ready before it became the sandbox's.
+// Sandbox holds the files of one sandbox: its record, its disks, its origin, its saved
+// state and the control socket of its VM. Its name is the UUID of the VM, which is not
+// the sandbox's if the VM was a warm machine.
 func (d Dir) Sandbox(sandbox uuid.UUID) string { return d.join("sandboxes", sandbox.String()) }
 
-// SandboxID is an empty file whose name says which sandbox the folder is of, in case its
-// record cannot be read.
+// SandboxID is an empty file whose name tells to which sandbox the folder belongs, in
+// case its record cannot be read.
 func (d Dir) SandboxID(home, sandbox uuid.UUID) string {
 	return d.join("sandboxes", home.String(), SandboxIDPrefix+sandbox.String())
 }
 
-// SandboxIDPrefix begins the names of the files of [Dir.SandboxID].
+// SandboxIDPrefix is the prefix of the names that [Dir.SandboxID] returns.
 const SandboxIDPrefix = "id-"
 
-// SandboxRecord is what the agent knows of a sandbox, as JSON.
+// SandboxRecord is the agent's record of a sandbox, in JSON.
 func (d Dir) SandboxRecord(sandbox uuid.UUID) string {
 	return d.join("sandboxes", sandbox.String(), "sandbox.json")
 }
 
-// SandboxDisk is the n-th layer over what a sandbox began with, in the format of
-// that name.
+// SandboxDisk is the n-th disk layer above the origin of a sandbox. format is the name of
+// its format, such as qcow2.
 func (d Dir) SandboxDisk(sandbox uuid.UUID, n int, format string) string {
 	return d.join("sandboxes", sandbox.String(), fmt.Sprintf("disk-%d.%s", n, format))
 }
 
-// SandboxModules are the kernel's modules of a sandbox that booted from its disk. Others
-// have those of what they began with.
+// SandboxModules is the file system with the kernel's modules of a sandbox that booted
+// from its disk. Other sandboxes use the one in their origin.
 func (d Dir) SandboxModules(sandbox uuid.UUID) string {
 	return d.join("sandboxes", sandbox.String(), Modules)
 }
 
-// Modules is the name of the file system with the kernel's modules, in the folders of
-// sandboxes and captures. It is a link to the host's own, so it counts for nobody.
+// Modules is the name of the file system with the kernel's modules in the folders of
+// sandboxes and captures. It is a link to the host's file, so it counts for no team.
 const Modules = "modules.ext4"
 
-// SandboxOrigin holds links to the capture that a sandbox began with.
+// SandboxOrigin holds links to the files of the capture that a sandbox started from.
 func (d Dir) SandboxOrigin(sandbox uuid.UUID) string {
 	return d.join("sandboxes", sandbox.String(), "origin")
 }
 
-// SandboxSaved holds what a pause has saved of a sandbox.
+// SandboxSaved holds the memory and the devices that a pause saved.
 func (d Dir) SandboxSaved(sandbox, saved uuid.UUID) string {
 	return d.join("sandboxes", sandbox.String(), "state-"+saved.String())
 }
@@ -84,7 +83,7 @@ func (d Dir) Captures(team, template uuid.UUID) string {
 	return d.join("images", "teams", team.String(), template.String(), "captures")
 }
 
-// Unreadable holds what the host agent found and could not read.
+// Unreadable holds data that the host agent could not read and set aside.
 func (d Dir) Unreadable() string { return d.join("unreadable") }
 
 // Forks holds captures of sandboxes while they are forked.
@@ -96,10 +95,10 @@ func (d Dir) Run() string { return d.join("run") }
 // AgentSocket is where the host agent listens under wrenn up.
 func (d Dir) AgentSocket() string { return d.join("run", "agent.sock") }
 
-// AgentLock is locked by the one host agent that runs on the data.
+// AgentLock is the file that the host agent locks, so that only one runs on the data.
 func (d Dir) AgentLock() string { return d.join("run", "agent.lock") }
 
-// VMM holds what the virtual machine monitor's driver keeps while it runs.
+// VMM holds the run-time files of the VM driver.
 func (d Dir) VMM() string { return d.join("run", "vmm") }
 
 // ServerSocket is where the control plane listens under wrenn up.
@@ -114,7 +113,7 @@ func (d Dir) MetricsSocket() string { return d.join("run", "metrics.sock") }
 // DebugSocket is where a program of `wrenn up` serves its profiles.
 func (d Dir) DebugSocket(program string) string { return d.join("run", program+"-debug.sock") }
 
-// Events is the host agent's journal of what it did on its own.
+// Events is the host agent's journal of events.
 func (d Dir) Events() string { return d.join("events") }
 
 // Postgres holds the private PostgreSQL cluster of wrenn up.
@@ -129,14 +128,14 @@ func (d Dir) Credentials() string { return d.join("credentials.json") }
 // NetworkBlock remembers which block of network slots the host agent has.
 func (d Dir) NetworkBlock() string { return d.join("run", "network-block") }
 
-// Machine holds what all agents of one machine must agree on. It is empty after a
-// boot, as the kernel's network state is.
+// Machine holds the state that all agents of one machine share. Like the kernel's network
+// state, it is empty after a boot.
 const Machine = "/run/wrenn"
 
 // NetworkBlocks holds a file for each block of network slots that is in use.
 func NetworkBlocks() string { return filepath.Join(Machine, "blocks") }
 
-// Forwarding is there if an agent turned IP forwarding on.
+// Forwarding is a file that exists if an agent turned on IP forwarding.
 func Forwarding() string { return filepath.Join(Machine, "ip_forward") }
 
 // Namespaces holds the names of the network namespaces of slots. It is a folder
@@ -152,14 +151,14 @@ func Namespace(slot int) string {
 // OldNamespaces is where earlier versions kept the names.
 const OldNamespaces = "/run/netns"
 
-// Problems lists what is wrong with the host, as the agent that runs says.
+// Problems is the file in which the running agent lists the host's problems.
 func (d Dir) Problems() string { return d.join("run", "problems.json") }
 
 // Logs holds the logs of the programs that wrenn up runs.
 func (d Dir) Logs() string { return d.join("logs") }
 
-// Secrets is the file of what an installation of wrenn up made up.
+// Secrets is the file with the secrets that `wrenn up` generated.
 func (d Dir) Secrets() string { return d.join("secrets.json") }
 
-// Enrollment is the file of what a host agent registered with a control plane as.
+// Enrollment is the file with the host agent's credentials for the control plane.
 func (d Dir) Enrollment() string { return d.join("host.json") }

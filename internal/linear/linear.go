@@ -1,5 +1,5 @@
-// Package linear checks that work grows with its input and no faster, so that
-// nobody can keep a processor busy with an input of a few megabytes.
+// Package linear checks in tests that work grows no faster than its input, so that nobody
+// can keep a processor busy with an input of a few megabytes.
 package linear
 
 import (
@@ -9,17 +9,17 @@ import (
 	"time"
 )
 
-// Check runs work with inputs of n, 2n and 4n, and fails the test where one
-// allocates over three times as much memory as the one before, or where 4n
-// takes over nine times as much processor time as n. Work that is linear
-// allocates twice as much; with what doubles its room, up to three times. Work
-// that copies or looks at all it has at each step takes sixteen times as long.
+// Check runs work with inputs of the sizes n, 2n and 4n. It fails the test if one of them
+// allocates more than three times as much memory as the one before, or if 4n takes more
+// than nine times as much processor time as n. Linear work allocates twice as much for a
+// doubled input, or up to three times if its buffers double. Quadratic work takes sixteen
+// times as long for a fourfold input.
 //
-// 4n should be near the largest input that is accepted: work that is quick even
-// then may grow as it likes. No other goroutine must do much meanwhile.
+// 4n should be near the largest input that is accepted; work that is fast even then
+// passes. Other goroutines must be idle.
 func Check(t *testing.T, what string, n int, work func(n int)) {
 	t.Helper()
-	work(n) // what is made once is not counted
+	work(n) // so that one-time allocations do not count
 	var before uint64
 	for _, size := range []int{n, 2 * n, 4 * n} {
 		took := allocated(func() { work(size) })
@@ -34,14 +34,14 @@ func Check(t *testing.T, what string, n int, work func(n int)) {
 }
 
 const (
-	// soon is the processor time that nobody minds.
+	// soon is a processor time that is acceptable, whatever its growth.
 	soon = 50 * time.Millisecond
-	// tries are how often what seems to be slow is measured again: the shortest
-	// times of each size count, because other work only adds to them.
+	// tries is how often work that seems slow is measured. The shortest time of each size
+	// counts, because other load only adds to it.
 	tries = 5
 )
 
-// grows says whether work with 4n takes at most nine times as long as with n.
+// grows reports with ok whether work with 4n takes at most nine times as long as with n.
 func grows(n int, work func(n int)) (short, long time.Duration, ok bool) {
 	for try := range tries {
 		l := busy(func() { work(4 * n) })
@@ -62,20 +62,20 @@ func grows(n int, work func(n int)) (short, long time.Duration, ok bool) {
 	return short, long, false
 }
 
-// busy is the processor time that the process takes while f runs.
+// busy returns the processor time of the process while f runs.
 func busy(f func()) time.Duration {
 	used := func() time.Duration {
 		var u syscall.Rusage
 		_ = syscall.Getrusage(syscall.RUSAGE_SELF, &u) // fails for wrong arguments only
 		return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 	}
-	runtime.GC() // what came before is not f's
+	runtime.GC() // collects earlier garbage
 	begin := used()
 	f()
 	return used() - begin
 }
 
-// allocated is how many bytes f allocates. No other goroutine must do much.
+// allocated returns how many bytes f allocates. Other goroutines must be idle.
 func allocated(f func()) uint64 {
 	var begin, end runtime.MemStats
 	runtime.ReadMemStats(&begin)

@@ -1,10 +1,10 @@
-// Package linger closes a server's connections without destroying an answer.
+// Package linger closes a server's connections without losing a response.
 //
-// The kernel resets a connection that is closed while the client's bytes are unread
-// or still arriving. A client that sends a large request may then fail to write before
-// it has read an early answer, such as 401 or 413. Here, as with nginx's
-// lingering_close, closing a connection first tells the client that nothing more comes.
-// Then it reads and drops what the client still sends, within bounds.
+// The kernel resets a connection that is closed while the client's bytes are unread or
+// still arriving. A client that sends a large request may then fail to write before it
+// has read an early response, such as 401 or 413. Here, as with nginx's lingering_close,
+// closing a connection first closes the server's direction. Then it reads and drops what
+// the client still sends, within bounds.
 package linger
 
 import (
@@ -17,8 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Bounds of what a closed connection costs: the client's bytes, how long it may
-// take, and how long nothing may come.
+// A closed connection lingers until the client has sent so many bytes, for so long in
+// all, or for so long without a byte.
 const (
 	maxBytes = 256 << 20
 	maxTime  = 30 * time.Second
@@ -68,11 +68,11 @@ type Conn struct {
 
 	mu     sync.Mutex
 	closed bool
-	gone   func() // nil: nobody asked
+	gone   func() // set by OnGone, or nil
 }
 
-// OnGone makes f run once the connection is closed and lingers no longer. Call OnGone
-// at most once, before the connection is closed.
+// OnGone makes f run when the connection is closed and no longer lingers. Call OnGone at
+// most once, before the connection is closed.
 func (c *Conn) OnGone(f func()) { c.gone = f }
 
 // Close implements [net.Conn]. It ends reads and writes that are under way, and does not
@@ -87,8 +87,8 @@ func (c *Conn) Abort() error {
 	return c.close(false)
 }
 
-// Release closes this process's descriptor of a connection that another process
-// serves now: the connection itself goes on.
+// Release closes this process's descriptor of a connection that another process serves
+// now. The connection itself stays open.
 func (c *Conn) Release() error { return c.close(false) }
 
 func (c *Conn) close(lingers bool) error {
@@ -97,7 +97,7 @@ func (c *Conn) close(lingers bool) error {
 	c.closed = true
 	c.mu.Unlock()
 	if !first {
-		return c.socket.Close() // Which says that it is closed.
+		return c.socket.Close() // returns the error for a closed connection
 	}
 	var rest *os.File
 	if lingers {
@@ -115,28 +115,28 @@ func (c *Conn) close(lingers bool) error {
 	return err
 }
 
-// leave tells whoever asked with OnGone.
+// leave calls the function that OnGone set.
 func (c *Conn) leave() {
 	if c.gone != nil {
 		c.gone()
 	}
 }
 
-// rest tells the client that nothing more comes, and returns a second descriptor of the
-// socket, or nil if the client can send no more either. With it the first can be closed
-// as usual, so that whoever waits for it stops.
+// rest closes the server's direction and returns a second descriptor of the socket, or
+// nil if the client cannot send any more either. The first descriptor can then be closed
+// as usual, which ends reads and writes under way.
 func (c *Conn) rest() *os.File {
 	raw, err := c.SyscallConn()
 	if err != nil {
 		return nil
 	}
 	fd := -1
-	// Control waits for no reader and no writer, unlike Read and Write.
+	// Unlike Read and Write, Control does not wait for other readers and writers.
 	if err := raw.Control(func(open uintptr) {
 		var b [1]byte
 		n, _, err := unix.Recvfrom(int(open), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
 		if n == 0 && err == nil || err != nil && err != unix.EAGAIN && err != unix.EINTR {
-			return // The client has said that it is done, or is gone.
+			return // the client has closed its direction, or is gone
 		}
 		if fd, err = unix.FcntlInt(open, unix.F_DUPFD_CLOEXEC, 0); err == nil {
 			_ = unix.Shutdown(fd, unix.SHUT_WR)

@@ -1,4 +1,4 @@
-// Package logging makes a program's log, whose level and format can change while the
+// Package logging creates a program's log, whose level and format can change while the
 // program runs.
 package logging
 
@@ -43,10 +43,11 @@ type Log struct {
 	json  atomic.Bool
 }
 
-// maxValue bounds each value of a record, in bytes: clients and guests choose some.
+// maxValue bounds each value of a record, in bytes, because clients and guests choose
+// some of them.
 const maxValue = 16 << 10
 
-// short cuts a value that is longer than maxValue.
+// short truncates a value that is longer than maxValue.
 func short(_ []string, a slog.Attr) slog.Attr {
 	s := ""
 	switch v := a.Value.Any().(type) {
@@ -61,7 +62,7 @@ func short(_ []string, a slog.Attr) slog.Attr {
 	return a
 }
 
-// New returns a log that writes to w. It cuts values that are longer than 16 KiB.
+// New returns a log that writes to w. It truncates values that are longer than 16 KiB.
 func New(w io.Writer, s Settings) *Log {
 	l := &Log{}
 	options := &slog.HandlerOptions{Level: &l.level, ReplaceAttr: short}

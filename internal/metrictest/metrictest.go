@@ -1,4 +1,5 @@
-// Package metrictest holds docs/metrics.md to the metrics that programs register.
+// Package metrictest checks in tests that docs/metrics.md lists the metrics that programs
+// register.
 package metrictest
 
 import (
@@ -15,12 +16,12 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// Update is the flag that has [Documented] write the page.
+// Update is the flag that makes [Documented] write the page.
 var Update = flag.Bool("update", false, "write docs/metrics.md")
 
-// Documented fails the test unless the page, in the repository whose root is given, has
-// a table of a program's metrics: those of c whose names begin with wrenn_. The table
-// stands between the comments "<!-- program -->" and "<!-- end -->".
+// Documented fails the test unless the page, in the repository at root, has the table of
+// a program's metrics: those of c whose names begin with wrenn_. The table is between the
+// comments "<!-- program -->" and "<!-- end -->".
 func Documented(t *testing.T, root, program string, c prometheus.Collector) {
 	t.Helper()
 	path := filepath.Join(root, "docs", "metrics.md")
@@ -46,7 +47,7 @@ func Documented(t *testing.T, root, program string, c prometheus.Collector) {
 	}
 }
 
-// descriptor is how a [prometheus.Desc] prints. It has no other way to tell.
+// descriptor matches the text of a [prometheus.Desc], which has no accessors.
 var descriptor = regexp.MustCompile(`^Desc\{fqName: "([a-z_]+)", help: "(.+)", unit: "", constLabels: \{\}, variableLabels: \{([a-z,]*)\}\}$`)
 
 // table describes metrics, sorted by name.

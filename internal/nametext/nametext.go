@@ -1,5 +1,5 @@
-// Package nametext writes names of files, which are bytes, as UTF-8 text that JSON
-// and protobuf can carry, and reads them back. Names that are UTF-8 stay as they are.
+// Package nametext encodes names of files, which are bytes, as UTF-8 text for JSON and
+// protobuf, and decodes them. Names that are UTF-8 stay unchanged.
 package nametext
 
 import (
@@ -7,15 +7,14 @@ import (
 	"unicode/utf8"
 )
 
-// A name may have bytes that are not UTF-8, all of them from 0x80 to 0xFF. Text has a rune
-// from first to last in place of each: private-use characters, which Unicode assigns to
-// nothing.
+// Bytes that are not UTF-8 are from 0x80 to 0xFF. Text has a private-use character, from
+// first to last, for each of them.
 const (
 	first = 0x10FE80
 	last  = 0x10FEFF
 )
 
-// Text returns a name as text, from which [Name] returns the same name.
+// Text encodes a name. [Name] decodes it.
 func Text(name string) string {
 	if utf8.ValidString(name) && !strings.ContainsFunc(name, isEscape) {
 		return name
@@ -35,7 +34,7 @@ func Text(name string) string {
 	return b.String()
 }
 
-// Name returns the name that text stands for. It keeps bytes that are not UTF-8.
+// Name decodes text. It keeps bytes of text that are not UTF-8.
 func Name(text string) string {
 	if !strings.ContainsFunc(text, isEscape) {
 		return text

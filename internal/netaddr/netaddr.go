@@ -1,6 +1,6 @@
-// Package netaddr lets Wrenn's programs listen on and call one another at
-// "host:port" or "unix:/path" alike, over HTTP/1.1 or HTTP/2 (which Connect's
-// bidirectional streams need), in clear or over TLS.
+// Package netaddr lets Wrenn's programs listen on, and connect to, "host:port" and
+// "unix:/path", over HTTP/1.1 or HTTP/2 (which Connect's bidirectional streams need),
+// with or without TLS. It also classifies IP addresses.
 package netaddr
 
 import (
@@ -23,9 +23,8 @@ import (
 // maxUnixPath is the longest path that fits in Linux's sockaddr_un, less its NUL.
 const maxUnixPath = 107
 
-// Split returns the network and the address that addr names: ("unix", path)
-// for "unix:/path", else ("tcp", addr) with an "http://" or "https://" before
-// it removed.
+// Split returns the network and the address of addr: ("unix", path) for "unix:/path",
+// otherwise ("tcp", addr) without a leading "http://" or "https://".
 func Split(addr string) (network, address string) {
 	if path, ok := strings.CutPrefix(addr, "unix:"); ok {
 		return "unix", path
@@ -34,8 +33,8 @@ func Split(addr string) (network, address string) {
 	return "tcp", strings.TrimSuffix(addr, "/")
 }
 
-// Local says whether only this machine can reach addr: a unix socket, or an
-// address of the loopback interface.
+// Local reports whether only this machine can reach addr: a Unix socket, or a loopback
+// address.
 func Local(addr string) bool {
 	network, address := Split(addr)
 	if network == "unix" {
@@ -48,7 +47,7 @@ func Local(addr string) bool {
 	return loopback(host)
 }
 
-// loopback says whether host is localhost or an address of the loopback interface.
+// loopback reports whether host is localhost or a loopback address.
 func loopback(host string) bool {
 	return host == "localhost" || net.ParseIP(host).IsLoopback()
 }
@@ -63,16 +62,16 @@ func Hostname(host string) string {
 	return strings.ToLower(strings.TrimSuffix(host, "."))
 }
 
-// LoopbackName reports whether browsers take the Host of a request for their own
-// machine, whatever DNS says: a loopback address, localhost, or a name below it.
+// LoopbackName reports whether browsers resolve the Host of a request to their own
+// machine without DNS: a loopback address, localhost, or a name below it.
 func LoopbackName(host string) bool {
 	name := Hostname(host)
 	return loopback(name) || strings.HasSuffix(name, ".localhost")
 }
 
-// Listen listens on addr. A unix socket gets the given mode; one that an
-// earlier process left behind is replaced, one that somebody listens on is an
-// error. Connections linger when they are closed, as package linger says.
+// Listen listens on addr. A Unix socket gets the given mode, and replaces one that an
+// earlier process left. If a process listens on it, Listen fails. Closed connections
+// linger (see package linger).
 func Listen(ctx context.Context, addr string, mode fs.FileMode) (net.Listener, error) {
 	network, address := Split(addr)
 	var lc net.ListenConfig
@@ -84,7 +83,7 @@ func Listen(ctx context.Context, addr string, mode fs.FileMode) (net.Listener, e
 		return linger.Listener(l), nil
 	}
 	if len(address) > maxUnixPath {
-		return nil, fmt.Errorf("listen on %s: path is longer than the %d bytes a unix socket may have; choose a shorter directory", address, maxUnixPath)
+		return nil, fmt.Errorf("listen on %s: the path of a Unix socket can have at most %d bytes; choose a shorter directory", address, maxUnixPath)
 	}
 	if err := removeStale(ctx, address); err != nil {
 		return nil, err
@@ -110,7 +109,7 @@ func removeStale(ctx context.Context, path string) error {
 		return fmt.Errorf("look at socket: %w", err)
 	}
 	if info.Mode()&fs.ModeSocket == 0 {
-		return fmt.Errorf("listen on %s: a file that is no socket is there", path)
+		return fmt.Errorf("listen on %s: the file exists and is not a socket", path)
 	}
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", path)
@@ -124,8 +123,8 @@ func removeStale(ctx context.Context, path string) error {
 	return os.Remove(path)
 }
 
-// Transport returns a transport whose every connection goes to addr, whatever
-// host a request names. With h2c it speaks cleartext HTTP/2, else HTTP/1.1.
+// Transport returns a transport that connects to addr, whatever host a request names. It
+// speaks HTTP/2 without TLS if h2c is set, otherwise HTTP/1.1.
 func Transport(addr string, h2c bool) *http.Transport {
 	var p http.Protocols
 	if h2c {
@@ -136,7 +135,8 @@ func Transport(addr string, h2c bool) *http.Transport {
 	return transport(addr, &p)
 }
 
-// TLSTransport is Transport over TLS: with h2 it speaks HTTP/2, else HTTP/1.1.
+// TLSTransport is like Transport, over TLS. It speaks HTTP/2 if h2 is set, otherwise
+// HTTP/1.1.
 func TLSTransport(addr string, h2 bool, c *tls.Config) *http.Transport {
 	var p http.Protocols
 	if h2 {
@@ -158,14 +158,14 @@ func transport(addr string, p *http.Protocols) *http.Transport {
 		},
 		TLSHandshakeTimeout: 10 * time.Second,
 		Protocols:           p,
-		MaxIdleConnsPerHost: 512, // as many clients at once keep their connections
+		MaxIdleConnsPerHost: 512, // so that many concurrent requests keep their connections
 		IdleConnTimeout:     90 * time.Second,
 		HTTP2:               &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second, MaxReceiveBufferPerStream: Window},
 	}
 }
 
-// HTTPClient returns a cleartext HTTP/2 client for the server at addr and the
-// base URL to put before paths.
+// HTTPClient returns an HTTP/2 client, without TLS, for the server at addr, and the base
+// URL for its requests.
 func HTTPClient(addr string) (client *http.Client, baseURL string) {
 	network, address := Split(addr)
 	if network == "unix" {
@@ -174,13 +174,13 @@ func HTTPClient(addr string) (client *http.Client, baseURL string) {
 	return &http.Client{Transport: Transport(addr, true)}, "http://" + address
 }
 
-// Window is how much of a body over HTTP/2 waits in memory until it is read, in bytes.
-// It is the least that a server can set: clients assume it until they hear of another.
+// Window is how many bytes of a body over HTTP/2 wait in memory until they are read. It
+// is the least that a server can set, because clients assume it at first.
 const Window = 64 << 10
 
-// Server returns a server for handler that speaks HTTP/1.1 and HTTP/2, in
-// clear or over TLS. Headers have a time limit, and bodies that of [patience],
-// which a handler changes for streams.
+// Server returns a server for handler that speaks HTTP/1.1 and HTTP/2, with or without
+// TLS. Headers have a time limit. Bodies have those of [patience], which a handler
+// changes for streams.
 func Server(handler http.Handler) *http.Server {
 	var p http.Protocols
 	p.SetHTTP1(true)
@@ -196,13 +196,12 @@ func Server(handler http.Handler) *http.Server {
 	}
 }
 
-// Separate makes the requests of one HTTP/2 connection of s independent: one whose body
-// nobody reads, such as the input of a command that reads none, stops no other.
+// Separate makes requests on one HTTP/2 connection of s independent. Without it, a
+// request whose body nobody reads, such as a command's input, blocks the others.
 func Separate(s *http.Server) {
-	// As many as Go's client sends before it hears of a bound. For more it opens another
-	// connection.
+	// Go's client assumes this limit at first. For more streams it opens more connections.
 	const streams = 100
-	// A window for each. It is more than http.HTTP2Config promises to take, and less
-	// than Go takes: TestUnreadBodies shows it.
+	// One window per stream. This exceeds the documented range of http.HTTP2Config, but Go
+	// accepts it (TestUnreadBodies).
 	s.HTTP2.MaxConcurrentStreams, s.HTTP2.MaxReceiveBufferPerConnection = streams, streams*Window
 }

@@ -8,26 +8,26 @@ import (
 	"syscall"
 )
 
-// Slots is the network of all guests' addresses on their host. Nothing but the
-// agent calls them.
+// Slots is the network of guests' addresses on their host. Only the agent may connect to
+// them.
 var Slots = netip.MustParsePrefix("10.11.0.0/16")
 
-// Class says what an address is for.
+// Class is the class of an address.
 type Class int
 
 // The classes of addresses.
 const (
-	// Public addresses are of the public internet.
+	// Public addresses belong to the public internet.
 	Public Class = iota
 	// Documentation addresses are for examples and lead nowhere.
 	Documentation
-	// Loopback addresses are this machine's own.
+	// Loopback addresses belong to this machine.
 	Loopback
-	// Private addresses are of a private network, or of a carrier's.
+	// Private addresses belong to private networks, or to carriers' networks.
 	Private
-	// Forbidden addresses are called for nobody, whatever is set: guests' own,
-	// cloud metadata services, link-local, multicast, reserved, and those that
-	// stand for another address that cannot be told.
+	// Forbidden addresses are never connected to, whatever the settings: guests' own,
+	// cloud metadata services, link-local, multicast and reserved ones, and those that
+	// stand for an unknown other address.
 	Forbidden
 )
 
@@ -35,8 +35,8 @@ func (c Class) String() string {
 	return [...]string{"public", "for documentation", "of this machine", "private", "reserved"}[c]
 }
 
-// special are the addresses that are not public, and the public ones within
-// them (RFC 6890 and its registries). The longest prefix counts.
+// special has the networks that are not public, and public ones within them (RFC 6890 and
+// its registries). The longest prefix wins.
 var special = []struct {
 	prefix netip.Prefix
 	class  Class
@@ -59,7 +59,7 @@ var special = []struct {
 	{netip.MustParsePrefix("203.0.113.0/24"), Documentation},
 	{netip.MustParsePrefix("224.0.0.0/3"), Forbidden}, // multicast, reserved, broadcast
 
-	// Of IPv6 one eighth is global unicast.
+	// One eighth of IPv6 is global unicast.
 	{netip.MustParsePrefix("::/0"), Forbidden},
 	{netip.MustParsePrefix("2000::/3"), Public},
 	{netip.MustParsePrefix("::1/128"), Loopback},
@@ -72,12 +72,12 @@ var special = []struct {
 	{netip.MustParsePrefix("fd20:ce::254/128"), Forbidden}, // Google's metadata
 }
 
-// nat64 addresses reach the IPv4 address in their last four bytes. The prefixes
-// that operators choose for themselves (64:ff9b:1::/48) are forbidden.
+// nat64 addresses reach the IPv4 address in their last four bytes. Prefixes that
+// operators choose (64:ff9b:1::/48) are forbidden.
 var nat64 = netip.MustParsePrefix("64:ff9b::/96")
 
-// Classify returns the class of an address. An IPv6 address that stands for an
-// IPv4 address is of that one's class.
+// Classify returns the class of an address. An IPv6 address that stands for an IPv4
+// address has the class of that one.
 func Classify(ip netip.Addr) Class {
 	ip = ip.Unmap().WithZone("")
 	if !ip.IsValid() {
@@ -96,9 +96,9 @@ func Classify(ip netip.Addr) Class {
 	return class
 }
 
-// Closed returns the IPv4 networks that a guest cannot reach, in ascending
-// order and apart. They are all that are not public, but for those for
-// documentation: nothing is near them, and test networks use them.
+// Closed returns the IPv4 networks that a guest cannot reach, in ascending order and
+// without overlaps: all that are not public, except those for documentation, which lead
+// nowhere and which test networks use.
 func Closed() []netip.Prefix {
 	var all []netip.Prefix
 	for _, s := range special {
@@ -117,17 +117,18 @@ func Closed() []netip.Prefix {
 	return apart
 }
 
-// Policy says which addresses are called for somebody who is not trusted, beside
-// the public ones: a webhook's, a registry's.
+// Policy says which addresses, besides public ones, Wrenn connects to on behalf of
+// untrusted users, such as those of webhooks and registries.
 type Policy struct {
 	Loopback bool
 	Private  bool
 }
 
-// ErrNotAllowed is why a [Policy] does not allow an address.
-var ErrNotAllowed = errors.New("addresses that are not public are not called, unless the platform's admin allows it")
+// ErrNotAllowed means that a [Policy] does not allow an address.
+var ErrNotAllowed = errors.New("only public addresses are allowed, unless the platform's admin allows others")
 
-// Check returns an error that wraps [ErrNotAllowed] unless the policy allows ip.
+// Check returns nil if the policy allows ip, and otherwise an error that wraps
+// [ErrNotAllowed].
 func (p Policy) Check(ip netip.Addr) error {
 	switch c := Classify(ip); {
 	case c == Public, c == Loopback && p.Loopback, c == Private && p.Private:
@@ -137,9 +138,8 @@ func (p Policy) Check(ip netip.Addr) error {
 	}
 }
 
-// Control checks an address that is being dialled; it is for
-// [net.Dialer.Control]. At that moment a name has been resolved, so neither a
-// name that resolves to something else later nor a redirect gets around it.
+// Control is a [net.Dialer.Control] that checks the address being dialled. Names are
+// resolved by then, so neither DNS rebinding nor a redirect gets around it.
 func (p Policy) Control(_, address string, _ syscall.RawConn) error {
 	at, err := netip.ParseAddrPort(address)
 	if err != nil {

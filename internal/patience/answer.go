@@ -8,13 +8,13 @@ import (
 	"time"
 )
 
-// Answers returns next with a deadline for every write of an answer: l.Unread, or
-// l.Idle after the connection changed its protocol. A client that does not read by
-// then loses the connection. A handler may set an earlier deadline.
+// Answers returns next with a deadline for each write of a response: l.Unread, or l.Idle
+// after the connection changed its protocol. A client that has not read by then loses the
+// connection. A handler may set an earlier deadline.
 func Answers(next http.Handler, l Limits) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		a := &response{ResponseWriter: w, control: http.NewResponseController(w), limits: l, http2: r.ProtoMajor >= 2}
-		// The server itself also writes, before the handler and after it.
+		// The server itself also writes, before and after the handler.
 		a.arm()
 		defer func() {
 			if !a.hijacked {
@@ -29,7 +29,7 @@ func Answers(next http.Handler, l Limits) http.Handler {
 	})
 }
 
-// response sets the deadlines of an answer's writes.
+// response sets a deadline for each write of a response.
 type response struct {
 	http.ResponseWriter
 	control  *http.ResponseController
@@ -40,7 +40,7 @@ type response struct {
 	set      time.Time // the deadline that is set; zero: none
 }
 
-// arm sets the deadline of the next write, unless the one that is set is near enough.
+// arm sets the deadline of the next write, unless the present one is close enough.
 func (a *response) arm() {
 	to := time.Now().Add(a.limits.Unread)
 	if !a.until.IsZero() && a.until.Before(to) {
@@ -50,11 +50,12 @@ func (a *response) arm() {
 		return
 	}
 	a.set = to
-	// A writer without deadlines, such as a test's recorder, waits for no network.
+	// A writer without deadlines, such as a test's recorder, never blocks.
 	_ = a.control.SetWriteDeadline(to)
 }
 
-// disarm removes the deadline: HTTP/2 resets a stream at it even if nobody writes.
+// disarm removes the deadline, because HTTP/2 resets a stream at its deadline even if
+// nobody writes.
 func (a *response) disarm() {
 	a.set = time.Time{}
 	_ = a.control.SetWriteDeadline(time.Time{})
@@ -73,7 +74,7 @@ func (a *response) Write(p []byte) (int, error) {
 // Flush implements [http.Flusher].
 func (a *response) Flush() { _ = a.FlushError() }
 
-// FlushError serves [http.ResponseController].
+// FlushError implements the method that [http.ResponseController] calls.
 func (a *response) FlushError() error {
 	a.arm()
 	err := a.control.Flush()
@@ -83,8 +84,8 @@ func (a *response) FlushError() error {
 	return err
 }
 
-// SetWriteDeadline serves [http.ResponseController]. A zero time restores the usual
-// deadlines.
+// SetWriteDeadline implements the method that [http.ResponseController] calls. A zero
+// time restores the default deadlines.
 func (a *response) SetWriteDeadline(t time.Time) error {
 	a.until, a.set = t, time.Time{}
 	a.arm()
@@ -105,11 +106,10 @@ func (a *response) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return bounded, bufio.NewReadWriter(rw.Reader, bufio.NewWriter(bounded)), nil
 }
 
-// Unwrap lets [http.ResponseController] reach the rest.
+// Unwrap lets [http.ResponseController] reach the other methods.
 func (a *response) Unwrap() http.ResponseWriter { return a.ResponseWriter }
 
-// conn is a hijacked connection. For every write it sets a deadline that replaces its
-// user's.
+// conn is a hijacked connection. It sets its own deadline for every write.
 type conn struct {
 	net.Conn
 	idle time.Duration
@@ -123,8 +123,8 @@ func (c *conn) Write(p []byte) (int, error) {
 	return c.Conn.Write(p)
 }
 
-// CloseWrite ends one direction, if the connection can: a proxy passes on the end of
-// what one side sends, and the other side goes on.
+// CloseWrite closes the sending direction, if the connection supports that. A proxy needs
+// it when one side has finished and the other has not.
 func (c *conn) CloseWrite() error {
 	if w, ok := c.Conn.(interface{ CloseWrite() error }); ok {
 		return w.CloseWrite()

@@ -1,6 +1,6 @@
-// Package patience bounds how long a listener waits for clients: for the bodies of their
-// requests, and until they read an answer. A body gets little time until the request's
-// handler says that it may take longer.
+// Package patience limits how long a server waits for clients: for the bodies of their
+// requests, and until they read a response. A body has little time unless the request's
+// handler allows more.
 package patience
 
 import (
@@ -11,27 +11,27 @@ import (
 	"time"
 )
 
-// Limits say how long bodies and answers may take.
+// Limits are the time limits for bodies and responses.
 type Limits struct {
-	// Whole is for all of a body, from its first byte to its last.
+	// Whole is the time for a whole body, by default.
 	Whole time.Duration
-	// Grace, Rate and Longest are for streams: a body may keep its reader waiting
-	// for Grace in all, and for a second more for every Rate bytes of it, but
-	// never for more than Longest. Whatever a stream fills is free after that.
+	// Grace, Rate and Longest are for streams. The reader may wait for Grace in all, and
+	// one second more for every Rate bytes, but never longer than Longest, so that what a
+	// stream occupies becomes free again.
 	Grace   time.Duration
 	Rate    int64
 	Longest time.Duration
-	// Idle is for bodies that rest in between, such as a terminal's input: it is
-	// how long nothing may come.
+	// Idle is for bodies with pauses, such as a terminal's input: the time without a byte.
 	Idle time.Duration
-	// Unread is how long a client may leave a piece of an answer unread.
+	// Unread is how long a client may leave a piece of a response unread.
 	Unread time.Duration
 }
 
 // Default are the limits of every listener.
 var Default = Limits{Whole: time.Minute, Grace: 30 * time.Second, Rate: 16 << 10, Longest: 6 * time.Hour, Idle: time.Hour, Unread: 10 * time.Minute}
 
-// resolution is how exact a deadline is: setting it costs HTTP/2 a message.
+// resolution is the precision of deadlines, as a fraction of the limit. Each new deadline
+// costs HTTP/2 a message.
 const resolution = 8
 
 type mode int
@@ -45,8 +45,8 @@ const (
 
 type bodyKey struct{}
 
-// Handler returns next with a deadline for every body. A read after it fails
-// with [os.ErrDeadlineExceeded], and the connection ends with the response.
+// Handler returns next with a deadline for every body. A read after the deadline fails
+// with [os.ErrDeadlineExceeded], and the server closes the connection after the response.
 func Handler(next http.Handler, l Limits) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Body == nil || r.Body == http.NoBody {
@@ -61,14 +61,14 @@ func Handler(next http.Handler, l Limits) http.Handler {
 	})
 }
 
-// Stream lets a request's body take as long as it needs at the least rate.
+// Stream allows a request's body the time that its length takes at the minimum rate.
 func Stream(r *http.Request) { change(r, stream) }
 
-// Idle lets a request's body rest for as long as [Limits] say each time.
+// Idle allows pauses of [Limits.Idle] in a request's body.
 func Idle(r *http.Request) { change(r, idle) }
 
-// Trust lets a request's body take as long as it likes: who sends it is known to
-// be one of us.
+// Trust removes the deadline of a request's body. Use it for requests from other programs
+// of Wrenn.
 func Trust(r *http.Request) { change(r, trusted) }
 
 func change(r *http.Request, to mode) {
@@ -84,7 +84,7 @@ func change(r *http.Request, to mode) {
 	}
 }
 
-// body is a request's, with a deadline for each read.
+// body is a request's body with a deadline for each read.
 type body struct {
 	io.ReadCloser
 	limits  Limits
@@ -106,7 +106,7 @@ func (b *body) Read(p []byte) (int, error) {
 		b.set(now.Add(left), left/resolution)
 	case idle:
 		b.set(now.Add(b.limits.Idle), b.limits.Idle/resolution)
-	case whole, trusted: // What is read does not move their deadline.
+	case whole, trusted: // reading does not move their deadline
 	}
 	b.mu.Unlock()
 	begun := time.Now()
@@ -117,19 +117,19 @@ func (b *body) Read(p []byte) (int, error) {
 	b.waited += time.Since(begun)
 	if err == io.EOF && !b.ended {
 		b.ended = true
-		// The server goes on reading, to notice that the client leaves.
+		// The server keeps reading, to notice when the client leaves.
 		b.set(time.Time{}, 0)
 	}
 	return n, err
 }
 
-// set moves the deadline, unless the one that is set is near enough. b.mu is
-// held, or nobody else has b.
+// set moves the deadline, unless the present one is within near of it. The caller holds
+// b.mu, or nobody else has b.
 func (b *body) set(to time.Time, near time.Duration) {
 	if !to.IsZero() && !b.until.IsZero() && to.Sub(b.until).Abs() < near {
 		return
 	}
 	b.until = to
-	// Without it, as of a test's recorder, nothing waits for a network.
+	// A writer without deadlines, such as a test's recorder, never blocks.
 	_ = b.control.SetReadDeadline(to)
 }

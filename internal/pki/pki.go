@@ -1,11 +1,11 @@
-// Package pki is the certificates by which the control plane and hosts' agents
-// know each other: an authority of the installation's own, leaves for hosts,
-// and the control plane's own client certificate. All keys are ECDSA P-256,
-// all connections TLS 1.3.
+// Package pki manages the certificates with which the control plane and hosts' agents
+// authenticate each other: an authority for the installation, leaves for hosts, and the
+// control plane's client certificate. All keys are ECDSA P-256, and all connections are
+// TLS 1.3.
 //
-// A leaf says what it is for twice: by its extended key usage (a host's serves,
-// the control plane's calls), and by its one URI name, wrenn://host/{uuid} or
-// wrenn://server. A host's leaf therefore opens no other host.
+// Two fields of a leaf say what it is for: its extended key usage (server for a host,
+// client for the control plane), and its only URI name, wrenn://host/{uuid} or
+// wrenn://server. So a host cannot use its leaf to call another host.
 package pki
 
 import (
@@ -32,7 +32,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 )
 
-// How long certificates hold.
+// How long certificates are valid.
 const (
 	AuthorityLasts = 10 * 365 * 24 * time.Hour
 	HostLasts      = 7 * 24 * time.Hour
@@ -41,7 +41,7 @@ const (
 	ServerSwaps = 12 * time.Hour
 )
 
-// skew is how far the clocks of two machines may be apart.
+// skew is the largest difference between the clocks of two machines.
 const skew = 5 * time.Minute
 
 const (
@@ -57,11 +57,11 @@ type Authority struct {
 	pool *x509.CertPool
 }
 
-// NewAuthority makes an authority.
+// NewAuthority creates an authority.
 func NewAuthority() (*Authority, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return nil, fmt.Errorf("make key of authority: %w", err)
+		return nil, fmt.Errorf("create authority's key: %w", err)
 	}
 	now := time.Now()
 	template := &x509.Certificate{
@@ -90,15 +90,15 @@ func newAuthority(cert *x509.Certificate, key crypto.Signer) *Authority {
 	return a
 }
 
-// LoadAuthority reads an authority's certificate and private key, both PEM.
-// It refuses a key that others than its owner may read.
+// LoadAuthority reads an authority's certificate and private key (PEM). It refuses a key
+// that anybody except its owner may read.
 func LoadAuthority(certFile, keyFile string) (*Authority, error) {
 	info, err := os.Stat(keyFile)
 	if err != nil {
 		return nil, fmt.Errorf("read key of authority: %w", err)
 	}
 	if mode := info.Mode().Perm(); mode&0o077 != 0 {
-		return nil, fmt.Errorf("read key of authority: %s has mode %#o; others than its owner must not read it (chmod 600)", keyFile, mode)
+		return nil, fmt.Errorf("read key of authority: %s has mode %#o; only its owner may read it (chmod 600)", keyFile, mode)
 	}
 	keyPEM, err := os.ReadFile(keyFile)
 	if err != nil {
@@ -117,20 +117,20 @@ func LoadAuthority(certFile, keyFile string) (*Authority, error) {
 		return nil, fmt.Errorf("read certificate of authority: %w", err)
 	}
 	if public, ok := cert.PublicKey.(*ecdsa.PublicKey); !ok || !public.Equal(key.Public()) {
-		return nil, errors.New("read authority: the certificate is not the key's")
+		return nil, errors.New("read authority: certificate and key do not match")
 	}
 	now := time.Now()
 	switch {
 	case !cert.IsCA || cert.KeyUsage&x509.KeyUsageCertSign == 0:
-		return nil, errors.New("read certificate of authority: it may not sign others")
+		return nil, errors.New("read certificate of authority: it may not sign certificates")
 	case now.Before(cert.NotBefore) || now.After(cert.NotAfter):
-		return nil, fmt.Errorf("read certificate of authority: it holds from %v to %v", cert.NotBefore, cert.NotAfter)
+		return nil, fmt.Errorf("read certificate of authority: it is only valid from %v to %v", cert.NotBefore, cert.NotAfter)
 	}
 	return newAuthority(cert, key), nil
 }
 
-// Save writes an authority's certificate and private key, PEM, to two new
-// files of mode 0600. It overwrites nothing.
+// Save writes an authority's certificate and private key (PEM) to two new files with
+// mode 0600. It overwrites nothing.
 func (a *Authority) Save(certFile, keyFile string) error {
 	key, err := EncodeKey(a.key)
 	if err != nil {
@@ -149,21 +149,21 @@ func (a *Authority) Save(certFile, keyFile string) error {
 func create(path string, content []byte) error {
 	err := atomicfile.Create(path, content, 0o600)
 	if errors.Is(err, fs.ErrExist) {
-		return fmt.Errorf("%s exists already", path)
+		return fmt.Errorf("%s already exists", path)
 	}
 	return err
 }
 
-// PEM is the authority's certificate, without its key.
+// PEM returns the authority's certificate, without its key.
 func (a *Authority) PEM() []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: blockCert, Bytes: a.cert.Raw})
 }
 
-// Pool has the authority alone.
+// Pool returns a pool with only this authority.
 func (a *Authority) Pool() *x509.CertPool { return a.pool }
 
-// sign makes a leaf for a public key, valid from now on for as long as said,
-// but never longer than the authority itself.
+// sign signs a leaf for a public key. It is valid from now on for the given time, but
+// not longer than the authority.
 func (a *Authority) sign(leaf *x509.Certificate, public any, lasts time.Duration) (*x509.Certificate, error) {
 	var err error
 	if leaf.SerialNumber, err = serial(); err != nil {
@@ -182,14 +182,13 @@ func (a *Authority) sign(leaf *x509.Certificate, public any, lasts time.Duration
 	return x509.ParseCertificate(der)
 }
 
-// SignHost signs a host's certificate signing request (PEM). The names that it
-// asks for must be the address at which the control plane will call the host,
-// an IP address or a DNS name, and nothing else. It returns the leaf as PEM,
-// and parsed.
+// SignHost signs a host's certificate signing request (PEM). The request must name
+// exactly the address, an IP address or a DNS name, at which the control plane will call
+// the host. SignHost returns the leaf as PEM and parsed.
 func (a *Authority) SignHost(csrPEM []byte, host uuid.UUID, address string) ([]byte, *x509.Certificate, error) {
 	block, rest := pem.Decode(csrPEM)
 	if block == nil || block.Type != blockCSR || len(strings.TrimSpace(string(rest))) > 0 {
-		return nil, nil, errors.New("read signing request: not one PEM block of that kind")
+		return nil, nil, errors.New("read signing request: want exactly one PEM block with a certificate request")
 	}
 	csr, err := x509.ParseCertificateRequest(block.Bytes)
 	if err != nil {
@@ -204,7 +203,7 @@ func (a *Authority) SignHost(csrPEM []byte, host uuid.UUID, address string) ([]b
 	}
 	ips, names := split(address)
 	if !slices.EqualFunc(csr.IPAddresses, ips, net.IP.Equal) || !slices.Equal(csr.DNSNames, names) || len(csr.EmailAddresses) > 0 || len(csr.URIs) > 0 {
-		return nil, nil, fmt.Errorf("check signing request: its names must be the host's address %s and no other", address)
+		return nil, nil, fmt.Errorf("check signing request: it must name the host's address %s and nothing else", address)
 	}
 	cert, err := a.sign(&x509.Certificate{
 		Subject:     pkix.Name{CommonName: "Wrenn host " + host.String()},
@@ -225,18 +224,18 @@ func HostName(host uuid.UUID) *url.URL {
 // serverName is the URI name in the control plane's leaf.
 func serverName() *url.URL { return &url.URL{Scheme: "wrenn", Host: "server"} }
 
-// NewRequest makes a signing request (PEM) for a key and the address at which
-// the control plane will call the host.
+// NewRequest creates a certificate signing request (PEM) for a key and the address at
+// which the control plane will call the host.
 func NewRequest(key crypto.Signer, address string) ([]byte, error) {
 	ips, names := split(address)
 	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{IPAddresses: ips, DNSNames: names}, key)
 	if err != nil {
-		return nil, fmt.Errorf("make signing request: %w", err)
+		return nil, fmt.Errorf("create signing request: %w", err)
 	}
 	return pem.EncodeToMemory(&pem.Block{Type: blockCSR, Bytes: der}), nil
 }
 
-// split says whether an address is an IP address or a name.
+// split returns an address as an IP address or as a DNS name.
 func split(address string) ([]net.IP, []string) {
 	if ip := net.ParseIP(address); ip != nil {
 		return []net.IP{ip}, nil
@@ -244,11 +243,11 @@ func split(address string) ([]net.IP, []string) {
 	return nil, []string{address}
 }
 
-// NewKey makes a private key.
+// NewKey creates a private key.
 func NewKey() (crypto.Signer, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return nil, fmt.Errorf("make private key: %w", err)
+		return nil, fmt.Errorf("create private key: %w", err)
 	}
 	return key, nil
 }
@@ -265,7 +264,7 @@ func EncodeKey(key crypto.Signer) ([]byte, error) {
 func parseKey(text []byte) (crypto.Signer, error) {
 	block, _ := pem.Decode(text)
 	if block == nil || block.Type != blockKey {
-		// Not with what was read: it may be a key of another form.
+		// The error must not quote the text, which may be a key in another form.
 		return nil, errors.New("not a PEM file with a PRIVATE KEY (PKCS #8)")
 	}
 	key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
@@ -279,23 +278,23 @@ func parseKey(text []byte) (crypto.Signer, error) {
 	return ec, nil
 }
 
-// ParseCertificate reads a file with one certificate (PEM).
+// ParseCertificate parses text with exactly one certificate (PEM).
 func ParseCertificate(text []byte) (*x509.Certificate, error) {
 	block, rest := pem.Decode(text)
 	if block == nil || block.Type != blockCert || len(strings.TrimSpace(string(rest))) > 0 {
-		return nil, errors.New("not one PEM certificate")
+		return nil, errors.New("want exactly one PEM certificate")
 	}
 	return x509.ParseCertificate(block.Bytes)
 }
 
-// Serial is a certificate's serial number in hexadecimal.
+// Serial returns a certificate's serial number in hexadecimal.
 func Serial(cert *x509.Certificate) string { return cert.SerialNumber.Text(16) }
 
-// serial makes a serial number: 127 random bits, as RFC 5280 bounds it.
+// serial returns a random serial number of 127 bits, within the limit of RFC 5280.
 func serial() (*big.Int, error) {
 	n, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127))
 	if err != nil {
-		return nil, fmt.Errorf("make serial number: %w", err)
+		return nil, fmt.Errorf("create serial number: %w", err)
 	}
 	return n.Add(n, big.NewInt(1)), nil
 }

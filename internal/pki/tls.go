@@ -15,21 +15,20 @@ import (
 	"github.com/google/uuid"
 )
 
-// Caller is the control plane's side: a client certificate that is in memory
-// alone, and what it asks of the hosts that it calls.
+// Caller is the control plane's side: its client certificate, which is only in memory,
+// and its checks of the hosts that it calls.
 type Caller struct {
 	authority *Authority
 	current   atomic.Pointer[tls.Certificate]
 }
 
-// NewCaller makes a caller with a fresh certificate. Run must run for it to
-// be replaced in time.
+// NewCaller returns a caller with a new certificate. Call Run, which replaces it in time.
 func NewCaller(a *Authority) (*Caller, error) {
 	c := &Caller{authority: a}
 	return c, c.swap()
 }
 
-// swap replaces the certificate and its key. Connections that there are keep theirs.
+// swap replaces the certificate and its key. Existing connections keep theirs.
 func (c *Caller) swap() error {
 	key, err := NewKey()
 	if err != nil {
@@ -40,7 +39,7 @@ func (c *Caller) swap() error {
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	}, key.Public(), ServerLasts)
 	if err != nil {
-		return fmt.Errorf("make the server's certificate: %w", err)
+		return fmt.Errorf("create the server's certificate: %w", err)
 	}
 	c.current.Store(&tls.Certificate{Certificate: [][]byte{leaf.Raw}, PrivateKey: key, Leaf: leaf})
 	return nil
@@ -62,10 +61,9 @@ func (c *Caller) Run(ctx context.Context, log *slog.Logger) {
 	}
 }
 
-// TLS is how the host with the id, at an IP address or a DNS name, is called.
-// Its leaf must be the authority's, hold now, name that address and that
-// host, and trusted must not object to it: that is where a host that was
-// revoked is refused.
+// TLS returns the configuration for calls of a host at an IP address or a DNS name. The
+// host's leaf must be signed by the authority, be valid now, and name that address and
+// that host. trusted can refuse it, for example if the host was revoked.
 func (c *Caller) TLS(host uuid.UUID, address string, trusted func(*x509.Certificate) error) *tls.Config {
 	want := HostName(host).String()
 	return &tls.Config{
@@ -73,21 +71,20 @@ func (c *Caller) TLS(host uuid.UUID, address string, trusted func(*x509.Certific
 		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return c.current.Load(), nil },
 		VerifyConnection: func(s tls.ConnectionState) error {
 			if len(s.PeerCertificates) == 0 || !named(s.PeerCertificates[0], want) {
-				return errors.New("the certificate is another host's")
+				return errors.New("the certificate belongs to another host")
 			}
 			return trusted(s.PeerCertificates[0])
 		},
 	}
 }
 
-// Listener is a host's side: its leaf, which is replaced while it is served,
-// and what it asks of those who call.
+// Listener is a host's side: its leaf, which can be replaced while the host serves, and
+// its checks of callers.
 type Listener struct {
 	current atomic.Pointer[tls.Config]
 }
 
-// Set replaces the leaf and its private key and the authority, all PEM, for
-// the connections that come from now on.
+// Set replaces the leaf, its private key and the authority (all PEM) for new connections.
 func (l *Listener) Set(leafPEM, keyPEM, authorityPEM []byte) error {
 	pair, err := tls.X509KeyPair(leafPEM, keyPEM)
 	if err != nil {
@@ -100,13 +97,13 @@ func (l *Listener) Set(leafPEM, keyPEM, authorityPEM []byte) error {
 	pool := x509.NewCertPool()
 	pool.AddCert(authority)
 	if _, err := pair.Leaf.Verify(x509.VerifyOptions{Roots: pool, CurrentTime: pair.Leaf.NotAfter}); err != nil {
-		return fmt.Errorf("the host's certificate is not the authority's: %w", err)
+		return fmt.Errorf("the authority did not sign the host's certificate: %w", err)
 	}
 	l.current.Store(&tls.Config{
 		MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{pair},
 		ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: pool,
 		NextProtos: []string{"h2", "http/1.1"},
-		// A ticket would let a caller back in without showing its certificate again.
+		// With a ticket, a caller could return without showing its certificate again.
 		SessionTicketsDisabled: true,
 		VerifyConnection: func(s tls.ConnectionState) error {
 			if len(s.PeerCertificates) == 0 || !named(s.PeerCertificates[0], serverName().String()) {
@@ -118,7 +115,7 @@ func (l *Listener) Set(leafPEM, keyPEM, authorityPEM []byte) error {
 	return nil
 }
 
-// NotAfter is when the leaf ends; zero: there is none.
+// NotAfter returns when the leaf expires, or the zero time if there is none.
 func (l *Listener) NotAfter() time.Time {
 	c := l.current.Load()
 	if c == nil {
@@ -127,7 +124,8 @@ func (l *Listener) NotAfter() time.Time {
 	return c.Certificates[0].Leaf.NotAfter
 }
 
-// TLS is how callers are served: always with the leaf that was set last.
+// TLS returns the configuration for the host's server. It always uses the leaf that was
+// set last.
 func (l *Listener) TLS() *tls.Config {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS13, NextProtos: []string{"h2", "http/1.1"},
@@ -140,7 +138,7 @@ func (l *Listener) TLS() *tls.Config {
 	}
 }
 
-// named says whether a leaf's one URI name is the one given.
+// named reports whether want is the only URI name of a leaf.
 func named(cert *x509.Certificate, want string) bool {
 	return len(cert.URIs) == 1 && cert.URIs[0].String() == want
 }

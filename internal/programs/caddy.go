@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// The oldest Caddy that can be the front door. Older ones end a response that
-// broke off as if it were complete, and break streams in both directions.
+// The oldest Caddy that can be the front door. Older ones end a truncated response as if
+// it were complete, and break bidirectional streams.
 const (
 	minCaddyMajor = 2
 	minCaddyMinor = 11
@@ -22,9 +22,9 @@ const (
 // caddyModules are Wrenn's own, which deploy/Caddyfile uses.
 var caddyModules = []string{"caddy.listeners.bounded", "caddy.listeners.linger", "caddy.listeners.ports", "http.handlers.control_plane", "http.handlers.full_duplex"}
 
-// FindCaddy returns the Caddy to use: the one beside this program, else the one
-// on PATH. It fails if that one is too old or lacks Wrenn's modules, as every
-// package's does, so Caddy is not in the table.
+// FindCaddy returns the Caddy beside this program, or else the one on PATH. It fails if
+// that one is too old or lacks Wrenn's modules. Caddy is not in the table, because the
+// distribution's package has no such modules.
 func FindCaddy(ctx context.Context) (Program, error) {
 	var path string
 	if self, err := os.Executable(); err == nil {
@@ -38,7 +38,8 @@ func FindCaddy(ctx context.Context) (Program, error) {
 	return Program{File: path}, checkCaddy(ctx, path)
 }
 
-// checkCaddy fails unless path is a Caddy that is new enough and has the module.
+// checkCaddy returns an error unless path is a Caddy that is new enough and has Wrenn's
+// modules.
 func checkCaddy(ctx context.Context, path string) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
@@ -63,7 +64,7 @@ func checkCaddy(ctx context.Context, path string) error {
 	has := strings.Fields(string(out))
 	for _, module := range caddyModules {
 		if !slices.Contains(has, module) {
-			return fmt.Errorf("%s lacks the module %s, which Wrenn's Caddyfile uses: take bin/caddy, which `make build` builds", path, module)
+			return fmt.Errorf("%s lacks the module %s, which Wrenn's Caddyfile uses: use bin/caddy, which `make build` builds", path, module)
 		}
 	}
 	return nil

@@ -1,7 +1,6 @@
-// Package programs is the table of the distribution's programs that Wrenn
-// runs, and the only package that makes commands of them. A program that is
-// not in the table cannot be run, so doctor, the Makefile and the README know
-// of every package that a machine needs.
+// Package programs has the table of the distribution's programs that Wrenn runs, and is
+// the only package that starts them. Because Wrenn can only run what is in the table,
+// `wrenn doctor`, the Makefile and the README list every package that a machine needs.
 package programs
 
 import (
@@ -17,14 +16,13 @@ import (
 
 // Program is one of the distribution's programs.
 type Program struct {
-	// File is the program's name, to be found in $PATH, or its absolute path,
-	// which can have the pattern * for a version.
+	// File is a name in $PATH, or an absolute path, in which * can stand for a version.
 	File string
 	// Package is the Debian package that has it.
 	Package string
-	// Base says that every Debian has the package.
+	// Base means that every Debian has the package.
 	Base bool
-	// UpOnly says that `wrenn up` alone runs the program, and a host agent does not.
+	// UpOnly means that only `wrenn up` runs the program, and a host agent does not.
 	UpOnly bool
 }
 
@@ -41,8 +39,7 @@ var (
 	Mke2fs     = add(Program{File: "mke2fs", Package: "e2fsprogs"})
 	Debugfs    = add(Program{File: "debugfs", Package: "e2fsprogs"})
 
-	// Wrenn does not run this one. Its package has the authorities that HTTPS
-	// servers are trusted by.
+	// Wrenn does not run this one, but needs the certificates in its package for HTTPS.
 	_ = add(Program{File: "update-ca-certificates", Package: "ca-certificates"})
 
 	// These run in a jail, which has no $PATH.
@@ -55,8 +52,8 @@ var (
 	Redis    = add(Program{File: "redis-server", Package: "redis-server", UpOnly: true})
 )
 
-// Iptables is not in the table: an agent runs it only to change the rules of
-// Docker, which has installed it.
+// Iptables is not in the table, because an agent only runs it to change Docker's rules,
+// and Docker depends on it.
 var Iptables = Program{File: "iptables"}
 
 var table []Program
@@ -69,8 +66,8 @@ func add(p Program) Program {
 // All returns the table.
 func All() []Program { return slices.Clone(table) }
 
-// Find returns the program's path, with the newest version where there are
-// several. An error says which package to install.
+// Find returns the program's path, the newest version if there are several. The error
+// says which package to install.
 func (p Program) Find() (string, error) {
 	path, err := p.find()
 	if err != nil && p.Package != "" {
@@ -98,8 +95,8 @@ func (p Program) find() (string, error) {
 	return slices.MaxFunc(found, func(a, b string) int { return version(a) - version(b) }), nil
 }
 
-// Command returns a command that runs the program. Starting it fails if the
-// program is not there.
+// Command returns a command that runs the program. If the program does not exist,
+// starting the command fails.
 func (p Program) Command(args ...string) *exec.Cmd {
 	return p.CommandContext(context.Background(), args...)
 }

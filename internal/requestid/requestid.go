@@ -1,5 +1,5 @@
-// Package requestid carries the id of a client's request to each program that works
-// on it, so that their logs can be joined.
+// Package requestid passes the id of a client's request to each program that works on it,
+// so that their logs can be correlated.
 package requestid
 
 import (
@@ -9,17 +9,17 @@ import (
 	"net/http"
 )
 
-// Header names the field for the id in clients' requests and in the answers to them.
+// Header is the header field for the id in clients' requests and in responses to them.
 const Header = "X-Request-Id"
 
-// outside begins the id of a request that did not get it from this server, so
-// that nobody's can pass for another's in the log and in audit records.
+// outside is the prefix of ids that clients chose, so that a client cannot imitate
+// another request's id in the log and in audit records.
 const outside = "ext-"
 
-// maxLength bounds an id that a client gives, in bytes, without [outside].
+// maxLength bounds an id that a client chose, in bytes, without [outside].
 const maxLength = 64
 
-// take returns the id that a client gave its request, marked as such, or a new one.
+// take returns the id that the client chose, with the prefix outside, or a new one.
 func take(r *http.Request) string {
 	if given := r.Header.Get(Header); valid(given, maxLength) {
 		return outside + given
@@ -39,16 +39,16 @@ func valid(id string, most int) bool {
 
 type key struct{}
 
-// With returns a copy of ctx that belongs to the request with the given id.
+// With returns a copy of ctx with the id of a request.
 func With(ctx context.Context, id string) context.Context { return context.WithValue(ctx, key{}, id) }
 
-// From returns the id of the request that ctx belongs to, or "".
+// From returns the id in ctx, or "".
 func From(ctx context.Context) string {
 	id, _ := ctx.Value(key{}).(string)
 	return id
 }
 
-// Handler gives each client's request an id, which next finds in its context.
+// Handler gives each client's request an id and puts it into the context for next.
 func Handler(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		next.ServeHTTP(w, r.WithContext(With(r.Context(), take(r))))
@@ -62,8 +62,8 @@ func Pass(ctx context.Context, h http.Header, name string) {
 	}
 }
 
-// Received returns a context with the id that another program of Wrenn passed on in
-// the field name of h, and removes the field.
+// Received returns a context with the id that another program of Wrenn passed in the
+// field name of h, and removes the field.
 func Received(ctx context.Context, h http.Header, name string) context.Context {
 	id := h.Get(name)
 	h.Del(name)

@@ -1,6 +1,6 @@
-// Package room measures the free space of a file system, and reserves it for writes
-// that are under way, so that writers who begin at once do not all count on the same
-// space. Reservations are only in memory: they end with the process, as the writes do.
+// Package room measures the free space of a file system and reserves it for writes, so
+// that concurrent writers do not all count on the same space. Reservations are only in
+// memory: they end with the process, like the writes.
 package room
 
 import (
@@ -12,10 +12,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// FullError is the error of a write for which there is no room.
+// FullError means that there is no room for a write.
 type FullError struct {
-	// FreeMiB is what is free and not held by others, NeedMiB what was asked for,
-	// ReserveMiB what must stay free.
+	// FreeMiB is free and not reserved by others, NeedMiB was requested, and ReserveMiB must
+	// stay free.
 	FreeMiB, NeedMiB, ReserveMiB int64
 }
 
@@ -23,8 +23,8 @@ func (e *FullError) Error() string {
 	return fmt.Sprintf("%d MiB of disk are free, %d MiB are needed, %d MiB are kept in reserve", e.FreeMiB, e.NeedMiB, e.ReserveMiB)
 }
 
-// Room reserves space on one file system. A nil Room has no bounds. It may be used
-// concurrently.
+// Room reserves space on one file system. A nil Room has no limit. It is safe for
+// concurrent use.
 type Room struct {
 	reserve int64
 	free    func() (int64, error)
@@ -33,8 +33,8 @@ type Room struct {
 	held int64
 }
 
-// New returns a Room that keeps reserve bytes of a file system free. free measures
-// how many bytes are free, for example the function that [Of] returns.
+// New returns a Room that keeps reserve bytes of a file system free. free measures the
+// free bytes, for example the function that [Of] returns.
 func New(reserve int64, free func() (int64, error)) *Room { return &Room{reserve: reserve, free: free} }
 
 // Of returns a function that measures the free bytes of the file system of dir.
@@ -48,9 +48,9 @@ func Of(dir string) func() (int64, error) {
 	}
 }
 
-// Hold reserves bytes for a write until release is called, or fails with a
-// [FullError]. Until then, bytes already written count twice, so the caller should
-// hold only what it writes soon.
+// Hold reserves bytes for a write until release is called, or fails with a [FullError].
+// Bytes that are already written count twice until then, so reserve only what is written
+// soon.
 func (r *Room) Hold(bytes int64) (release func(), err error) {
 	if r == nil {
 		return func() {}, nil
@@ -67,7 +67,7 @@ func (r *Room) Hold(bytes int64) (release func(), err error) {
 	return r.take(bytes), nil
 }
 
-// Take is [Room.Hold] for a write that may use the reserve. It never fails.
+// Take is like [Room.Hold], for a write that may use the reserve. It never fails.
 func (r *Room) Take(bytes int64) (release func()) {
 	if r == nil {
 		return func() {}
@@ -86,7 +86,7 @@ func (r *Room) take(bytes int64) (release func()) {
 	})
 }
 
-// During calls write while it holds room for bytes.
+// During reserves bytes while it calls write.
 func (r *Room) During(bytes int64, write func() error) error {
 	release, err := r.Hold(bytes)
 	if err != nil {
@@ -96,7 +96,7 @@ func (r *Room) During(bytes int64, write func() error) error {
 	return write()
 }
 
-// Writer returns a writer to w that fails with a [FullError] once there is no room.
+// Writer returns a writer to w that fails with a [FullError] when there is no room.
 func (r *Room) Writer(w io.Writer) io.Writer { return &writer{r, w} }
 
 type writer struct {

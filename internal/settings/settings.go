@@ -23,7 +23,7 @@ import (
 type Setting struct {
 	// Name is the environment variable.
 	Name string
-	// Kind tells people what a value looks like, such as "duration".
+	// Kind says what a value looks like, such as "duration".
 	Kind     string
 	Default  string
 	Required bool
@@ -42,7 +42,7 @@ type Program struct {
 	Settings []Setting
 }
 
-// Of returns the settings that a configuration, a struct or a pointer to one, declares.
+// Of returns the settings that the tags of config, a struct or a pointer to one, declare.
 func Of(config any) []Setting {
 	t := reflect.TypeOf(config)
 	if t.Kind() == reflect.Pointer {
@@ -59,7 +59,7 @@ func Of(config any) []Setting {
 	return all
 }
 
-// fields yields the fields of t, and of the structs in it, that are settings.
+// fields yields the fields of t, and of nested structs, that are settings.
 func fields(t reflect.Type) iter.Seq[reflect.StructField] {
 	return func(yield func(reflect.StructField) bool) {
 		for _, f := range reflect.VisibleFields(t) {
@@ -95,8 +95,8 @@ func kind(t reflect.Type) string {
 	return "text"
 }
 
-// Default gives the fields of config, a pointer to a struct, that are zero the
-// default in their tags.
+// Default sets the zero fields of config, a pointer to a struct, to the defaults in
+// their tags.
 func Default(config any) {
 	if err := env.ParseWithOptions(config, env.Options{Environment: map[string]string{}, SetDefaultsForZeroValuesOnly: true}); err != nil {
 		panic(fmt.Sprintf("defaults of %T: %v", config, err)) // a tag is wrong
@@ -154,7 +154,7 @@ func (p Program) Read(environ []string) (Values, []string, error) {
 	return values, warnings, nil
 }
 
-// scalar returns a value as the environment would have it.
+// scalar returns a YAML value in the form that the environment would have.
 func scalar(node yaml.Node) (string, error) {
 	switch node.Kind {
 	case yaml.ScalarNode:
@@ -176,8 +176,8 @@ func scalar(node yaml.Node) (string, error) {
 	return "", errors.New("want a value or a list of values")
 }
 
-// Parse sets the fields of config, a pointer to a struct. A setting without a value
-// has the default of its tag.
+// Parse sets the fields of config, a pointer to a struct. Settings that are not in v get
+// the defaults of their tags.
 func (v Values) Parse(config any) error {
 	if err := env.ParseWithOptions(config, env.Options{Environment: v}); err != nil {
 		return fmt.Errorf("read settings: %w", err)
@@ -205,8 +205,8 @@ func Unknown(environ []string, programs ...Program) []string {
 	return warnings
 }
 
-// unknown returns a warning that word, which the warning calls shown, is not a setting.
-// It suggests the closest key of known.
+// unknown returns a warning that shown is not a setting. It suggests the key of known
+// that is closest to word.
 func unknown(shown, word string, known map[string]string) string {
 	closest, least := "", max(2, len(word)/4)+1
 	for k := range known {

@@ -1,5 +1,5 @@
-// Package text says which strings count as text in Wrenn, and makes text of
-// what others wrote.
+// Package text defines which strings are valid text in Wrenn, and makes untrusted strings
+// valid.
 package text
 
 import (
@@ -7,12 +7,11 @@ import (
 	"unicode/utf8"
 )
 
-// Valid says whether s is UTF-8 without NUL: what PostgreSQL stores and system
-// calls take.
+// Valid reports whether s is UTF-8 without NUL, which PostgreSQL and system calls require.
 func Valid(s string) bool { return utf8.ValidString(s) && !strings.Contains(s, "\x00") }
 
-// Clean returns s as valid text of at most most bytes. It cuts s between
-// characters, and puts U+FFFD in the place of what is no text.
+// Clean returns s as valid text of at most most bytes. It truncates s between characters,
+// and replaces invalid bytes with U+FFFD.
 func Clean(s string, most int) string {
 	if !Valid(s) {
 		s = strings.ReplaceAll(strings.ToValidUTF8(s, "\uFFFD"), "\x00", "\uFFFD")

@@ -15,7 +15,7 @@ import (
 	tracepb "go.opentelemetry.io/proto/otlp/trace/v1"
 )
 
-// collector is a client of OTLP that logs the first failure, and that it works again.
+// collector is an OTLP client that logs the first failure, and the recovery.
 type collector struct {
 	otlptrace.Client
 	log     *slog.Logger
@@ -25,14 +25,14 @@ type collector struct {
 const (
 	// sendWithin bounds one attempt to send.
 	sendWithin = 10 * time.Second
-	// maxAnswer bounds the collector's answer, in bytes. A refusal is logged.
+	// maxAnswer bounds the collector's response, in bytes, because a refusal is logged.
 	maxAnswer = 4 << 10
 )
 
 func newCollector(endpoint string, headers map[string]string, log *slog.Logger) (*collector, error) {
 	u, err := url.Parse(endpoint)
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
-		return nil, errors.New("OTEL_EXPORTER_OTLP_ENDPOINT: want http://host:port or https://host:port") // It may have a password.
+		return nil, errors.New("OTEL_EXPORTER_OTLP_ENDPOINT: want http://host:port or https://host:port") // without the URL, which may have a password
 	}
 	if u.User != nil {
 		return nil, errors.New("OTEL_EXPORTER_OTLP_ENDPOINT: credentials belong in OTEL_EXPORTER_OTLP_HEADERS")
@@ -51,9 +51,9 @@ func (c *collector) UploadTraces(ctx context.Context, spans []*tracepb.ResourceS
 	err := c.Client.UploadTraces(ctx, spans)
 	switch was := c.failing.Swap(err != nil); {
 	case err != nil && !was:
-		c.log.Warn("traces are lost: the collector does not take them", "error", err)
+		c.log.Warn("traces are lost: the collector does not accept them", "error", err)
 	case err == nil && was:
-		c.log.Info("the collector takes traces again")
+		c.log.Info("the collector accepts traces again")
 	}
 	return err
 }

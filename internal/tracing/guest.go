@@ -13,9 +13,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
-// GuestTransport is an [http.RoundTripper] that records calls of a guest's daemon until
-// the guest begins to answer. The guest has no tracer: it is asked how long it took, and
-// believed as far as the call lasted.
+// GuestTransport is an [http.RoundTripper] that records calls of the guest daemon until
+// the daemon begins to respond. The guest has no tracer: the daemon reports how long it
+// took, which counts only up to the duration of the call.
 type GuestTransport struct{ Next http.RoundTripper }
 
 // RoundTrip implements [http.RoundTripper].
@@ -24,7 +24,7 @@ func (t GuestTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 		return t.Next.RoundTrip(r)
 	}
 	begun := time.Now()
-	// A path of the daemon's is from a fixed set; files' names are in the query.
+	// The daemon's paths are from a fixed set; names of files are in the query.
 	ctx, span := start(r.Context(), "guest "+r.URL.Path, trace.WithSpanKind(trace.SpanKindClient), trace.WithTimestamp(begun))
 	r = r.Clone(ctx)
 	r.Header.Set(hostwire.Timing, "1")
@@ -39,7 +39,7 @@ func (t GuestTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 		span.Fail(strconv.Itoa(resp.StatusCode))
 	}
 	if took, ok := guestTook(resp.Header); ok {
-		// The guest's clock may be anything, so only the duration is its own.
+		// The guest's clock can be wrong, so only the duration comes from the guest.
 		since := ended.Add(-took)
 		if since.UnixNano() < begun.UnixNano() { // a span has the wall clock's time
 			since = begun
@@ -51,7 +51,7 @@ func (t GuestTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// guestTook reads what a guest says that it took. A guest may say anything.
+// guestTook parses the duration that a guest reports. The guest is not trusted.
 func guestTook(h http.Header) (time.Duration, bool) {
 	text, ok := strings.CutPrefix(h.Get(hostwire.Timing), "dur=")
 	if !ok || len(text) > 32 {

@@ -1,9 +1,8 @@
 // Package tracing records OpenTelemetry spans of what server, agent and guest do for a
-// request. Where nothing is recorded, its functions allocate nothing and start nothing.
+// request. If nothing is recorded, its functions allocate nothing and start nothing.
 //
-// A trace begins where a client's request arrives, if a random number says so: nothing
-// that a client sends decides it. What such a request leads to is recorded too, also in
-// other programs; everything else is not.
+// The server samples clients' requests at random; a client cannot influence that. All
+// work for a sampled request is recorded, also in other programs, and nothing else is.
 package tracing
 
 import (
@@ -40,16 +39,16 @@ type Settings struct {
 }
 
 const (
-	// mostPerSecond bounds the traces that a program begins: clients choose how many
-	// requests they send, and the operator pays for traces.
+	// mostPerSecond bounds the traces that a program begins, because clients choose how
+	// many requests they send, and the operator pays for traces.
 	mostPerSecond = 100
 	// maxValue bounds a value of an attribute, in bytes.
 	maxValue = 256
 	library  = "github.com/wrenn-dev/wrenn"
 )
 
-// Tracer begins traces, or goes on with those of other programs. A nil Tracer does
-// neither. It is safe for concurrent use.
+// Tracer begins traces, or continues those of other programs. A nil Tracer does neither.
+// It is safe for concurrent use.
 type Tracer struct {
 	provider *sdktrace.TracerProvider
 	tracer   trace.Tracer
@@ -58,7 +57,7 @@ type Tracer struct {
 }
 
 // Open returns the tracer of a program, such as "server", or nil if no collector is
-// configured. Close it.
+// configured. The caller closes it.
 func Open(s Settings, program, version string, log *slog.Logger) (*Tracer, error) {
 	if s.Endpoint == "" {
 		return nil, nil
@@ -96,13 +95,13 @@ func Open(s Settings, program, version string, log *slog.Logger) (*Tracer, error
 	limits := sdktrace.NewSpanLimits()
 	limits.AttributeValueLengthLimit = maxValue
 	p := sdktrace.NewTracerProvider(
-		sdktrace.WithBatcher(exporter), sdktrace.WithSampler(sdktrace.AlwaysSample()), // Those that are not recorded are not begun.
+		sdktrace.WithBatcher(exporter), sdktrace.WithSampler(sdktrace.AlwaysSample()), // the sampling is done before a span starts
 		sdktrace.WithResource(resource.NewSchemaless(attributes...)), sdktrace.WithRawSpanLimits(limits),
 	)
 	return &Tracer{provider: p, tracer: p.Tracer(library), ratio: s.Ratio, limit: rate.NewLimiter(mostPerSecond, mostPerSecond)}, nil
 }
 
-// pairs reads name=value pairs with commas between them. Values are percent-encoded.
+// pairs parses name=value pairs, separated by commas. Values are percent-encoded.
 func pairs(text string) (map[string]string, error) {
 	all := map[string]string{}
 	for pair := range strings.SplitSeq(text, ",") {
@@ -111,7 +110,7 @@ func pairs(text string) (map[string]string, error) {
 		}
 		name, value, ok := strings.Cut(pair, "=")
 		if name = strings.TrimSpace(name); !ok || name == "" {
-			return nil, errors.New("want name=value, with commas between them") // The value may be a secret.
+			return nil, errors.New("want name=value, with commas between them") // without the text, which may be a secret
 		}
 		decoded, err := url.PathUnescape(strings.TrimSpace(value))
 		if err != nil {
@@ -122,7 +121,7 @@ func pairs(text string) (map[string]string, error) {
 	return all, nil
 }
 
-// Close sends what was recorded, until ctx is done, and stops.
+// Close sends the recorded spans, until ctx is done, and stops.
 func (t *Tracer) Close(ctx context.Context) error {
 	if t == nil {
 		return nil
@@ -130,10 +129,10 @@ func (t *Tracer) Close(ctx context.Context) error {
 	return t.provider.Shutdown(ctx)
 }
 
-// Handler returns a handler that begins a trace for some clients' requests. next names the
-// span. A traceparent that the client sends is noted as a link, and not obeyed: else a
-// tenant could have every request traced, or write into the traces of another. Without
-// a tracer, Handler returns next.
+// Handler returns a handler that begins a trace for some clients' requests. next names
+// the span. A client's traceparent is only recorded as a link: otherwise a tenant could
+// have every request traced, or write into another tenant's trace. Without a tracer,
+// Handler returns next.
 func (t *Tracer) Handler(next http.Handler) http.Handler {
 	if t == nil {
 		return next
@@ -156,7 +155,7 @@ func (t *Tracer) Handler(next http.Handler) http.Handler {
 	})
 }
 
-// Continue begins a span below the one that another program of Wrenn passed on (see
+// Continue begins a child of the span that another program of Wrenn passed (see
 // [Parent]), if there is one.
 func (t *Tracer) Continue(ctx context.Context, parent, name string) (context.Context, Span) {
 	if t == nil || parent == "" {
@@ -203,12 +202,12 @@ func Carry(from, to context.Context) context.Context {
 	return trace.ContextWithSpan(to, span)
 }
 
-// Start begins a span below that of ctx, if that is recorded. The caller ends it.
+// Start begins a child of the span in ctx, if that is recorded. The caller ends it.
 func Start(ctx context.Context, name string) (context.Context, Span) {
 	return start(ctx, name)
 }
 
-// Step begins a span named "operation: step" below that of ctx, if that is recorded.
+// Step begins a child named "operation: step" of the span in ctx, if that is recorded.
 func Step(ctx context.Context, operation, step string) (context.Context, Span) {
 	if !Recording(ctx) {
 		return ctx, Span{}
@@ -219,7 +218,7 @@ func Step(ctx context.Context, operation, step string) (context.Context, Span) {
 // Recording reports whether ctx belongs to a trace that is recorded.
 func Recording(ctx context.Context) bool { return trace.SpanFromContext(ctx).IsRecording() }
 
-// Of returns the span of ctx, which somebody else ends.
+// Of returns the span in ctx, which the caller must not end.
 func Of(ctx context.Context) Span {
 	if span := trace.SpanFromContext(ctx); span.IsRecording() {
 		return Span{span}
@@ -236,8 +235,8 @@ func start(ctx context.Context, name string, options ...trace.SpanStartOption) (
 	return ctx, Span{span}
 }
 
-// Span is a span that may not be recorded; then its methods do nothing. Names and values
-// must not be secrets, commands, environments, paths or contents.
+// Span is a span. If it is not recorded, its methods do nothing. Names and values must
+// not be secrets, commands, environments, paths or contents.
 type Span struct{ span trace.Span }
 
 // On reports whether the span is recorded.
@@ -264,8 +263,8 @@ func (s Span) SetInt(name string, value int) {
 	}
 }
 
-// Fail says that what the span is of failed, with a code from a fixed set. An error's
-// text stays in the log, because it may have parts of commands and paths.
+// Fail marks the span as failed, with a code from a fixed set. The text of an error only
+// goes to the log, because it may have parts of commands and paths.
 func (s Span) Fail(code string) {
 	if s.On() {
 		s.span.SetStatus(codes.Error, code)
@@ -273,8 +272,8 @@ func (s Span) Fail(code string) {
 	}
 }
 
-// Failed calls Fail with a code for err: canceled, deadline_exceeded or error. A nil err is
-// no failure.
+// Failed calls Fail with a code for err: canceled, deadline_exceeded or error. It does
+// nothing if err is nil.
 func (s Span) Failed(err error) {
 	if s.On() && err != nil {
 		code := "error"

@@ -20,27 +20,27 @@ import (
 
 const (
 	readyTimeout = 60 * time.Second
-	// agentReadyTimeout is longer because apt can take minutes to find out that no
-	// mirror answers, after which the agent starts with the images that it has.
+	// agentReadyTimeout is longer, because apt can take minutes until it gives up on
+	// mirrors that do not answer. The agent then starts with the images that it has.
 	agentReadyTimeout = 15 * time.Minute
 	stopTimeout       = 30 * time.Second
-	// farewellTimeout is for all sandboxes of the machine to be paused.
+	// farewellTimeout bounds the pause of all sandboxes when `wrenn up` stops.
 	farewellTimeout = 2 * time.Minute
-	// A program that ends by itself is started again after firstPause, after
-	// twice that when it ends again soon, and so on up to maxPause.
+	// A program that exits is restarted after firstPause. If it exits again soon, the
+	// pause doubles each time, up to maxPause.
 	firstPause = 500 * time.Millisecond
 	maxPause   = 15 * time.Second
 	soon       = 30 * time.Second
 )
 
-// program is one of those that wrenn up keeps running.
+// program is a program that `wrenn up` keeps running.
 type program struct {
 	name    string
-	command func() *exec.Cmd            // made anew for each start
-	ready   func(context.Context) error // returns when it answers
+	command func() *exec.Cmd            // returns a new command for each start
+	ready   func(context.Context) error // returns when the program answers
 	within  time.Duration               // bounds ready; 0: readyTimeout
-	quit    syscall.Signal              // asks it to end
-	// farewell, when there is one, is done before it is asked to end for good.
+	quit    syscall.Signal              // asks the program to exit
+	// farewell, if not nil, is called before the program is stopped for good.
 	farewell func(context.Context) error
 }
 
@@ -51,20 +51,20 @@ type spawner struct {
 	work chan func()
 }
 
-// importance is the nice value of the service's programs: while processors are short, each
-// gets three times as much of one as a program with the usual value.
+// importance is the nice value of the service's programs. When processors are short, each
+// gets three times as much time as a program with the default value.
 const importance = -5
 
-// newSpawner returns a spawner that works until ctx is done. It also marks all descriptors
-// of this process but the standard ones, so that no program inherits them.
+// newSpawner returns a spawner that works until ctx is done. It also marks all
+// descriptors of this process, except the standard ones, as close-on-exec.
 func newSpawner(ctx context.Context) (*spawner, error) {
 	if err := unix.CloseRange(3, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
-		return nil, fmt.Errorf("keep descriptors from other programs: %w", err)
+		return nil, fmt.Errorf("mark descriptors close-on-exec: %w", err)
 	}
 	s := &spawner{work: make(chan func())}
 	go func() {
-		runtime.LockOSThread() // for good: the thread goes when this goroutine does
-		// Programs inherit it. Without the right to, they are as important as all others.
+		runtime.LockOSThread() // never unlocked: the thread ends with this goroutine
+		// Programs inherit the priority. Without permission they keep the default.
 		_ = unix.Setpriority(unix.PRIO_PROCESS, 0, importance)
 		for {
 			select {
@@ -82,21 +82,21 @@ func (s *spawner) start(cmd *exec.Cmd) error {
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{}
 	}
-	cmd.SysProcAttr.Setpgid = true // an interrupt from the terminal is ours alone
+	cmd.SysProcAttr.Setpgid = true // Ctrl-C in the terminal must only reach this process
 	cmd.SysProcAttr.Pdeathsig = syscall.SIGTERM
 	result := make(chan error, 1)
 	s.work <- func() { result <- cmd.Start() }
 	return <-result
 }
 
-// child is a program that runs.
+// child is a running program.
 type child struct {
 	program
 	spawner *spawner
 	log     *logFile
 	say     func(format string, args ...any)
 
-	stop    chan struct{} // closed when it is to end
+	stop    chan struct{} // closed to stop it
 	stopped chan struct{} // closed when it has ended for good
 	once    sync.Once
 
@@ -124,7 +124,7 @@ func launch(ctx context.Context, s *spawner, p program, logPath string, say func
 	return c, nil
 }
 
-// start starts the process; the channel is closed when it has ended.
+// start starts the process. The channel is closed when it has ended.
 func (c *child) start() (<-chan struct{}, error) {
 	cmd := c.command()
 	cmd.Stdout, cmd.Stderr = c.log, c.log
@@ -138,7 +138,7 @@ func (c *child) start() (<-chan struct{}, error) {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		_ = cmd.Wait() // its state says how
+		_ = cmd.Wait() // ProcessState has the result
 	}()
 	return ended, nil
 }
@@ -162,11 +162,11 @@ func (c *child) await(ctx context.Context, ended <-chan struct{}) error {
 	case <-c.stop:
 		cancel()
 		<-result
-		return errors.New("it is stopped before it is ready")
+		return errors.New("it was stopped before it was ready")
 	}
 }
 
-// keep starts the program again whenever it ends, until it is to.
+// keep restarts the program whenever it exits, until close is called.
 func (c *child) keep(ctx context.Context, ended <-chan struct{}) {
 	defer close(c.stopped)
 	pauses, started := backoff.New(firstPause, maxPause), time.Now()
@@ -181,7 +181,7 @@ func (c *child) keep(ctx context.Context, ended <-chan struct{}) {
 		if time.Since(started) > soon {
 			pauses.Reset()
 		}
-		c.say("%s ended (%s), starting it again", c.name, c.cmd.ProcessState)
+		c.say("%s exited (%s), restarting it", c.name, c.cmd.ProcessState)
 		for {
 			select {
 			case <-time.After(pauses.Next()):
@@ -203,7 +203,7 @@ func (c *child) keep(ctx context.Context, ended <-chan struct{}) {
 	}
 }
 
-// part bids the program farewell.
+// part calls the program's farewell.
 func (c *child) part(ctx context.Context) {
 	if c.farewell == nil {
 		return
@@ -215,7 +215,7 @@ func (c *child) part(ctx context.Context) {
 	}
 }
 
-// end asks the process to end, and makes it.
+// end asks the process to exit, and kills it if it does not.
 func (c *child) end(ended <-chan struct{}) {
 	if ended == nil {
 		return
@@ -226,20 +226,20 @@ func (c *child) end(ended <-chan struct{}) {
 		return
 	case <-time.After(stopTimeout):
 	}
-	c.say("%s does not end: killing it", c.name)
+	c.say("%s does not exit: killing it", c.name)
 	_ = c.cmd.Process.Signal(os.Kill)
 	<-ended
 }
 
-// close ends the program for good.
+// close stops the program for good.
 func (c *child) close() {
 	c.once.Do(func() { close(c.stop) })
 	<-c.stopped
 	_ = c.log.Close()
 }
 
-// poll calls probe until it succeeds: for programs that do not tell when
-// they are ready.
+// poll calls probe until it succeeds, for programs that do not report when they are
+// ready.
 func poll(ctx context.Context, probe func(context.Context) error) error {
 	for {
 		err := probe(ctx)

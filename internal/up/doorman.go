@@ -17,27 +17,27 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
-// retryAfter is when a client should ask again while this machine starts.
+// retryAfter is the Retry-After of responses while `wrenn up` starts.
 const retryAfter = 5 * time.Second
 
-// doorman answers every request at the front door's sockets until Caddy is
-// started: the first start takes minutes, and clients would wait without a word.
+// doorman answers every request at the front door's sockets until Caddy starts. The
+// first start takes minutes, during which clients would otherwise hang.
 type doorman struct {
 	server  *http.Server
 	serving sync.WaitGroup
 	doing   atomic.Pointer[string]
-	// leave stops accepting connections. Those that it has are still answered while
-	// Caddy runs: [http.Server.Shutdown] would close them without an answer.
-	leave func() // may be called again
+	// leave stops accepting connections, and may be called again. Requests on accepted
+	// connections still get an answer; [http.Server.Shutdown] would drop them.
+	leave func()
 }
 
-// newDoorman answers at the sockets, which stay open when it leaves.
+// newDoorman returns a doorman that answers at the sockets. It does not close them.
 func newDoorman(sockets []*os.File) (*doorman, error) {
 	d := &doorman{}
 	d.prepares("everything")
 	d.server = netaddr.Server(d)
 	d.server.ErrorLog = log.New(io.Discard, "", 0)
-	d.server.SetKeepAlivesEnabled(false) // the next request is Caddy's
+	d.server.SetKeepAlivesEnabled(false) // Caddy gets the next request
 	var listeners []net.Listener
 	d.leave = sync.OnceFunc(func() {
 		for _, l := range listeners {
@@ -65,8 +65,7 @@ func (d *doorman) close() {
 	_ = d.server.Close()
 }
 
-// prepares sets what clients are told: what this machine prepares, in words that
-// anybody may read.
+// prepares sets what the response says this machine is preparing. Anybody can read it.
 func (d *doorman) prepares(what string) { d.doing.Store(&what) }
 
 // ServeHTTP implements [http.Handler].
@@ -77,6 +76,6 @@ func (d *doorman) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 	h.Set("Retry-After", strconv.Itoa(int(retryAfter.Seconds())))
 	w.WriteHeader(http.StatusServiceUnavailable)
 	_ = json.NewEncoder(w).Encode(map[string]map[string]string{"error": {
-		"code": "unavailable", "message": fmt.Sprintf("Wrenn is starting and prepares %s: try again in a few seconds", *d.doing.Load()),
+		"code": "unavailable", "message": fmt.Sprintf("Wrenn is starting and is preparing %s: try again in a few seconds", *d.doing.Load()),
 	}})
 }

@@ -73,7 +73,7 @@ func TestDoorman(t *testing.T) {
 		if resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" || resp.Header.Get("Content-Type") != "application/json" {
 			t.Errorf("%s: %d %v", method, resp.StatusCode, resp.Header)
 		}
-		if want := `{"error":{"code":"unavailable","message":"Wrenn is starting and prepares the base image: try again in a few seconds"}}` + "\n"; method != "HEAD" && body != want {
+		if want := `{"error":{"code":"unavailable","message":"Wrenn is starting and is preparing the base image: try again in a few seconds"}}` + "\n"; method != "HEAD" && body != want {
 			t.Errorf("%s: %q", method, body)
 		}
 	}

@@ -23,8 +23,8 @@ import (
 // caddyID is the user and group that Caddy runs as; nothing else uses it.
 const caddyID = 1_999_998
 
-// frontDoor is Caddy. Its sockets are this process's, which opens them before
-// anything starts and keeps them, so that no other program can take the port.
+// frontDoor runs Caddy. This process opens the listening sockets before anything starts
+// and keeps them open, so that no other program can take the port.
 type frontDoor struct {
 	caddy  programs.Program
 	binary *os.File // of caddy
@@ -34,12 +34,12 @@ type frontDoor struct {
 	env    []string
 	listen string
 	files  []*os.File // the listening sockets
-	// doorman answers until Caddy is started.
+	// doorman answers until Caddy starts.
 	doorman *doorman
 }
 
-// newFrontDoor listens on listen, where a doorman answers for now, and writes
-// Caddy's configuration. server has the server's settings.
+// newFrontDoor listens on listen, starts a doorman there, and writes Caddy's
+// configuration. server has the server's settings.
 func newFrontDoor(ctx context.Context, dir layout.Dir, listen string, server settings.Values) (_ *frontDoor, err error) {
 	f := &frontDoor{config: filepath.Join(dir.Run(), "Caddyfile"), home: filepath.Join(dir.Run(), "caddy"), listen: listen, user: account{caddyID, caddyID}}
 	defer func() {
@@ -50,7 +50,7 @@ func newFrontDoor(ctx context.Context, dir layout.Dir, listen string, server set
 	if f.caddy, err = programs.FindCaddy(ctx); err != nil {
 		return nil, err
 	}
-	// Held open, because Caddy's user may not get to the folder that it is in.
+	// Caddy's user may have no access to the folder of the binary, so it gets a descriptor.
 	if f.binary, err = os.Open(f.caddy.File); err != nil {
 		return nil, fmt.Errorf("open Caddy: %w", err)
 	}
@@ -86,7 +86,7 @@ func newFrontDoor(ctx context.Context, dir layout.Dir, listen string, server set
 	return f, nil
 }
 
-// firstFD is the descriptor that [exec.Cmd.ExtraFiles] begin at.
+// firstFD is the descriptor of the first file in [exec.Cmd.ExtraFiles].
 const firstFD = 3
 
 // bind listens on every address that listen names. It fails if another program
@@ -123,7 +123,7 @@ func bind(ctx context.Context, listen string) (files []*os.File, err error) {
 		case errors.Is(err, syscall.EADDRINUSE):
 			return files, inUse(address)
 		case errors.Is(err, syscall.EADDRNOTAVAIL) && len(hosts) > 1:
-			continue // A name may have an address of a family that is off.
+			continue // A name can have an address of a family that is turned off.
 		case err != nil:
 			return files, fmt.Errorf("--listen: %w", err)
 		}
@@ -139,8 +139,8 @@ func bind(ctx context.Context, listen string) (files []*os.File, err error) {
 	return files, nobodyElse(ctx, listen, files)
 }
 
-// checkListen fails for an address that other machines may reach, where plain
-// HTTP shows passwords and keys to whoever is on the way.
+// checkListen returns an error for an address that other machines may reach, because
+// plain HTTP shows passwords and keys to everybody on the network.
 func checkListen(ctx context.Context, o options) error {
 	host, _, err := net.SplitHostPort(o.listen)
 	if err != nil {
@@ -157,7 +157,7 @@ func checkListen(ctx context.Context, o options) error {
 	}
 	for _, a := range addresses {
 		if ip := net.ParseIP(a); ip == nil || !ip.IsLoopback() {
-			return fmt.Errorf("--listen %s: other machines reach this address, and would send passwords and keys in clear. Put a front door with HTTPS before localhost (see README, Add a machine), or add --insecure on a network that you trust", o.listen)
+			return fmt.Errorf("--listen %s: other machines can reach this address, and would send passwords and keys in clear text. Put a front door with HTTPS in front of localhost (README, Add a machine), or add --insecure on a network that you trust", o.listen)
 		}
 	}
 	return nil
@@ -167,7 +167,7 @@ func inUse(address string) error {
 	return fmt.Errorf("%s is in use by another program: choose another address with --listen", address)
 }
 
-// nobodyElse fails if the public URL says localhost and another program
+// nobodyElse returns an error if the public URL says localhost and another program
 // listens on this port at a loopback address that files do not cover.
 func nobodyElse(ctx context.Context, listen string, files []*os.File) error {
 	_, port, _ := net.SplitHostPort(listen)
@@ -192,7 +192,7 @@ func nobodyElse(ctx context.Context, listen string, files []*os.File) error {
 	return nil
 }
 
-// covered says whether one of files, listening sockets, answers at ip.
+// covered reports whether one of files, which are listening sockets, listens at ip.
 func covered(ip net.IP, files []*os.File) bool {
 	for _, f := range files {
 		l, err := net.FileListener(f)
@@ -201,7 +201,7 @@ func covered(ip net.IP, files []*os.File) bool {
 		}
 		a := l.Addr().(*net.TCPAddr)
 		_ = l.Close()
-		// The wildcard of IPv6 takes IPv4 too; that of IPv4 only its own.
+		// The IPv6 wildcard also accepts IPv4; the IPv4 wildcard does not accept IPv6.
 		if a.IP.Equal(ip) || a.IP.IsUnspecified() && (a.IP.To4() == nil || ip.To4() != nil) {
 			return true
 		}
@@ -209,7 +209,7 @@ func covered(ip net.IP, files []*os.File) bool {
 	return false
 }
 
-// close gives the port up. Caddy has ended by then.
+// close closes the sockets. Caddy must have exited.
 func (f *frontDoor) close() {
 	if f.doorman != nil {
 		f.doorman.close()
@@ -234,13 +234,13 @@ func (f *frontDoor) program() program {
 			cmd.Env = append(cmd.Env, f.env...)
 			return cmd
 		},
-		// The socket takes connections all along: only an answer shows that Caddy is there.
+		// The socket accepts connections before Caddy runs, so only an answer shows that it does.
 		ready: func(ctx context.Context) error { return poll(ctx, f.answers) },
 		quit:  syscall.SIGTERM,
 	}
 }
 
-// answers returns nil if Caddy answers, whatever it says.
+// answers returns nil if Caddy answers, with any status.
 func (f *frontDoor) answers(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
@@ -256,7 +256,7 @@ func (f *frontDoor) answers(ctx context.Context) error {
 	return resp.Body.Close()
 }
 
-// dialable is an address at which a listener on addr is reached from here.
+// dialable returns an address at which this machine reaches a listener on addr.
 func dialable(addr string) string {
 	host, port, _ := net.SplitHostPort(addr)
 	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
@@ -265,7 +265,7 @@ func dialable(addr string) string {
 	return net.JoinHostPort(host, port)
 }
 
-// publicURL is how people write an address.
+// publicURL returns the URL that users type for an address.
 func publicURL(listen string) string {
 	host, port, _ := net.SplitHostPort(listen)
 	if ip := net.ParseIP(host); host == "" || ip != nil && (ip.IsUnspecified() || ip.IsLoopback()) {

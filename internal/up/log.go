@@ -8,11 +8,11 @@ import (
 	"sync"
 )
 
-// maxLog is how long a log file gets before it becomes the old one, in bytes;
-// there is one old one, so that a program's logs take twice as much at most.
+// maxLog is the size in bytes at which a log file is rotated. One old file is kept, so a
+// program's logs take at most twice as much.
 const maxLog = 8 << 20
 
-// logFile is a file that does not grow without end.
+// logFile is a log file that is rotated at maxLog bytes.
 type logFile struct {
 	path string
 
@@ -60,7 +60,7 @@ func (l *logFile) Close() error {
 	return l.file.Close()
 }
 
-// tail is the end of the log, for messages.
+// tail returns the end of the log, for messages.
 func (l *logFile) tail() string {
 	const most = 2 << 10
 	b, err := os.ReadFile(l.path)

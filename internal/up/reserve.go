@@ -18,26 +18,26 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/room"
 )
 
-// PostgreSQL stops when it cannot write its log, and does not start again while it
-// cannot write a few small files. Guests can fill the disk that it shares with
-// them. So it has room of its own: segments of its log that it reuses, and a spare file
-// that wrenn up removes when the disk is full.
+// PostgreSQL stops if it cannot write its write-ahead log, and does not start again until
+// it can write a few small files. Guests can fill the disk that it shares with them. So
+// space is reserved for it: log segments that it reuses, and a spare file that wrenn up
+// removes when the disk is full.
 
 const (
-	// logMiB is how much of the log there is on the disk, used or not, and
-	// segmentMiB the size of one of its files.
+	// logMiB is the size of all log files on the disk, used or not, and segmentMiB the
+	// size of one of them.
 	logMiB     = 512
 	segmentMiB = 16
-	// spareMiB is the size of the file that is removed once less than fullMiB is
-	// free, and made again once plentyMiB is.
+	// spareMiB is the size of the spare file. It is removed when less than fullMiB is
+	// free, and created again when plentyMiB is.
 	spareMiB  = 64
 	fullMiB   = 16
 	plentyMiB = 2 * logMiB
-	// lookEvery is how often keepRoom looks at the disk.
+	// lookEvery is how often keepRoom checks the free space.
 	lookEvery = time.Second
 )
 
-// freeMiB returns how much of the disk under dir is free.
+// freeMiB returns the free space of the disk of dir.
 func freeMiB(dir string) (int64, error) {
 	free, err := room.Of(dir)()
 	return free >> 20, err
@@ -45,8 +45,8 @@ func freeMiB(dir string) (int64, error) {
 
 func (p *postgres) spare() string { return filepath.Join(p.dir, "spare") }
 
-// makeRoom removes the spare file if less than lessMiB of the disk is free, and makes it
-// again if plentyMiB is.
+// makeRoom removes the spare file if less than lessMiB of the disk is free, and creates
+// it again if plentyMiB is.
 func (p *postgres) makeRoom(lessMiB int64) (err error) {
 	free, err := freeMiB(p.dir)
 	if err != nil {
@@ -58,11 +58,11 @@ func (p *postgres) makeRoom(lessMiB int64) (err error) {
 		}
 		return nil
 	}
-	// A smaller file was not finished.
+	// A smaller file is one whose creation was interrupted.
 	if st, err := os.Lstat(p.spare()); err == nil && st.Size() == spareMiB<<20 || free < plentyMiB {
 		return nil
 	}
-	// PostgreSQL's user owns the folder, and must not choose what root writes to.
+	// PostgreSQL's user owns the folder, and must not redirect root's write with a link.
 	f, err := os.OpenFile(p.spare(), os.O_CREATE|os.O_WRONLY|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return fmt.Errorf("keep room for PostgreSQL: %w", err)
@@ -73,7 +73,7 @@ func (p *postgres) makeRoom(lessMiB int64) (err error) {
 	return nil
 }
 
-// keepRoom keeps the spare file until ctx is done.
+// keepRoom removes and creates the spare file as needed, until ctx is done.
 func (p *postgres) keepRoom(ctx context.Context, say func(format string, args ...any)) {
 	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
@@ -92,7 +92,7 @@ func (p *postgres) keepRoom(ctx context.Context, say func(format string, args ..
 	}
 }
 
-// segments counts the files of the log, including those that are not used yet.
+// segments counts the files of the log, including unused ones.
 func (p *postgres) segments() (n int, err error) {
 	entries, err := os.ReadDir(filepath.Join(p.data(), "pg_wal"))
 	for _, e := range entries {
@@ -112,10 +112,10 @@ func (p *postgres) inPlace() error {
 	return nil
 }
 
-// reserveLog has PostgreSQL write as many files of its log as it keeps. From then on it
-// writes over them and needs no more of the disk, because a checkpoint begins when half
-// of them are used, and ends long before the server has written the others. On a disk
-// that is nearly full, reserveLog writes no files.
+// reserveLog makes PostgreSQL write as many log files as it keeps. From then on it
+// reuses them and needs no more space, because a checkpoint begins when half of them are
+// used, and ends long before the others are. On a nearly full disk, reserveLog writes
+// nothing.
 func (p *postgres) reserveLog(ctx context.Context) (err error) {
 	defer func() {
 		if err != nil {
@@ -135,7 +135,7 @@ func (p *postgres) reserveLog(ctx context.Context) (err error) {
 		}
 		return nil
 	}
-	// Not on the command line: that could not be changed while PostgreSQL runs.
+	// Not on the command line, because such a setting cannot change while PostgreSQL runs.
 	bound := func(mib int) error {
 		return do("ALTER SYSTEM SET min_wal_size = "+strconv.Itoa(logMiB), "ALTER SYSTEM SET max_wal_size = "+strconv.Itoa(mib), "SELECT pg_reload_conf()")
 	}
@@ -149,12 +149,12 @@ func (p *postgres) reserveLog(ctx context.Context) (err error) {
 	}
 	const want = logMiB / segmentMiB
 	if have < want && free > int64(want-have)*segmentMiB+spareMiB+fullMiB {
-		// No checkpoint may begin before there are enough.
+		// No checkpoint must begin before there are enough files.
 		if err := bound(4 * logMiB); err != nil {
 			return err
 		}
 		for range want {
-			// PostgreSQL does not move on from a file to which nothing was written.
+			// PostgreSQL does not switch from a file that has no records.
 			if err := do("SELECT pg_logical_emit_message(false, 'wrenn', '')", "SELECT pg_switch_wal()"); err != nil {
 				return err
 			}

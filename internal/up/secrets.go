@@ -17,7 +17,7 @@ import (
 // adminEmail is the first admin's login.
 const adminEmail = "admin@localhost"
 
-// secrets are what an installation makes up once.
+// secrets are the random secrets that an installation generates once.
 type secrets struct {
 	SecretKey     string `json:"secret_key"`  // sandboxes' tokens are made from it
 	AgentToken    string `json:"agent_token"` // between server and agent
@@ -25,7 +25,7 @@ type secrets struct {
 	AdminAPIKey   string `json:"admin_api_key"`
 }
 
-// credentials are what client commands read.
+// credentials is the file that client commands read.
 type credentials struct {
 	URL      string `json:"url"`
 	APIKey   string `json:"api_key"`
@@ -33,8 +33,8 @@ type credentials struct {
 	Password string `json:"password"`
 }
 
-// loadSecrets reads the installation's secrets, or makes them if it has no database yet:
-// one that has cannot be opened with others.
+// loadSecrets reads the installation's secrets. It generates them only if there is no
+// database yet, because new ones could not open an existing database.
 func loadSecrets(dir layout.Dir) (secrets, error) {
 	path := dir.Secrets()
 	b, err := os.ReadFile(path)
@@ -61,7 +61,7 @@ func loadSecrets(dir layout.Dir) (secrets, error) {
 	return s, nil
 }
 
-// random is n random bytes in hexadecimal.
+// random returns n random bytes in hexadecimal.
 func random(n int) string {
 	b := make([]byte, n)
 	_, _ = rand.Read(b) // never fails

@@ -37,14 +37,14 @@ func lookup(name string) (account, error) {
 	return account{uid, gid}, err
 }
 
-// run makes a command run as the account, in dir. It does not inherit this program's
-// environment, which can have secrets of the server.
+// run makes cmd run as the account, in dir, and without this process's environment,
+// which can have the server's secrets.
 func (a account) run(cmd *exec.Cmd, dir string) {
 	cmd.Dir, cmd.Env = dir, []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + dir}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(a.uid), Gid: uint32(a.gid)}}
 }
 
-// ownDir makes a folder that only the account may look into.
+// ownDir creates a folder to which only the account has access.
 func (a account) ownDir(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
@@ -52,9 +52,8 @@ func (a account) ownDir(dir string) error {
 	return os.Chown(dir, a.uid, a.gid)
 }
 
-// postgres is the private PostgreSQL: a cluster of its own that is reached by
-// a socket in a folder which only root and the system's user postgres may
-// enter, and therefore asks for no password.
+// postgres is the private PostgreSQL cluster. It needs no password, because its socket
+// is in a folder that only root and the system's user postgres can enter.
 type postgres struct {
 	dir  string
 	user account
@@ -72,12 +71,12 @@ func newPostgres(ctx context.Context, dir layout.Dir) (*postgres, error) {
 	if err := p.user.ownDir(p.dir); err != nil {
 		return nil, fmt.Errorf("set up PostgreSQL: %w", err)
 	}
-	// Before there are files in it; if that fails, inPlace says so.
+	// Only works while the folder is empty. If it fails, inPlace reports it.
 	_ = inplace.Set(p.dir)
 	if _, err := os.Stat(filepath.Join(p.data(), "PG_VERSION")); err == nil {
 		return p, nil
 	}
-	// Made under another name, so that one that was cut short is not taken for whole.
+	// Under a temporary name, so that a cluster whose creation was interrupted is not used.
 	tmp := filepath.Join(p.dir, "data.new")
 	if err := os.RemoveAll(tmp); err != nil {
 		return nil, err
@@ -85,11 +84,11 @@ func newPostgres(ctx context.Context, dir layout.Dir) (*postgres, error) {
 	cmd := programs.InitDB.CommandContext(ctx, "-D", tmp, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8")
 	p.user.run(cmd, p.dir)
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("make PostgreSQL's cluster: %w: %s", err, out)
+		return nil, fmt.Errorf("create PostgreSQL's cluster: %w: %s", err, out)
 	}
-	// Synced, so that no later start takes for cut short what was in use.
+	// Synced, so that a later start does not take a cluster in use for an interrupted one.
 	if err := errors.Join(os.Rename(tmp, p.data()), atomicfile.Sync(p.dir)); err != nil {
-		return nil, fmt.Errorf("make PostgreSQL's cluster: %w", err)
+		return nil, fmt.Errorf("create PostgreSQL's cluster: %w", err)
 	}
 	return p, nil
 }
@@ -127,7 +126,7 @@ func (p *postgres) program() program {
 	}
 }
 
-// ensureDatabase makes the database unless it is there.
+// ensureDatabase creates the database if it does not exist.
 func (p *postgres) ensureDatabase(ctx context.Context, name string) error {
 	conn, err := pgx.Connect(ctx, p.url("postgres"))
 	if err != nil {
@@ -147,7 +146,7 @@ func (p *postgres) ensureDatabase(ctx context.Context, name string) error {
 	return nil
 }
 
-// redisServer is the private Redis, reached by a socket as PostgreSQL is.
+// redisServer is the private Redis, on a socket like PostgreSQL's.
 type redisServer struct {
 	dir  string
 	user account
@@ -175,7 +174,7 @@ func (r *redisServer) program() program {
 		command: func() *exec.Cmd {
 			cmd := programs.Redis.Command("--port", "0", "--unixsocket", r.socket(), "--unixsocketperm", "700",
 				"--dir", r.dir, "--appendonly", "yes", "--save", "", "--daemonize", "no",
-				// Nothing in it is needed: the server's own records are in PostgreSQL.
+				// Redis may forget anything: whatever must last is in PostgreSQL.
 				"--maxmemory", "256mb", "--maxmemory-policy", "allkeys-lru")
 			r.user.run(cmd, r.dir)
 			return cmd
@@ -189,7 +188,7 @@ func (r *redisServer) program() program {
 	}
 }
 
-// openTo lets the account connect to a socket of root's.
+// openTo lets the account connect to root's socket.
 func openTo(a account, socket string) error {
 	if err := os.Chown(socket, 0, a.gid); err != nil {
 		return err

@@ -1,6 +1,6 @@
-// Package up runs everything on one machine: a private PostgreSQL and Redis,
-// the control plane, the host agent and the front door, each a process of its
-// own that is started again when it ends.
+// Package up runs everything on one machine: a private PostgreSQL and Redis, the control
+// plane, the host agent and the front door. Each is a process that is restarted when it
+// exits.
 package up
 
 import (
@@ -39,23 +39,23 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/settings/all"
 )
 
-// domain is what sandboxes' host names end with; browsers take all names
-// below it for this machine.
+// domain is the suffix of sandboxes' host names. Browsers resolve all names below
+// localhost to this machine.
 const domain = "localhost"
 
 // sandboxDomain is the setting for the sandboxes' own domain, which the server and the
 // front door both must know.
 const sandboxDomain = "WRENN_SANDBOX_DOMAIN"
 
-// trustedProxies is the setting for the proxies whose connections neither the server
-// nor the front door bounds.
+// trustedProxies is the setting for proxies whose connections neither the server nor the
+// front door limits.
 const trustedProxies = "WRENN_TRUSTED_PROXIES"
 
 // options are the command's flags.
 type options struct {
 	dir    string
 	listen string
-	// insecure allows plain HTTP on addresses that other machines reach.
+	// insecure allows plain HTTP on addresses that other machines can reach.
 	insecure bool
 	once     bool
 }
@@ -77,22 +77,22 @@ func Command(out io.Writer) *cobra.Command {
 	if dir == "" {
 		dir = layout.DefaultDir
 	}
-	f.StringVar(&o.dir, "dir", dir, "where all data is kept ($WRENN_DIR)")
+	f.StringVar(&o.dir, "dir", dir, "data directory ($WRENN_DIR)")
 	f.StringVar(&o.listen, "listen", "localhost:8000", "address of the front door")
-	f.BoolVar(&o.insecure, "insecure", false, "allow --listen on an address that other machines reach: passwords and keys cross the network in clear")
+	f.BoolVar(&o.insecure, "insecure", false, "allow --listen on an address that other machines can reach; passwords and keys cross the network in clear text")
 	f.BoolVar(&o.once, "once", false, "start everything, run the self-check, stop everything")
 	return cmd
 }
 
-// service is what run builds up and takes down.
+// service has the parts that run starts and stops.
 type service struct {
 	dir     layout.Dir
 	out     io.Writer
 	spawner *spawner
 	secrets secrets
-	server  settings.Values // the server's, of the environment and the settings file
+	server  settings.Values // from the environment and the settings file
 	began   time.Time
-	stack   []func() // what to stop, the first last
+	stack   []func() // functions that stop the parts, called in reverse order
 }
 
 func (s *service) say(format string, args ...any) {
@@ -101,7 +101,7 @@ func (s *service) say(format string, args ...any) {
 
 func run(ctx context.Context, o options, out io.Writer) (err error) {
 	if os.Geteuid() != 0 {
-		return errors.New("wrenn up makes virtual machines and networks: run it as root")
+		return errors.New("wrenn up creates virtual machines and networks: run it as root")
 	}
 	if err := checkListen(ctx, o); err != nil {
 		return err
@@ -111,10 +111,10 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 		return err
 	}
 	dir := layout.Dir(abs)
-	// Others pass through on the way to what is theirs, and see nothing.
+	// Other users must be able to reach their own files below, and see nothing else.
 	for _, d := range []string{abs, dir.Run(), dir.Logs()} {
 		if err := os.MkdirAll(d, 0o711); err != nil {
-			return fmt.Errorf("make data directory: %w", err)
+			return fmt.Errorf("create data directory: %w", err)
 		}
 	}
 	unlock, err := lock(filepath.Join(dir.Run(), "up.lock"))
@@ -149,11 +149,11 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 		return nil
 	}
 	<-ctx.Done()
-	s.say("stopping; sandboxes are paused")
+	s.say("stopping; pausing all sandboxes")
 	return nil
 }
 
-// lock keeps others out of the data directory.
+// lock keeps other instances of `wrenn up` out of the data directory.
 func lock(path string) (unlock func(), err error) {
 	f, err := flock.TryLock(path)
 	if errors.Is(err, flock.ErrLocked) {
@@ -165,7 +165,7 @@ func lock(path string) (unlock func(), err error) {
 	return func() { f.Close() }, nil
 }
 
-// stopAll stops what was started, the last first.
+// stopAll stops all parts, the last one first.
 func (s *service) stopAll() {
 	for i := len(s.stack) - 1; i >= 0; i-- {
 		s.stack[i]()
@@ -174,7 +174,7 @@ func (s *service) stopAll() {
 	s.say("stopped")
 }
 
-// launch starts a program and remembers to stop it.
+// launch starts a program, which stopAll stops.
 func (s *service) launch(ctx context.Context, p program) error {
 	c, err := launch(ctx, s.spawner, p, filepath.Join(s.dir.Logs(), strings.ToLower(strings.ReplaceAll(p.name, " ", "-"))+".log"), s.say)
 	if err != nil {
@@ -185,7 +185,7 @@ func (s *service) launch(ctx context.Context, p program) error {
 	return nil
 }
 
-// during runs f until everything stops; f must return when its context is done.
+// during runs f until stopAll is called. f must return when its context is done.
 func (s *service) during(f func(context.Context)) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
@@ -216,11 +216,11 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 	if err := s.readSettings(); err != nil {
 		return err
 	}
-	// Before anything is changed, as the agent does.
+	// Before anything changes, as the agent does.
 	if err := agent.CheckFormats(s.dir); err != nil {
 		return err
 	}
-	// First, because its port may be taken.
+	// First, because its port may be in use.
 	front, err := newFrontDoor(ctx, s.dir, o.listen, s.server)
 	if err != nil {
 		return err
@@ -232,7 +232,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 	if s.secrets, err = loadSecrets(s.dir); err != nil {
 		return err
 	}
-	// Before the server makes the admin: a crash in between must not lose the password.
+	// Before the server creates the admin, so that a crash cannot lose the password.
 	url := publicURL(o.listen)
 	err = atomicfile.WriteJSON(s.dir.Credentials(), credentials{URL: url, APIKey: s.secrets.AdminAPIKey, Email: adminEmail, Password: s.secrets.AdminPassword})
 	if err != nil {
@@ -258,7 +258,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 	}
 	for _, stale := range []error{kernel.Stale, minimal.Stale} {
 		if stale != nil {
-			s.say("guests boot what was made before, because the newest cannot be made: %v", stale)
+			s.say("guests boot older images, because the newest cannot be built: %v", stale)
 		}
 	}
 	s.say("images are ready")
@@ -324,14 +324,14 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 	if err != nil {
 		return err
 	}
-	// The server goes after the agent, which tells it of the sandboxes' end.
+	// The server stops after the agent, which reports its last events to it.
 	n := len(s.stack)
 	s.stack[n-1], s.stack[n-2] = s.stack[n-2], s.stack[n-1]
 	return s.launch(ctx, front.program())
 }
 
-// own returns a program that this binary contains. It gets the settings in chosen and,
-// for all others, those of this process's environment.
+// own returns a program that this binary contains. It gets the settings in chosen; all
+// others come from this process's environment.
 func (s *service) own(self programs.Program, p settings.Program, chosen []string, ready func(context.Context) error) program {
 	env, unused := passed(p, append(chosen, "WRENN_DEBUG_LISTEN=unix:"+s.dir.DebugSocket(p.Name)))
 	for _, name := range unused {
@@ -349,8 +349,8 @@ func (s *service) own(self programs.Program, p settings.Program, chosen []string
 	}
 }
 
-// passed returns the variables for a program: chosen, and those settings of this
-// process's environment that are not among them. unused are settings whose value in
+// passed returns the variables for a program: chosen, and those settings in this
+// process's environment that chosen does not have. unused lists settings whose value in
 // the environment differs from the chosen one.
 func passed(p settings.Program, chosen []string) (env, unused []string) {
 	have := map[string]string{}
@@ -371,7 +371,7 @@ func passed(p settings.Program, chosen []string) (env, unused []string) {
 	return env, unused
 }
 
-// healthy asks the server whether all is well.
+// healthy returns an error unless the server reports that it is healthy.
 func healthy(ctx context.Context, addr string) error {
 	c, base := netaddr.HTTPClient(addr)
 	defer c.CloseIdleConnections()
@@ -391,7 +391,7 @@ func healthy(ctx context.Context, addr string) error {
 	return nil
 }
 
-// agent is a client of the host agent.
+// agent returns a client of the host agent.
 func (s *service) agent() hostagentv1connect.HostAgentClient {
 	c, base := netaddr.HTTPClient("unix:" + s.dir.AgentSocket())
 	token := connect.UnaryInterceptorFunc(func(next connect.UnaryFunc) connect.UnaryFunc {

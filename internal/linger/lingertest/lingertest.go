@@ -1,4 +1,4 @@
-// Package lingertest provides clients that are still sending when the answer comes.
+// Package lingertest provides clients that are still sending when the response arrives.
 package lingertest
 
 import (
@@ -18,8 +18,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/linger"
 )
 
-// NewServer starts a server for h. Its connections linger as those of Wrenn's own
-// listeners do.
+// NewServer starts a server for h whose connections linger, as those of Wrenn do.
 func NewServer(h http.Handler) *httptest.Server {
 	s := httptest.NewUnstartedServer(h)
 	s.Listener = linger.Listener(s.Listener)
@@ -27,21 +26,21 @@ func NewServer(h http.Handler) *httptest.Server {
 	return s
 }
 
-// chunk is what a chunked body is sent in; every body is a multiple of it.
+// chunk is the size of the pieces of a chunked body. Every body is a multiple of it.
 const chunk = 32 << 10
 
 // Refusal is a request that a server answers before it has read the body.
 type Refusal struct {
 	Method, Path, Host string // POST, /, localhost
 	Header             http.Header
-	// Status and Contains are what the answer must be.
+	// Status is the expected status, and Contains must be in the body.
 	Status   int
 	Contains string
 }
 
-// Refused sends r with large bodies over HTTP/1.1, tries times each from Go's
-// client and from a raw one, and fails the test unless each reads all of the
-// answer. dial connects to the server.
+// Refused sends r with large bodies over HTTP/1.1, tries times each with Go's client and
+// with a raw one. It fails the test unless each reads the whole response. dial connects
+// to the server.
 func Refused(t *testing.T, dial func() (net.Conn, error), r Refusal, tries int) {
 	t.Helper()
 	if r.Method == "" {
@@ -64,7 +63,7 @@ func Refused(t *testing.T, dial func() (net.Conn, error), r Refusal, tries int) 
 				defer func() { <-places }()
 				mib := 1 << (n % 7) // to 64
 				if n%14 >= 4 {
-					mib = min(mib, 4) // Most are, or the test takes minutes.
+					mib = min(mib, 4) // with larger ones only, the test would take minutes
 				}
 				if err := send(dial, r, mib<<20+chunk, n%2 == 1); err != nil {
 					t.Errorf("client %d, try %d of %d MiB: %v", i, n, mib, err)
@@ -96,7 +95,7 @@ func (r Refusal) check(resp *http.Response, body []byte, err error) error {
 func viaGo(dial func() (net.Conn, error), r Refusal, size int, chunked bool) error {
 	transport := &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return dial() }}
 	defer transport.CloseIdleConnections()
-	// A plain reader: it has no length that Go could find out.
+	// A reader whose length Go cannot find out.
 	req, err := http.NewRequest(r.Method, "http://"+r.Host+r.Path, io.LimitReader(endless{}, int64(size)))
 	if err != nil {
 		return err
@@ -117,12 +116,12 @@ func viaGo(dial func() (net.Conn, error), r Refusal, size int, chunked bool) err
 	return r.check(resp, body, err)
 }
 
-// viaRaw reads while it writes, and takes a failed write for a failure.
+// viaRaw reads while it writes. A failed write is an error.
 func viaRaw(dial func() (net.Conn, error), r Refusal, size int, chunked bool) error {
 	return raw(dial, r, size, chunked, false)
 }
 
-// viaRawThatReadsLast reads nothing before all is written.
+// viaRawThatReadsLast reads only after it has written everything.
 func viaRawThatReadsLast(dial func() (net.Conn, error), r Refusal, size int, chunked bool) error {
 	return raw(dial, r, size, chunked, true)
 }

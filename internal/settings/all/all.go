@@ -1,4 +1,4 @@
-// Package all declares which settings each of Wrenn's programs has, and documents them.
+// Package all declares the settings of each of Wrenn's programs, and documents them.
 package all
 
 import (
@@ -89,9 +89,9 @@ func Unknown() []string {
 	return settings.Unknown(os.Environ(), ServerProgram, AgentProgram, client, frontDoor)
 }
 
-// Load reads a program's settings from this process's environment and the settings
-// file into config. It returns warnings about names that are not settings, with an
-// error too: a required setting may be missing because its name is misspelled.
+// Load reads a program's settings from this process's environment and the settings file
+// into config. It returns warnings about names that are not settings even if it fails,
+// because a required setting may be missing due to a misspelled name.
 func Load(p settings.Program, config any) (warnings []string, err error) {
 	values, warnings, err := p.Read(os.Environ())
 	if err == nil {
@@ -119,7 +119,7 @@ Settings are environment variables. ` + "`wrenn server`" + ` and ` + "`wrenn age
       listen: 192.0.2.11:7070
       warm: 2
 
-Keep secrets in the environment (` + "`/etc/wrenn/server.env`" + `, which only root can read): the server's systemd unit runs as a user of its own, so that user must be able to read the settings file. Durations look like ` + "`30s`, `10m` or `24h`" + `; items of a list have commas between them, or are a YAML list.
+Keep secrets in the environment (` + "`/etc/wrenn/server.env`" + `, which only root can read): the server's systemd unit runs as a user of its own, so that user must be able to read the settings file. Durations look like ` + "`30s`, `10m` or `24h`" + `. Lists are separated by commas, or are YAML lists.
 
 The log's level and format can change while a program runs: change ` + "`log_level` or `log_format`" + ` in the file and send the program a SIGHUP (` + "`systemctl reload wrenn-server`" + `). Do not also set them in the environment, which overrides the file.
 
@@ -130,7 +130,7 @@ Profiles are on a Unix socket (` + "`WRENN_DEBUG_LISTEN`; with `wrenn up`, `run/
 
 A program that starts warns about a variable that begins with ` + "`WRENN_`" + `, or a key in its section, that is not a setting, and names the closest one.
 
-` + "`wrenn up`" + ` takes the settings of server and agent, from its environment and from the file. It chooses those itself that connect its parts, such as addresses and secrets, and warns if the environment sets one of them. ` + "`WRENN_DIR` (or `--dir`)" + ` is its data directory.
+` + "`wrenn up`" + ` takes the settings of server and agent, from its environment and from the file. It chooses the settings that connect its parts, such as addresses and secrets, itself, and warns if the environment sets one of them. ` + "`WRENN_DIR` (or `--dir`)" + ` is its data directory.
 
 ## The server
 
