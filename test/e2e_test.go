@@ -265,7 +265,7 @@ func (i *installation) stop() error {
 	return nil
 }
 
-// client is a client with the first admin's key.
+// client returns a client with the first admin's key.
 func (i *installation) client(t testing.TB) *client.Client {
 	t.Helper()
 	c, err := client.New("http://"+i.listen, i.creds.APIKey, client.WithHTTPClient(&http.Client{Transport: checked(t)}))
@@ -275,8 +275,8 @@ func (i *installation) client(t testing.TB) *client.Client {
 	return c
 }
 
-// checked is a transport by which every answer that the OpenAPI document does
-// not have fails the test.
+// checked is a transport that fails the test for every response that does not conform to
+// the OpenAPI document.
 func checked(t testing.TB) http.RoundTripper {
 	t.Helper()
 	d, err := apitest.Load()
@@ -289,8 +289,8 @@ func checked(t testing.TB) http.RoundTripper {
 	return d.Transport(next, func(err error) { t.Error(err) })
 }
 
-// front is a front door that passes on to the installation's, and by which
-// every answer that the OpenAPI document does not have fails the test.
+// front is a proxy to the installation's front door that fails the test for every
+// response that does not conform to the OpenAPI document.
 func (i *installation) front(t testing.TB) *httptest.Server {
 	t.Helper()
 	return httptest.NewServer(&httputil.ReverseProxy{
@@ -356,7 +356,7 @@ func (i *installation) sandbox(t testing.TB, o client.CreateOptions) *client.San
 	return s
 }
 
-// shared is the installation that most tests use, started by the first.
+// shared is the installation of most tests, started by the first of them.
 var shared = sync.OnceValues(func() (*installation, error) {
 	dir, err := newDir()
 	if err != nil {
@@ -376,7 +376,7 @@ var shared = sync.OnceValues(func() (*installation, error) {
 
 var (
 	sharedUsed bool
-	sharedDir  string // empty: there is none yet
+	sharedDir  string // empty: not yet created
 )
 
 func up(t testing.TB) *installation {
@@ -393,7 +393,7 @@ func up(t testing.TB) *installation {
 }
 
 func TestMain(m *testing.M) {
-	// Tests count the machines that there are: none comes by itself.
+	// Tests count machines, so no warm ones may start.
 	os.Setenv("WRENN_WARM", "0")
 	os.Setenv("WRENN_LOCAL_REGISTRIES", "true")
 	code := m.Run()
@@ -416,7 +416,7 @@ func TestMain(m *testing.M) {
 		}
 	}
 	if sharedDir != "" {
-		end(sharedDir) // It may not have got ready.
+		end(sharedDir) // It may not have become ready.
 	}
 	os.Exit(code)
 }

@@ -10,7 +10,7 @@ import (
 	"github.com/wrenn-dev/wrenn/client"
 )
 
-// TestExamples runs each of the examples as its page says, and looks what it prints and
+// TestExamples runs each example as its page describes, checks the output, and checks
 // that it leaves nothing.
 func TestExamples(t *testing.T) {
 	i := up(t)
@@ -54,7 +54,7 @@ func TestExamples(t *testing.T) {
 		})
 	}
 	if _, err := i.client(t).Template(t.Context(), "example"); !client.IsNotFound(err) {
-		t.Errorf("the template of the example is left: %v", err)
+		t.Errorf("the example's template still exists: %v", err)
 	}
 	page, err := os.ReadFile("../examples/README.md")
 	if err != nil {
@@ -62,7 +62,7 @@ func TestExamples(t *testing.T) {
 	}
 	for name := range want {
 		if !strings.Contains(string(page), "]("+name+"/") {
-			t.Errorf("the page of the examples has no %s", name)
+			t.Errorf("the page of the examples lacks %s", name)
 		}
 	}
 }

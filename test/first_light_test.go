@@ -60,7 +60,7 @@ func TestCommandLine(t *testing.T) {
 	if out, errs, code := i.cli(t, "in", "exec", "-i", "-u", "root", "-w", "/tmp", "-e", "A=b", id, "--", "sh", "-c", `cat; echo " $A $(id -un) $(pwd)"; echo err >&2; exit 3`); out != "in b root /tmp\n" || errs != "err\n" || code != 3 {
 		t.Errorf("exec: %q, %q, exit code %d", out, errs, code)
 	}
-	// Files and folders, there and back.
+	// Copy files and folders there and back.
 	src, dst := t.TempDir(), t.TempDir()
 	if err := os.MkdirAll(filepath.Join(src, "d", "e"), 0o755); err != nil {
 		t.Fatal(err)
@@ -138,10 +138,10 @@ func TestExec(t *testing.T) {
 		t.Errorf("timeout: %+v, %v", r, err)
 	}
 	if r, err := c.Exec(t.Context(), s.ID, client.Command{Cmd: "pgrep", Args: []string{"sleep"}}, nil); err != nil || r.ExitCode != 1 {
-		t.Errorf("what ran out of time goes on: %+v, %v", r, err)
+		t.Errorf("a process that timed out still runs: %+v, %v", r, err)
 	}
 	if _, err := c.Exec(t.Context(), s.ID, client.Command{Cmd: "true", Cwd: "/no/such"}, nil); err == nil {
-		t.Error("a working directory that is not there was taken")
+		t.Error("a missing working directory was accepted")
 	}
 }
 
@@ -165,7 +165,7 @@ func TestFilesOfAnySize(t *testing.T) {
 		t.Errorf("read %d bytes, %v", n, err)
 	}
 	if _, err := c.ReadFile(t.Context(), s.ID, "/no/such", ""); !client.IsNotFound(err) {
-		t.Errorf("a file that is not there: %v", err)
+		t.Errorf("a missing file: %v", err)
 	}
 }
 
@@ -181,7 +181,7 @@ func (r *repeater) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// serve starts a program in a sandbox that goes on when the call ends.
+// serve starts a program in a sandbox that continues when the call ends.
 func serve(t *testing.T, c *client.Client, id, line string) {
 	t.Helper()
 	r, err := c.Exec(t.Context(), id, client.Command{Cmd: "setsid nohup " + line + " >/tmp/serve.log 2>&1 &", Shell: true}, nil)
@@ -190,8 +190,7 @@ func serve(t *testing.T, c *client.Client, id, line string) {
 	}
 }
 
-// eventually calls f until it returns nil: for what becomes true in a guest,
-// where nothing tells when.
+// eventually calls f until it returns nil, for events in a guest that nothing announces.
 func eventually(t *testing.T, f func() error) {
 	t.Helper()
 	var err error
@@ -200,7 +199,7 @@ func eventually(t *testing.T, f func() error) {
 			t.Log(err)
 		}
 	})
-	await.Until(t, "what a test waits for", func() bool { err = f(); return err == nil })
+	await.Until(t, "the condition holds", func() bool { err = f(); return err == nil })
 }
 
 func TestPortsAreReached(t *testing.T) {
@@ -255,7 +254,7 @@ func TestPortsAreReached(t *testing.T) {
 		}
 	}
 
-	// A WebSocket through the same path.
+	// A WebSocket takes the same path.
 	const echo = `import base64,hashlib,socket,struct
 l=socket.create_server(("127.0.0.1",8001))
 while True:
@@ -292,7 +291,7 @@ while True:
 	})
 }
 
-// memory is the most memory that a process with this name has ever had, in KiB.
+// peak returns the highest memory use so far of a process in a role, in KiB.
 func peak(t *testing.T, i *installation, role string) (kib int64) {
 	t.Helper()
 	pids := i.roles(t)[role]
@@ -381,7 +380,7 @@ func TestTwentyAtOnce(t *testing.T) {
 func TestIdempotencyFiltersExpiry(t *testing.T) {
 	i := up(t)
 	c := i.client(t)
-	seconds := 30 // More than what comes before the ping takes on a busy machine.
+	seconds := 30 // Enough for the calls before the ping on a busy machine.
 	o := client.CreateOptions{TimeoutSeconds: &seconds, Metadata: map[string]string{"n": "1", "k": "v"}, IdempotencyKey: "once-" + t.Name()}
 	var ids sync.Map
 	var wg sync.WaitGroup
@@ -435,7 +434,7 @@ func TestIdempotencyFiltersExpiry(t *testing.T) {
 			t.Errorf("%s: found is %v", name, got)
 		}
 	}
-	// Used, it lives on; unused, it ends.
+	// In use, it lives on; unused, it ends.
 	before, err := c.Get(t.Context(), id)
 	if err != nil {
 		t.Fatal(err)

@@ -25,14 +25,14 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
-// role is one process of an installation that the test puts together itself.
+// role is a process of an installation that the test sets up itself.
 type role struct {
 	cmd   *exec.Cmd
 	ended chan struct{}
 	log   *os.File
 }
 
-// launch starts a program whose output goes to a file of the test's.
+// launch starts a program whose output goes to a file of the test.
 func launch(t *testing.T, name string, env []string, program string, args ...string) *role {
 	t.Helper()
 	log, err := os.CreateTemp(t.TempDir(), name+"-*.log")
@@ -59,7 +59,7 @@ func launch(t *testing.T, name string, env []string, program string, args ...str
 	return r
 }
 
-// signal sends a signal and waits for the end.
+// signal sends a signal and waits for the process to end.
 func (r *role) signal(s syscall.Signal) {
 	_ = r.cmd.Process.Signal(s)
 	select {
@@ -70,7 +70,7 @@ func (r *role) signal(s syscall.Signal) {
 	}
 }
 
-// within waits for what has no event outside of the programs.
+// within waits for a condition that the programs do not announce.
 func within(t *testing.T, limit time.Duration, what string, ok func() bool) time.Duration {
 	t.Helper()
 	began := time.Now()
@@ -83,21 +83,21 @@ func within(t *testing.T, limit time.Duration, what string, ok func() bool) time
 	return time.Since(began)
 }
 
-// control is a control plane of its own, for hosts that register.
+// control is the test's own control plane, for hosts that register.
 type control struct {
 	*testing.T
 	wrenn    string // the program
 	dir      string
-	listen   string // where its server is
-	spare    string // where another one may be
-	url      string // by which either is reached
+	listen   string // the server's address
+	spare    string // the address for a second server
+	url      string // the URL of both
 	key      string
 	database string
-	// dirs are the data of the hosts that it added.
+	// dirs are the data directories of its hosts.
 	dirs          map[string]string
 	env           []string // more of the server's environment
 	server, redis *role
-	web           *http.Client // whose answers are checked
+	web           *http.Client // checks responses against the document
 	*client.Client
 }
 
@@ -134,7 +134,7 @@ func (c *control) call(method, path string, body any) (int, map[string]any) {
 	return resp.StatusCode, m
 }
 
-// host makes a host and the environment that its agent runs with.
+// host adds a host, and returns the environment of its agent.
 func (c *control) host(name, listen string) (id string, env []string) {
 	c.Helper()
 	status, m := c.call("POST", "/v1/admin/hosts", map[string]any{"name": name})
@@ -172,8 +172,8 @@ func (c *control) state(sandbox string) string {
 	return s.State
 }
 
-// destroy destroys sandboxes. What their hosts do not, it does itself: no test
-// leaves a machine behind.
+// destroy destroys sandboxes. It kills what their hosts do not, because no test may leave
+// a machine behind.
 func (c *control) destroy(sandboxes []string) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
@@ -187,7 +187,7 @@ func (c *control) destroy(sandboxes []string) {
 				c.Errorf("delete %s: %v", sandbox, err)
 			}
 			if pid := agenttest.QEMU(sandbox); pid != 0 {
-				c.Errorf("the machine of %s, which was deleted, runs", sandbox)
+				c.Errorf("the machine of the deleted %s still runs", sandbox)
 				_ = syscall.Kill(pid, syscall.SIGKILL)
 			}
 		})
@@ -195,8 +195,8 @@ func (c *control) destroy(sandboxes []string) {
 	wg.Wait()
 }
 
-// front is what stands before several servers: it hands each connection to the
-// first of them that takes it, until the test ends.
+// front is a load balancer before several servers: it passes each connection to the first
+// server that accepts it, until the test ends.
 func front(t *testing.T, servers ...string) (address string) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -236,11 +236,11 @@ func front(t *testing.T, servers ...string) (address string) {
 	return l.Addr().String()
 }
 
-// newControl starts a server with a certificate authority on real databases,
-// and more of an environment.
+// newControl starts a server with a certificate authority on real databases, with
+// additional environment variables.
 func newControl(t *testing.T, env ...string) *control {
 	t.Helper()
-	up(t) // It has made the images, which each host would have to make for itself.
+	up(t) // It builds the images, which each host would otherwise build.
 	bin, err := programs()
 	if err != nil {
 		t.Fatal(err)
@@ -284,8 +284,7 @@ func (c *control) startServer(listen string) *role {
 	}, c.env...), c.wrenn, "server")
 }
 
-// TestAgentRefuses: an agent takes calls of its control plane, and of nobody
-// else.
+// TestAgentRefuses checks that an agent accepts calls from its control plane only.
 func TestAgentRefuses(t *testing.T) {
 	if why := unable(); why != "" {
 		t.Skip(why)
@@ -295,14 +294,14 @@ func TestAgentRefuses(t *testing.T) {
 	b, env := c.host("calling", "127.0.0.3:7070")
 	launch(t, "called", envCalled, c.wrenn, "agent")
 	launch(t, "calling", env, c.wrenn, "agent")
-	// The control plane's calls go through: a host is online once it has answered.
+	// The control plane's calls succeed: a host is online once it has responded.
 	for _, h := range []string{called, b} {
 		within(t, 5*time.Minute, "the host is online", func() bool { return c.status(h) == "online" })
 	}
 	if resp, err := http.Get("http://127.0.0.2:7070/health"); err == nil {
 		resp.Body.Close()
 		if resp.StatusCode < 400 {
-			t.Error("an agent answers in clear")
+			t.Error("an agent responds to plain HTTP")
 		}
 	}
 	var stolen struct{ Certificate, Key string }
@@ -322,16 +321,16 @@ func TestAgentRefuses(t *testing.T) {
 		resp, err := web.Get("https://127.0.0.2:7070/health")
 		if err == nil {
 			resp.Body.Close()
-			t.Errorf("an agent answers %s: %s", who, resp.Status)
+			t.Errorf("an agent responds to %s: %s", who, resp.Status)
 		} else if !strings.Contains(err.Error(), "tls: ") {
 			t.Errorf("an agent that is called by %s: %v", who, err)
 		}
 	}
 }
 
-// TestFleet has two hosts on this machine, called over mutual TLS: sandboxes
-// spread over both, those of a host whose agent is killed are missing, and are
-// there again with their memory when it is back.
+// TestFleet has two hosts on this machine, called over mutual TLS. Sandboxes spread over
+// both; those of a host whose agent is killed are missing, and return with their memory
+// when it is back.
 func TestFleet(t *testing.T) {
 	if why := unable(); why != "" {
 		t.Skip(why)
@@ -363,7 +362,7 @@ func TestFleet(t *testing.T) {
 	create := func() (*client.Sandbox, error) {
 		return c.Create(ctx, client.CreateOptions{MemoryMiB: 128, TimeoutSeconds: &never})
 	}
-	// Before the programs end, which t.Cleanup sees to.
+	// Run it before t.Cleanup ends the programs.
 	defer func() { c.destroy(slices.Concat(on[a], on[b])) }()
 	for range boxes {
 		wg.Go(func() {
@@ -388,7 +387,7 @@ func TestFleet(t *testing.T) {
 		t.Errorf("%d and %d of %d sandboxes are not spread", len(on[a]), len(on[b]), boxes)
 	}
 
-	// What counts in memory alone. Any of the commands may run twice.
+	// This state is in memory alone. The commands may run twice.
 	run := func(id, cmd string) (string, error) {
 		r, err := c.Exec(ctx, id, client.Command{Cmd: cmd, Shell: true, TimeoutSeconds: 120, Repeatable: true}, nil)
 		if err != nil {
@@ -404,7 +403,7 @@ func TestFleet(t *testing.T) {
 		}
 		return out
 	}
-	// each runs a command in every sandbox of the host that goes.
+	// each runs a command in every sandbox of the host whose agent will be killed.
 	each := func(cmd string, got func(id, out string)) {
 		t.Helper()
 		var wg sync.WaitGroup
@@ -422,14 +421,14 @@ func TestFleet(t *testing.T) {
 		}
 		wg.Wait()
 	}
-	// A file of a tmpfs is the guest's memory.
+	// A file in a tmpfs is in the guest's memory.
 	each(`echo "memory of $(hostname)" > /dev/shm/mine; cat /dev/shm/mine`, func(id, out string) {
 		if out != "memory of "+id {
 			t.Errorf("%s says %q", id, out)
 		}
 	})
 	kept := on[a][0]
-	// Of two runs at once, only the one that makes the folder starts the process.
+	// Of two concurrent runs, only the one that creates the folder starts the process.
 	shell(kept, `mkdir /tmp/once 2>/dev/null || { until [ -s /tmp/pid ]; do sleep 0.1; done; exit; }
 nohup python3 -c 'import os, time
 n, secret = 0, os.urandom(16).hex()
@@ -438,8 +437,8 @@ while True:
     open("/tmp/n.new", "w").write("%d %s" % (n, secret)); os.rename("/tmp/n.new", "/tmp/n")
     time.sleep(0.1)' >/dev/null 2>&1 & echo $! > /tmp/pid.new; mv /tmp/pid.new /tmp/pid`)
 	pid := shell(kept, "cat /tmp/pid")
-	// count is how far the process has come and what it drew when it began: what
-	// it wrote before is gone, so both are from its memory.
+	// count returns the process's count and the random secret from its start. Its files
+	// are gone, so both come from its memory.
 	count := func() (n int, secret string) {
 		fmt.Sscan(shell(kept, "rm -f /tmp/n; while [ ! -s /tmp/n ]; do sleep 0.1; done; cat /tmp/n"), &n, &secret)
 		return n, secret
@@ -463,7 +462,7 @@ while True:
 			t.Fatal(err)
 		}
 		if on[s.HostID] = append(on[s.HostID], s.ID); s.HostID != b {
-			t.Error("a new sandbox is on the host that is gone")
+			t.Error("a new sandbox is on the missing host")
 		}
 	}
 
@@ -484,7 +483,7 @@ while True:
 	if after <= before || is != secret || len(secret) != 32 {
 		t.Errorf("it counted to %d and remembers %q, before that %d and %q", after, is, before, secret)
 	}
-	t.Logf("a process went on counting, from %d to %d", before, after)
+	t.Logf("a process kept counting, from %d to %d", before, after)
 	each("cat /dev/shm/mine", func(id, out string) {
 		if out != "memory of "+id {
 			t.Errorf("%s, which is back, has %q in its memory", id, out)

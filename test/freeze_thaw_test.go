@@ -19,8 +19,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// counter is a process with things in memory, an open file and a listening
-// socket. It counts, and says on port 8000 how far it is.
+// counter is a process with data in memory, an open file and a listening socket. It
+// counts, and reports its state on port 8000.
 const counter = `import hashlib,http.server,json,os,threading,time
 heap,file,count=bytearray(os.urandom(4<<20)),open("/tmp/count","w"),0
 def run():
@@ -37,14 +37,14 @@ threading.Thread(target=run,daemon=True).start()
 http.server.ThreadingHTTPServer(("0.0.0.0",8000),H).serve_forever()
 `
 
-// counted is what the counter says.
+// counted is the counter's report.
 type counted struct {
 	Count int
 	PID   int
 	Heap  string
 }
 
-// startCounter starts the counter in a sandbox and returns what it says first.
+// startCounter starts the counter in a sandbox, and returns its first report.
 func (i *installation) startCounter(t *testing.T, sandbox string) counted {
 	t.Helper()
 	c := i.client(t)
@@ -60,7 +60,7 @@ func (i *installation) startCounter(t *testing.T, sandbox string) counted {
 	return is
 }
 
-// count asks a sandbox's counter once, by the name that its port has.
+// count asks a sandbox's counter for a report, through its port's name.
 func (i *installation) count(t *testing.T, sandbox string) (is counted, err error) {
 	t.Helper()
 	resp := i.request(t, http.MethodGet, "8000-"+sandbox+".localhost", "/", http.Header{"X-Api-Key": {i.creds.APIKey}}, nil)
@@ -74,7 +74,7 @@ func (i *installation) count(t *testing.T, sandbox string) (is counted, err erro
 	return is, json.Unmarshal(b, &is)
 }
 
-// goesOn fails the test unless a counter goes on from where it was.
+// goesOn fails the test unless a counter has continued from its earlier report.
 func (i *installation) goesOn(t *testing.T, sandbox string, was counted) counted {
 	t.Helper()
 	is, err := i.count(t, sandbox)
@@ -82,7 +82,7 @@ func (i *installation) goesOn(t *testing.T, sandbox string, was counted) counted
 		t.Fatal(err)
 	}
 	if is.Count < was.Count || is.PID != was.PID || is.Heap != was.Heap {
-		t.Errorf("the counter was %+v and is %+v", was, is)
+		t.Errorf("the counter reports %+v, before %+v", was, is)
 	}
 	return is
 }
@@ -96,8 +96,8 @@ func (i *installation) state(t *testing.T, sandbox string) string {
 	return s.State
 }
 
-// machines is how many virtual machines a sandbox has. Their name is that of
-// the sandbox's folder, which may be older than the sandbox.
+// machines returns how many VMs a sandbox has. They are named after the sandbox's folder,
+// which may be older than the sandbox.
 func (i *installation) machines(t *testing.T, sandbox string) (n int) {
 	t.Helper()
 	u, err := id.Parse(id.Sandbox, sandbox)
@@ -119,7 +119,7 @@ func (i *installation) machines(t *testing.T, sandbox string) (n int) {
 	return n
 }
 
-// ok runs a client command that must work and returns the lines it printed.
+// ok runs a client command that must succeed, and returns the lines of its output.
 func (i *installation) ok(t *testing.T, args ...string) []string {
 	t.Helper()
 	out, errs, code := i.cli(t, "", args...)
@@ -147,7 +147,7 @@ func TestPauseAndResume(t *testing.T) {
 	if n := i.machines(t, sandbox); n != 0 {
 		t.Errorf("a paused sandbox has %d virtual machines", n)
 	}
-	// To look at it wakes nothing.
+	// Reading its description does not resume it.
 	var e *client.Error
 	if _, err := c.Metrics(t.Context(), sandbox); !errors.As(err, &e) || e.Code != "sandbox_paused" {
 		t.Errorf("metrics of a paused sandbox: %v", err)
@@ -158,14 +158,14 @@ func TestPauseAndResume(t *testing.T) {
 		t.Errorf("after a request it is %s", s)
 	}
 
-	// By hand, there and back.
+	// Pause and resume by command.
 	i.ok(t, "pause", sandbox)
 	if got := i.ok(t, "resume", sandbox); !slices.Equal(got, []string{sandbox}) || i.state(t, sandbox) != "running" {
 		t.Errorf("resume printed %q, and it is %s", got, i.state(t, sandbox))
 	}
 	was = i.goesOn(t, sandbox, was)
 
-	// Unused for its timeout it is paused, and a command wakes it.
+	// It is paused at its timeout, and a command resumes it.
 	eventually(t, func() error {
 		if s := i.state(t, sandbox); s != "paused" {
 			return errors.New("unused it is " + s)
@@ -203,7 +203,7 @@ func TestSnapshotOfRunningSandbox(t *testing.T) {
 		t.Errorf("snapshot ls: %q", got)
 	}
 	if _, errs, code := i.cli(t, "", "snapshot", "create", sandbox, name); code == 0 || !strings.Contains(errs, name) {
-		t.Errorf("a name was taken twice: %s", errs)
+		t.Errorf("a name in use was accepted: %s", errs)
 	}
 
 	made := i.sandbox(t, client.CreateOptions{Template: name})
@@ -216,7 +216,7 @@ func TestSnapshotOfRunningSandbox(t *testing.T) {
 		t.Errorf("its host name: %+v, %v", r, err)
 	}
 
-	// Deleted under it.
+	// Delete the template while the sandbox uses it.
 	i.ok(t, "snapshot", "rm", name)
 	if got := i.ok(t, "template", "ls"); slices.Contains(got, name) {
 		t.Errorf("a deleted template is listed: %q", got)
@@ -229,7 +229,7 @@ func TestSnapshotOfRunningSandbox(t *testing.T) {
 	i.ok(t, "resume", made.ID)
 	i.goesOn(t, made.ID, theirs)
 	i.goesOn(t, sandbox, is)
-	// Its files go with the last that needs them.
+	// Its files go with the last sandbox that needs them.
 	template, err := id.Parse(id.Template, made.TemplateID)
 	if err != nil {
 		t.Fatal(err)
@@ -283,13 +283,13 @@ func TestFork(t *testing.T) {
 			}
 			seen[secret] = id
 		}
-		// The guest daemon takes its own token alone.
+		// The guest daemon accepts its own token only.
 		resp := i.request(t, http.MethodGet, "49983-"+id+".localhost", "/envs", http.Header{"X-Access-Token": {s.AccessToken}}, nil)
 		if resp.StatusCode != http.StatusOK {
-			t.Errorf("%s does not take its token: %s", id, resp.Status)
+			t.Errorf("%s does not accept its token: %s", id, resp.Status)
 		}
 	}
-	// What one does, the others do not see.
+	// The sandboxes share no files.
 	if _, err := c.WriteFile(t.Context(), copies[0], "/home/user/mine", "", strings.NewReader("x")); err != nil {
 		t.Fatal(err)
 	}
@@ -300,12 +300,12 @@ func TestFork(t *testing.T) {
 	}
 }
 
-// TestKilledUnderWay kills the control plane, or the host agent, while a sandbox
-// is paused, resumed, captured and forked: the next one finds out how that went.
+// TestKilledUnderWay kills the control plane, or the host agent, while a sandbox is
+// paused, resumed, captured and forked: the next one finds out how that ended.
 func TestKilledUnderWay(t *testing.T) {
 	i := up(t)
 	c := i.client(t)
-	// Without retries: what it was told is what one server knew.
+	// Without retries, the client's result is one server's.
 	once, err := client.New("http://"+i.listen, i.creds.APIKey, client.WithRetries(0))
 	if err != nil {
 		t.Fatal(err)
@@ -313,7 +313,7 @@ func TestKilledUnderWay(t *testing.T) {
 	job := map[string]string{"job": fmt.Sprint(time.Now().UnixNano())}
 	sandbox := i.sandbox(t, client.CreateOptions{MemoryMiB: 256, Metadata: job}).ID
 	was := i.startCounter(t, sandbox)
-	// So that there is something to write.
+	// This gives the pause something to write.
 	serve(t, c, sandbox, `python3 -c 'import os,time; x=os.urandom(64<<20); open("/tmp/full","w"); time.sleep(9999)'`)
 	eventually(t, func() error {
 		r, err := c.Exec(t.Context(), sandbox, client.Command{Cmd: "test", Args: []string{"-e", "/tmp/full"}}, nil)
@@ -324,7 +324,7 @@ func TestKilledUnderWay(t *testing.T) {
 	})
 	name := fmt.Sprintf("killed-%d", time.Now().UnixNano())
 	defer i.cli(t, "", "snapshot", "rm", name)
-	// mine are the sandbox and its copies, by state.
+	// mine returns the sandbox and its forks that are in one of the states.
 	mine := func(states ...string) (ids []string) {
 		for s, err := range c.List(t.Context(), client.ListOptions{Metadata: job, States: states}) {
 			if err != nil {
@@ -335,8 +335,8 @@ func TestKilledUnderWay(t *testing.T) {
 		return ids
 	}
 	defer func() { i.cli(t, "", append([]string{"rm"}, mine()...)...) }()
-	// captured removes the snapshot, and says whether it could: "conflict" while
-	// it is being captured.
+	// captured removes the snapshot, and returns the error code, which is "conflict"
+	// during the capture.
 	captured := func() string {
 		var e *client.Error
 		if err := once.DeleteSnapshot(t.Context(), name); errors.As(err, &e) {
@@ -348,7 +348,7 @@ func TestKilledUnderWay(t *testing.T) {
 	}
 	type call struct {
 		do    func(context.Context) error
-		begun func() bool // the table says that it is under way
+		begun func() bool // the database says that it has begun
 	}
 	calls := map[string]call{
 		"pause": {
@@ -380,7 +380,7 @@ func TestKilledUnderWay(t *testing.T) {
 		defer cancel()
 		answer := make(chan error, 1)
 		go func() { answer <- calls[kill.what].do(ctx) }()
-		// Looked at without a break: it does not stay under way for long.
+		// Poll without a pause, because it does not take long.
 		for len(answer) == 0 && !calls[kill.what].begun() {
 		}
 		under := len(answer) == 0
@@ -399,13 +399,13 @@ func TestKilledUnderWay(t *testing.T) {
 			if n := i.machines(t, sandbox); !(s.State == "paused" && n == 0 || s.State == "running" && n == 1) {
 				return fmt.Errorf("after %s it is %s and has %d virtual machines", kill.what, s.State, n)
 			}
-			if s.State == "running" { // and can be used, once its host is there
+			if s.State == "running" { // it can be used once its host is back
 				if _, err := once.Ping(t.Context(), sandbox); err != nil {
 					return err
 				}
 			}
 			if left := mine("pending", "starting", "stopping"); len(left) > 0 {
-				return fmt.Errorf("under way: %v", left)
+				return fmt.Errorf("in progress: %v", left)
 			}
 			return nil
 		})
@@ -429,7 +429,7 @@ func TestKilledUnderWay(t *testing.T) {
 		}
 		return nil
 	})
-	// The capture is there, or its name is free.
+	// Either the snapshot exists, or its name is free.
 	eventually(t, func() error {
 		if got := captured(); got != "deleted" && got != "not_found" {
 			return errors.New("the snapshot: " + got)

@@ -24,8 +24,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
-// TestShortCommands starts many commands that end at once, as streams over
-// HTTP/1.1 through the front door; 5,000 take an emulated guest long.
+// TestShortCommands starts many commands that end at once, as streams over HTTP/1.1
+// through the front door. 5,000 would take an emulated guest too long.
 func TestShortCommands(t *testing.T) {
 	i := up(t)
 	s := i.sandbox(t, client.CreateOptions{})
@@ -76,8 +76,8 @@ func TestShortCommands(t *testing.T) {
 	}
 }
 
-// broken answers each request with a part of a response: with a length under
-// /length, else in chunks.
+// broken is a server that sends a part of each response: with a length under /length, and
+// otherwise in chunks.
 const broken = `
 import socket
 s = socket.create_server(("", 8000))
@@ -89,8 +89,8 @@ while True:
     c.close()
 `
 
-// TestBrokenResponse has a guest break off its responses: the client can tell
-// that over HTTP/1.1 and HTTP/2, through all hops.
+// TestBrokenResponse breaks off a guest's responses: the client notices, over HTTP/1.1
+// and HTTP/2, through all hops.
 func TestBrokenResponse(t *testing.T) {
 	i := up(t)
 	c := i.client(t)
@@ -103,7 +103,7 @@ func TestBrokenResponse(t *testing.T) {
 		t.Fatal(err)
 	}
 	host, token := fmt.Sprintf("8000-%s.localhost:%s", s.ID, port), http.Header{"X-Traffic-Token": {s.TrafficToken}}
-	eventually(t, func() error { // The agent waits for the server, but not for ever.
+	eventually(t, func() error { // The agent waits only a while for the server.
 		if resp := i.request(t, http.MethodGet, host, "/", token, nil); resp.StatusCode != http.StatusOK {
 			return fmt.Errorf("the server in the guest: %s", resp.Status)
 		}
@@ -131,9 +131,8 @@ func TestBrokenResponse(t *testing.T) {
 	}
 }
 
-// TestGRPC calls the guest daemon by gRPC, whose frames and trailers need
-// HTTP/2 at both ends, through all hops: a call, a stream from the guest, and a
-// stream to it.
+// TestGRPC calls the guest daemon by gRPC, whose frames and trailers need HTTP/2 at both
+// ends, through all hops: a call, a stream from the guest, and a stream to it.
 func TestGRPC(t *testing.T) {
 	i := up(t)
 	s := i.sandbox(t, client.CreateOptions{})
@@ -161,7 +160,7 @@ func TestGRPC(t *testing.T) {
 	if err := in.Send(&process.StreamInputRequest{Event: &process.StreamInputRequest_Start{Start: &process.StreamInputRequest_StartEvent{Process: cat}}}); err != nil {
 		t.Fatal(err)
 	}
-	for _, line := range []string{"one\n", "two\n"} { // Each comes back while both streams are open.
+	for _, line := range []string{"one\n", "two\n"} { // Each line comes back while both streams are open.
 		data := &process.ProcessInput{Input: &process.ProcessInput_Stdin{Stdin: []byte(line)}}
 		if err := in.Send(&process.StreamInputRequest{Event: &process.StreamInputRequest_Data{Data: &process.StreamInputRequest_DataEvent{Input: data}}}); err != nil {
 			t.Fatal(err)
@@ -175,7 +174,7 @@ func TestGRPC(t *testing.T) {
 	if _, err := in.CloseAndReceive(); err != nil {
 		t.Error(err)
 	}
-	// An error, which gRPC has in trailers.
+	// An error, which gRPC sends in trailers.
 	none := connect.NewRequest(&process.SendSignalRequest{
 		Process: &process.ProcessSelector{Selector: &process.ProcessSelector_Pid{Pid: 1 << 30}}, Signal: process.Signal_SIGNAL_SIGTERM,
 	})
@@ -185,7 +184,7 @@ func TestGRPC(t *testing.T) {
 	}
 }
 
-// closesEarly answers each request before it has read the body, and closes the
+// closesEarly is a server that responds before it has read the body, and closes the
 // connection, which resets it.
 const closesEarly = `
 import socket
@@ -197,8 +196,8 @@ while True:
     c.close()
 `
 
-// TestRefusalsArrive has each hop answer while a client sends a large body: the
-// client gets all of the answer, from the front door and from the server alone.
+// TestRefusalsArrive lets each hop respond while a client sends a large body: the client
+// gets the whole response, from the front door and from the server alone.
 func TestRefusalsArrive(t *testing.T) {
 	i := up(t)
 	c, s := i.client(t), i.sandbox(t, client.CreateOptions{})
@@ -239,7 +238,7 @@ func TestRefusalsArrive(t *testing.T) {
 			t.Run(name+"/"+what, func(t *testing.T) { lingertest.Refused(t, dial, want.Refusal, want.tries) })
 		}
 	}
-	// A connection whose first request is plain is passed on to the server.
+	// A connection whose first request is plain is passed to the server.
 	passed := func() (net.Conn, error) {
 		conn, err := net.Dial("tcp", i.listen)
 		if err != nil {
@@ -251,7 +250,7 @@ func TestRefusalsArrive(t *testing.T) {
 			_, err = io.Copy(io.Discard, resp.Body)
 		}
 		if err == nil && resp.Close {
-			err = errors.New("the connection is not kept")
+			err = errors.New("the connection was closed")
 		}
 		if err != nil {
 			conn.Close()

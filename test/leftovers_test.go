@@ -27,8 +27,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// processes are those whose command line or environment's directory is the
-// installation's, by pid.
+// processes returns the installation's processes by pid: their command line or their
+// environment has its directory.
 func processes(dir string) map[int]string {
 	found := map[int]string{}
 	entries, _ := os.ReadDir("/proc")
@@ -48,8 +48,8 @@ func processes(dir string) map[int]string {
 	return found
 }
 
-// vmOf tells whether a process is a virtual machine of the installation: its name is
-// that of a folder there, or it has a file open there, even one that was removed.
+// vmOf reports whether a process is a VM of the installation: it is named after a folder
+// there, or has a file open there, even a removed one.
 func vmOf(pid, line, dir string) bool {
 	_, rest, ok := strings.Cut(line, "-name wrenn-")
 	if !ok || len(rest) < 36 {
@@ -65,7 +65,7 @@ func vmOf(pid, line, dir string) bool {
 	})
 }
 
-// roles are the installation's processes by what they are.
+// roles returns the installation's processes by role.
 func (i *installation) roles(t testing.TB) map[string][]int {
 	t.Helper()
 	roles := map[string][]int{}
@@ -94,7 +94,7 @@ func (i *installation) roles(t testing.TB) map[string][]int {
 	return roles
 }
 
-// leftovers count what sandboxes and services take of the machine.
+// leftovers counts what sandboxes and services use of the machine.
 func (i *installation) leftovers(t testing.TB) map[string]int {
 	t.Helper()
 	n := map[string]int{}
@@ -108,14 +108,14 @@ func (i *installation) leftovers(t testing.TB) map[string]int {
 	return n
 }
 
-// same fails the test unless leftovers become no more than they were: what a
-// sandbox leaves is cleaned up beside the answer.
+// same fails the test unless leftovers return to the earlier numbers. Sandboxes are
+// cleaned up after the response.
 func (i *installation) same(t *testing.T, before map[string]int) {
 	t.Helper()
 	eventually(t, func() error {
 		now := i.leftovers(t)
 		for what, n := range now {
-			// Fewer is well: what others on this machine had may be gone too.
+			// Fewer is fine: others on this machine may have released something too.
 			if n > before[what] {
 				return fmt.Errorf("left behind: %v, before: %v", now, before)
 			}
@@ -124,7 +124,7 @@ func (i *installation) same(t *testing.T, before map[string]int) {
 	})
 }
 
-// trace knows what an installation has made on the machine, so that a test can look for
+// trace records what an installation creates on the machine, so that a test can look for
 // it later, whatever other installations do at the same time.
 type trace struct {
 	dir layout.Dir
@@ -134,8 +134,8 @@ type trace struct {
 	blocks map[int]bool    // of network slots
 }
 
-// follow notes what the installation in dir makes until the test ends. A machine has
-// its folder, and an agent its block, for far longer than follow takes to look again.
+// follow records what the installation in dir creates until the test ends. A machine has
+// its folder, and an agent its block, for much longer than follow's interval.
 func follow(t *testing.T, dir string) *trace {
 	tr := &trace{dir: layout.Dir(dir), groups: map[string]bool{}, blocks: map[int]bool{}}
 	stop, stopped := make(chan struct{}), make(chan struct{})
@@ -170,7 +170,7 @@ func (tr *trace) note() {
 	}
 }
 
-// left lists what is left of the installation, which has stopped.
+// left lists the remains of the installation, which has stopped.
 func (tr *trace) left(t *testing.T) []string {
 	t.Helper()
 	tr.mu.Lock()
@@ -204,15 +204,15 @@ func (tr *trace) left(t *testing.T) []string {
 // blockSlots is how many network slots a block has.
 const blockSlots = 512
 
-// leftOfBlock lists what is left of a block of network slots, unless another
-// installation has taken the block, which then removed or took what was there.
+// leftOfBlock lists the remains of a block of network slots, unless another installation
+// has taken the block and so removed or taken over what was there.
 func leftOfBlock(t *testing.T, dir layout.Dir, n int) (left []string) {
 	t.Helper()
 	file := filepath.Join(layout.NetworkBlocks(), strconv.Itoa(n))
 	defer func() {
 		owner, err := os.ReadFile(file)
 		switch {
-		case err != nil: // Nobody has it.
+		case err != nil: // No installation has it.
 		case strings.TrimSpace(string(owner)) == string(dir):
 			left = append(left, file)
 		default:
@@ -248,7 +248,7 @@ func leftOfBlock(t *testing.T, dir layout.Dir, n int) (left []string) {
 	return left
 }
 
-// printed returns what a command prints.
+// printed returns a command's output.
 func printed(t *testing.T, name string, args ...string) string {
 	t.Helper()
 	out, err := exec.Command(name, args...).CombinedOutput()
@@ -258,13 +258,13 @@ func printed(t *testing.T, name string, args ...string) string {
 	return string(out)
 }
 
-// TestTrace finds each kind of thing that an installation may leave, and nothing of
-// another installation. It has a network and mounts of its own.
+// TestTrace checks that trace finds everything that an installation may leave, and
+// nothing of another installation. It has its own network and mounts.
 func TestTrace(t *testing.T) {
 	if why := unable(); why != "" {
 		t.Skip(why)
 	}
-	runtime.LockOSThread() // for good: the thread ends with the test
+	runtime.LockOSThread() // never unlocked, so the thread ends with the test
 	if err := unix.Unshare(unix.CLONE_NEWNET | unix.CLONE_NEWNS); err != nil {
 		t.Fatal(err)
 	}
@@ -303,14 +303,14 @@ func TestTrace(t *testing.T) {
 		create(other)
 	}
 	if left := tr.left(t); len(left) > 0 {
-		t.Errorf("of another installation: %v", left)
+		t.Errorf("trace found another installation's: %v", left)
 	}
 	found := 0
 	finds := func(what string) {
 		t.Helper()
 		left := tr.left(t)
 		if len(left) <= found {
-			t.Errorf("with a %s, no more is left than without: %v", what, left)
+			t.Errorf("trace did not find the %s: %v", what, left)
 		}
 		found = len(left)
 	}
@@ -346,11 +346,12 @@ func TestTrace(t *testing.T) {
 	finds("block")
 	write(owner, "/elsewhere\n")
 	if now := tr.left(t); len(now) != found-len(things)-1 {
-		t.Errorf("with a block that is now another installation's: %v", now)
+		t.Errorf("trace found another installation's block: %v", now)
 	}
 }
 
-// TestDiscard ends processes that know an installation in each way.
+// TestDiscard checks that discard ends processes that refer to an installation in each
+// way.
 func TestDiscard(t *testing.T) {
 	dir := t.TempDir()
 	var all []*exec.Cmd
@@ -373,7 +374,7 @@ func TestDiscard(t *testing.T) {
 		}
 	}
 	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("the folder is there: %v", err)
+		t.Errorf("the folder still exists: %v", err)
 	}
 }
 
@@ -381,7 +382,7 @@ func TestOnceLeavesNothing(t *testing.T) {
 	if why := unable(); why != "" {
 		t.Skip(why)
 	}
-	i := up(t) // has made the images
+	i := up(t) // builds the images
 	dir, err := newDir()
 	if err != nil {
 		t.Fatal(err)
@@ -392,9 +393,9 @@ func TestOnceLeavesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	tr := follow(t, dir)
-	// Beside the one that runs: two installations share a machine.
+	// It runs beside another one: two installations can share a machine.
 	cmd := exec.Command(i.wrenn, "up", "--dir", dir, "--listen", listen, "--once")
-	cmd.Env = append(os.Environ(), "WRENN_WARM=2") // machines that wait go too
+	cmd.Env = append(os.Environ(), "WRENN_WARM=2") // warm machines end too
 	out, err := cmd.CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "42") {
 		t.Fatalf("%v: %s", err, out)
@@ -441,16 +442,16 @@ func TestKilledVMIsCleanedUp(t *testing.T) {
 	i.same(t, before)
 }
 
-// TestVMKilledWhileItStarts kills the VM of a creation that is under way. A kill
-// that comes only when the sandbox runs is no such test, and is tried again.
+// TestVMKilledWhileItStarts kills a creation's VM. If the kill comes only when the
+// sandbox runs, the test tries again.
 func TestVMKilledWhileItStarts(t *testing.T) {
 	i := up(t)
-	// Without retries, by which the client would get another.
+	// Without retries, because a retry would create another sandbox.
 	c, err := client.New("http://"+i.listen, i.creds.APIKey, client.WithRetries(0))
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The first sandbox of its size is captured, in a VM that is not this one's.
+	// The first sandbox of its size needs a capture, in another VM.
 	first, err := c.Create(t.Context(), client.CreateOptions{})
 	if err == nil {
 		err = c.Delete(t.Context(), first.ID)
@@ -460,7 +461,7 @@ func TestVMKilledWhileItStarts(t *testing.T) {
 	}
 	before := i.leftovers(t)
 	mark := map[string]string{"killed": "yes"}
-	// kill kills the VM of the sandbox that starts, once there is one.
+	// kill kills the VM of the starting sandbox, once there is one.
 	kill := func() bool {
 		for s, err := range c.List(t.Context(), client.ListOptions{Metadata: mark, States: []string{"starting"}}) {
 			if err != nil {
@@ -498,7 +499,7 @@ func TestVMKilledWhileItStarts(t *testing.T) {
 			t.Fatal(err)
 		}
 		if time.Since(begun) > 2*time.Minute {
-			t.Fatal("every sandbox whose machine was killed while it started is said to run")
+			t.Fatal("every sandbox whose machine was killed during its start is reported as running")
 		}
 		if err := c.Delete(t.Context(), box.ID); err != nil {
 			t.Fatal(err)
@@ -548,7 +549,7 @@ func TestKillUp(t *testing.T) {
 	if why := unable(); why != "" {
 		t.Skip(why)
 	}
-	up(t) // has made the images
+	up(t) // builds the images
 	dir, err := newDir()
 	if err != nil {
 		t.Fatal(err)
@@ -573,7 +574,7 @@ func TestKillUp(t *testing.T) {
 	<-i.ended
 	eventually(t, func() error {
 		roles := i.roles(t)
-		delete(roles, "qemu") // outlives them
+		delete(roles, "qemu") // VMs survive them
 		if len(roles) > 0 {
 			return fmt.Errorf("still there: %v", roles)
 		}
@@ -589,7 +590,7 @@ func TestKillUp(t *testing.T) {
 	if err := again.stop(); err != nil {
 		t.Error(err)
 	}
-	// Stopped for good, it has paused what ran.
+	// A proper stop pauses the running sandboxes.
 	last, err := start(dir, listen)
 	if err != nil {
 		t.Fatal(err)
@@ -603,7 +604,7 @@ func TestKillUp(t *testing.T) {
 	})
 	last.ok(t, "resume", s.ID)
 	if r, err := last.client(t).Exec(t.Context(), s.ID, client.Command{Cmd: "hostname"}, nil); err != nil || strings.TrimSpace(string(r.Stdout)) != s.ID {
-		t.Errorf("the sandbox does not go on after a stop: %+v, %v", r, err)
+		t.Errorf("the sandbox does not continue after a stop: %+v, %v", r, err)
 	}
 	if err := last.stop(); err != nil {
 		t.Error(err)

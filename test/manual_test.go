@@ -11,7 +11,7 @@ import (
 	"github.com/wrenn-dev/wrenn/client"
 )
 
-// commands returns the indented blocks of a page of docs, below one heading or all.
+// commands returns the indented blocks of a docs page, below one heading or all of them.
 func commands(t *testing.T, page, heading string) (blocks []string) {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join("../docs", page))
@@ -36,8 +36,8 @@ func commands(t *testing.T, page, heading string) (blocks []string) {
 	return blocks
 }
 
-// follow runs commands of the manual, with the installation's own directory in place of
-// /var/lib/wrenn, in a folder that is there.
+// follow runs commands of the manual in an existing folder, with the installation's own
+// directory instead of /var/lib/wrenn.
 func (i *installation) follow(t *testing.T, dir, script string) {
 	t.Helper()
 	if _, err := i.try(t, "cd "+dir+"\n"+script); err != nil {
@@ -45,7 +45,7 @@ func (i *installation) follow(t *testing.T, dir, script string) {
 	}
 }
 
-// try runs commands as follow does, and returns what they print.
+// try runs commands like follow, and returns their output.
 func (i *installation) try(t *testing.T, script string, env ...string) (string, error) {
 	t.Helper()
 	script = strings.NewReplacer("/var/lib/wrenn", i.dir, "/var/lib wrenn", filepath.Dir(i.dir)+" "+filepath.Base(i.dir), "-C /var/lib\n", "-C "+filepath.Dir(i.dir)+"\n").Replace(script)
@@ -58,14 +58,14 @@ func (i *installation) try(t *testing.T, script string, env ...string) (string, 
 	return string(out), nil
 }
 
-// TestTroubleshooting: the commands of that page work, and show what it says.
+// TestTroubleshooting checks that the page's commands work and show what the page says.
 func TestTroubleshooting(t *testing.T) {
 	i := up(t)
 	s := i.sandbox(t, client.CreateOptions{})
 	var printed strings.Builder
 	blocks := commands(t, "troubleshooting.md", "")
 	for _, block := range blocks {
-		// A log is on disk a moment after the answer.
+		// The log reaches the disk shortly after the response.
 		eventually(t, func() error {
 			out, err := i.try(t, block, "SANDBOX="+s.ID)
 			printed.WriteString(out)
@@ -82,7 +82,8 @@ func TestTroubleshooting(t *testing.T) {
 	}
 }
 
-// TestBackup: what was copied while `wrenn up` was stopped goes on after it was put back.
+// TestBackup checks that data copied while `wrenn up` was stopped works after it is
+// restored.
 func TestBackup(t *testing.T) {
 	if why := unable(); why != "" {
 		t.Skip(why)
@@ -121,7 +122,7 @@ func TestBackup(t *testing.T) {
 	copies := t.TempDir()
 	i.follow(t, copies, steps[0])
 
-	// What happens after the copy is not in it.
+	// The copy does not have later events.
 	if err := os.RemoveAll(filepath.Join(dir, "sandboxes")); err != nil {
 		t.Fatal(err)
 	}

@@ -236,7 +236,7 @@ func table(title string, head []string, rows [][]string) {
 	fmt.Fprintln(tables, b.String())
 }
 
-// stepsTable prints where the time of one thing went.
+// stepsTable prints how an operation's time was spent.
 func stepsTable(title string, total time.Duration, steps []step) {
 	rows := [][]string{}
 	rest := total
@@ -248,7 +248,7 @@ func stepsTable(title string, total time.Duration, steps []step) {
 	table(title, []string{"step", "time"}, rows)
 }
 
-// TestMachine says what the tables were measured on.
+// TestMachine describes the machine that the tables were measured on.
 func TestMachine(t *testing.T) {
 	h := newHost(t, 4096, nil)
 	read := func(name string) string {
@@ -273,13 +273,13 @@ func TestMachine(t *testing.T) {
 	})
 }
 
-// meminfo is a value of /proc/meminfo, in bytes.
+// meminfo returns a value of /proc/meminfo, in bytes.
 func meminfo(t *testing.T, key string) int64 {
 	t.Helper()
 	return kib(t, "/proc/meminfo", key)
 }
 
-// kib is a value of a file of /proc that has it in KiB, in bytes.
+// kib returns in bytes a value that a /proc file has in KiB.
 func kib(t *testing.T, file, key string) int64 {
 	t.Helper()
 	b, err := os.ReadFile(file)

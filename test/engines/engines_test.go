@@ -1,6 +1,6 @@
 // Package engines_test runs in a guest what needs a whole Linux machine: container
-// engines, file systems in user space, virtual networks, cron. It is a package of its
-// own because the packages that it installs take a while.
+// engines, file systems in user space, virtual networks, cron. It is a separate package
+// because the packages that it installs take a while.
 package engines_test
 
 import (
@@ -29,10 +29,11 @@ import (
 
 func TestMain(m *testing.M) { agenttest.Main(m) }
 
-// packages are Debian's, beside those of minimal.
+// packages are Debian packages that minimal lacks.
 var packages = strings.Fields("docker.io docker-registry busybox-static podman uidmap slirp4netns fuse-overlayfs sshfs openssh-server wireguard-tools nftables cron")
 
-// slow skips what takes longer than all other tests together, unless it is asked for.
+// slow skips a test that takes longer than all other tests together, unless WRENN_SLOW is
+// set.
 func slow(t *testing.T) {
 	t.Helper()
 	if os.Getenv("WRENN_SLOW") == "" {
@@ -42,20 +43,20 @@ func slow(t *testing.T) {
 
 func installed(t *testing.T, in imagetest.Images) image.Template {
 	t.Helper()
-	// What the recipe of the template docker does after it has installed the engine.
+	// The recipe of the template docker does this after it has installed the engine.
 	return imagetest.With(t, in, "engines", image.More{Name: "engines", Packages: packages, Customize: `chroot "$1" usermod --append --groups docker user`})
 }
 
-// TestImages makes what the other test starts from, where there is a network.
+// TestImages builds the image for the other test if there is a network.
 func TestImages(t *testing.T) {
 	slow(t)
 	installed(t, imagetest.Prepare(t))
 }
 
-// host is an installation with an agent on it.
+// host is an installation with an agent.
 type host struct{ *agenttest.Agent }
 
-// machine is a sandbox on it.
+// machine is a sandbox on a host.
 type machine struct {
 	*host
 	id string
@@ -84,7 +85,7 @@ func (m machine) exec(t *testing.T, user, script string) *pb.ExecResponse {
 	return res.Msg
 }
 
-// run runs a script, which must succeed, and returns what it printed.
+// run runs a script, which must succeed, and returns its output.
 func (m machine) run(t *testing.T, user, script string) string {
 	t.Helper()
 	begun := time.Now()
@@ -96,13 +97,13 @@ func (m machine) run(t *testing.T, user, script string) string {
 	return strings.TrimSpace(string(got.GetStdout()))
 }
 
-// await runs a script again until it succeeds.
+// await repeats a script until it succeeds.
 func (m machine) await(t *testing.T, what, user, script string) {
 	t.Helper()
 	await.Until(t, what, func() bool { return m.exec(t, user, script).GetExitCode() == 0 })
 }
 
-// get returns what a port of the sandbox answers.
+// get returns the response of a port of the sandbox.
 func (m machine) get(t *testing.T, port, path string) (int, string) {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, m.Base+"/proxy/"+m.id+"/"+port+path, nil)
@@ -121,9 +122,9 @@ func (m machine) get(t *testing.T, port, path string) (int, string) {
 	return resp.StatusCode, string(body)
 }
 
-// TestEngines has the engine of the template docker started in a sandbox, as its recipe
-// says, and captured as it runs. A sandbox of that builds and runs containers, and does
-// whatever else needs a machine of one's own.
+// TestEngines starts the engine of the template docker in a sandbox, as its recipe does,
+// and captures it running. A sandbox of that builds and runs containers, and does
+// everything else that needs a whole machine.
 func TestEngines(t *testing.T) {
 	slow(t)
 	owner, base := uuid.New(), uuid.New()
@@ -164,8 +165,8 @@ func TestEngines(t *testing.T) {
 	}
 	m := h.create(t, team, tpl.Msg.GetTemplate().GetTemplateId())
 
-	// Cron starts it within a minute, while the rest is looked at. Its jobs have a PATH
-	// of its own.
+	// Cron starts it within a minute, during the other checks. Its jobs have their own
+	// PATH.
 	m.run(t, "root", `mkdir -p /opt/tool/bin && printf '#!/bin/sh\necho "tool has $FROM"\n' >/opt/tool/bin/mytool && chmod +x /opt/tool/bin/mytool
 for u in root user; do echo '* * * * * /opt/tool/bin/mytool >/tmp/'$u | crontab -u $u -; done; cron`)
 

@@ -1,5 +1,5 @@
-// Package interpreter_test runs code in the template code-interpreter. It is a
-// package of its own because the packages that it installs take a while.
+// Package interpreter_test runs code in the template code-interpreter. It is a separate
+// package because the packages that it installs take a while.
 package interpreter_test
 
 import (
@@ -29,8 +29,8 @@ import (
 
 func TestMain(m *testing.M) { agenttest.Main(m) }
 
-// slow skips what takes longer than all other tests together, unless it is
-// asked for.
+// slow skips a test that takes longer than all other tests together, unless WRENN_SLOW is
+// set.
 func slow(t *testing.T) {
 	t.Helper()
 	if os.Getenv("WRENN_SLOW") == "" {
@@ -38,13 +38,13 @@ func slow(t *testing.T) {
 	}
 }
 
-// TestImages makes what the other test starts from, where there is a network.
+// TestImages builds the image for the other test if there is a network.
 func TestImages(t *testing.T) {
 	slow(t)
 	imagetest.Interpreter(t, imagetest.Prepare(t))
 }
 
-// host is an installation with an agent on it.
+// host is an installation with an agent.
 type host struct{ *agenttest.Agent }
 
 func (h *host) create(t *testing.T, r *pb.CreateRequest) string {
@@ -67,12 +67,12 @@ func (h *host) exec(t *testing.T, sandbox, script string) *pb.ExecResponse {
 	return res.Msg
 }
 
-// codeLine is a line of a code interpreter's answer.
+// codeLine is a line of a code interpreter's response.
 type codeLine struct {
 	Type, Text, HTML, PNG, Name, Value, Traceback string
 }
 
-// gateway asks a sandbox's code interpreter.
+// gateway calls a sandbox's code interpreter.
 func (h *host) gateway(t *testing.T, sandbox, method, path string, body any) (int, string) {
 	t.Helper()
 	b, err := json.Marshal(body)
@@ -95,8 +95,8 @@ func (h *host) gateway(t *testing.T, sandbox, method, path string, body any) (in
 	return resp.StatusCode, string(out)
 }
 
-// code runs code in a context and returns its lines by their type, the texts of
-// one type as one.
+// code runs code in a context, and returns the lines by type, with the texts of each type
+// joined.
 func (h *host) code(t *testing.T, sandbox, context, code string, timeout int) map[string]codeLine {
 	t.Helper()
 	begin := time.Now()
@@ -117,9 +117,8 @@ func (h *host) code(t *testing.T, sandbox, context, code string, timeout int) ma
 	return lines
 }
 
-// TestCode has a code interpreter started in a sandbox, as its recipe says, and
-// captured; sandboxes of that remember, draw, fail, are interrupted, and go on
-// after a pause.
+// TestCode starts a code interpreter in a sandbox, as its recipe does, and captures it.
+// Its sandboxes remember, draw, fail, can be interrupted, and continue after a pause.
 func TestCode(t *testing.T) {
 	slow(t)
 	const team = "code's team"
@@ -193,7 +192,7 @@ func TestCode(t *testing.T) {
 		t.Errorf("an exception: %+v", failed)
 	}
 
-	// An endless loop ends by its time, or when it is told to.
+	// An endless loop ends at its timeout, or when it is interrupted.
 	if got := h.code(t, sandbox, "", "while True: pass", 2)["error"].Name; got != "KeyboardInterrupt" {
 		t.Errorf("an endless loop: %q", got)
 	}
@@ -201,7 +200,7 @@ func TestCode(t *testing.T) {
 	go func() {
 		ended <- h.code(t, sandbox, "", "open('/tmp/begun', 'w')\nwhile True: pass", 600)
 	}()
-	await.Until(t, "the loop begins", func() bool { return h.exec(t, sandbox, "test -e /tmp/begun").GetExitCode() == 0 })
+	await.Until(t, "the loop starts", func() bool { return h.exec(t, sandbox, "test -e /tmp/begun").GetExitCode() == 0 })
 	if status, out := h.gateway(t, sandbox, "POST", "/contexts/default/interrupt", nil); status != 204 {
 		t.Errorf("interrupt: %d %s", status, out)
 	}
@@ -209,7 +208,7 @@ func TestCode(t *testing.T) {
 		t.Errorf("an interrupted loop: %q", got)
 	}
 
-	// Contexts do not see each other.
+	// Contexts are isolated from each other.
 	status, out := h.gateway(t, sandbox, "POST", "/contexts", map[string]any{})
 	var other struct{ ID string }
 	if err := json.Unmarshal([]byte(out), &other); err != nil || status != 201 {
@@ -239,9 +238,9 @@ func TestCode(t *testing.T) {
 		t.Errorf("remove a context: %d %s", status, out)
 	}
 	if status, out := h.gateway(t, sandbox, "POST", "/execute", map[string]any{"code": "1", "context_id": other.ID}); status != 404 {
-		t.Errorf("a context that is gone: %d %s", status, out)
+		t.Errorf("a removed context: %d %s", status, out)
 	}
-	// Two sandboxes of one capture do not draw the same numbers.
+	// Two sandboxes of one capture draw different random numbers.
 	second := h.create(t, r)
 	if got := h.code(t, second, "", random, 60)["result"].Text; got == first {
 		t.Errorf("both draw %s", first)

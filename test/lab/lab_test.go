@@ -1,6 +1,6 @@
-// Package lab runs the tests of virtual machines with KVM: this machine's own
-// where that works, else that of a lab, a machine whose processor QEMU emulates
-// with AMD's SVM, so that an ordinary Debian kernel in it has a real /dev/kvm.
+// Package lab runs the tests of VMs with KVM: this machine's own if that works, or that
+// of a lab, a machine whose processor QEMU emulates with AMD's SVM, so that an ordinary
+// Debian kernel in it has a real /dev/kvm.
 package lab
 
 import (
@@ -28,10 +28,10 @@ import (
 // job is one run of a test program.
 type job struct {
 	title string
-	pkg   string // below the repository
+	pkg   string // path in the repository
 	run   string // tests, as for go test -run
-	env   string // more of the environment: NAME=VALUE
-	slow  bool   // only under WRENN_SLOW, or by its title
+	env   string // additional environment: NAME=VALUE
+	slow  bool   // only with WRENN_SLOW, or chosen by its title
 	shown bool   // its output is a result
 }
 
@@ -52,13 +52,12 @@ const (
 	labMemory = 8 << 10
 	// diskBytes is the size of the lab's disk, which is sparse.
 	diskBytes = 16 << 30
-	// labFactor is how much longer the lab takes than a machine of its own.
+	// labFactor is how much longer the lab takes than a real machine.
 	labFactor = 8
 )
 
-// TestKVM runs the jobs, each test of theirs as a test of its own here, and lists
-// what came of them. WRENN_TEST_KVM_JOBS, a regular expression of their titles,
-// chooses among them.
+// TestKVM runs the jobs, with a subtest for each of their tests, and lists the results.
+// WRENN_TEST_KVM_JOBS, a regular expression of their titles, selects jobs.
 func TestKVM(t *testing.T) {
 	slow := os.Getenv("WRENN_SLOW") != ""
 	if !slow && os.Getenv("WRENN_TEST_KVM") == "" {
@@ -82,7 +81,7 @@ func TestKVM(t *testing.T) {
 	if err != nil {
 		t.Fatalf("WRENN_TEST_KVM_JOBS: %v", err)
 	}
-	// left says why a job is left out.
+	// left returns why a job is left out.
 	left := func(j job) string {
 		switch byName := chosen.String() != ""; {
 		case !chosen.MatchString(j.title):
@@ -131,7 +130,7 @@ func TestKVM(t *testing.T) {
 	}
 }
 
-// outcome is what came of a test, or of a job of which no test ran.
+// outcome is the result of a test, or of a job that ran no test.
 type outcome struct{ result, name, took, why, text string }
 
 // Results, as the testing package prints them.
@@ -150,7 +149,7 @@ func (o outcome) String() string {
 
 func (j job) program() string { return strings.ReplaceAll(j.pkg, "/", "-") + ".test" }
 
-// line is the job for a shell.
+// line returns a job's shell command.
 func (j job) line(home string) string {
 	return fmt.Sprintf("%s '%s/%s' -test.v -test.timeout=3h -test.run='%s'", j.env, home, j.program(), j.run)
 }
@@ -166,11 +165,11 @@ func here(t *testing.T, home, root string, i int, j job) {
 	cmd.Dir = filepath.Join(root, j.pkg)
 	cmd.Env = append(os.Environ(), "WRENN_TEST_ACCEL=kvm")
 	cmd.Stdout, cmd.Stderr = out, out
-	_ = cmd.Run() // the report says what failed
+	_ = cmd.Run() // the report has the failures
 	write(t, filepath.Join(home, fmt.Sprintf("code.%d", i+1)), fmt.Sprint(cmd.ProcessState.ExitCode()))
 }
 
-// boot runs the jobs in the lab, or returns the reason why there can be none.
+// boot runs the jobs in the lab, or returns the reason why it cannot.
 func boot(t *testing.T, dir, home, root, cache string, todo []job) (skip string) {
 	for _, tool := range []string{"qemu-system-x86_64", "busybox", "modprobe", "dpkg-deb", "apt-get", "mke2fs"} {
 		if _, err := exec.LookPath(tool); err != nil {
@@ -181,7 +180,7 @@ func boot(t *testing.T, dir, home, root, cache string, todo []job) (skip string)
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The kernel is kept for the next time.
+	// The kernel is kept for later runs.
 	lab := filepath.Join(user, "wrenn-lab")
 	command(t, root, "test/lab/prepare.sh", lab)
 	for _, name := range []string{"kernel", "initrd.cpio"} {
@@ -224,7 +223,7 @@ func boot(t *testing.T, dir, home, root, cache string, todo []job) (skip string)
 			t.Log(strings.TrimSpace(s.Text()))
 		}
 	}
-	_, _ = io.Copy(&console, out) // if a line was too long
+	_, _ = io.Copy(&console, out) // drain it if a line was too long
 	err = cmd.Wait()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.ExitCode() == 75 {
@@ -233,7 +232,7 @@ func boot(t *testing.T, dir, home, root, cache string, todo []job) (skip string)
 	t.Logf("the lab was up for %v", time.Since(begun).Round(time.Second))
 	if _, done := os.Stat(filepath.Join(home, "done")); err != nil || done != nil {
 		text := console.String()
-		t.Errorf("the lab did not come to its end: %v\n%s", err, text[max(0, len(text)-6000):])
+		t.Errorf("the lab did not finish: %v\n%s", err, text[max(0, len(text)-6000):])
 	}
 	return ""
 }
@@ -245,7 +244,7 @@ var (
 
 // parse finds the tests in the output of a job.
 func parse(out string) (all []outcome) {
-	running, before := "", []string(nil) // the test that runs, and what it said
+	running, before := "", []string(nil) // the running test, and its output
 	add := func(o outcome) {
 		o.text = strings.Join(before[max(0, len(before)-100):], "\n")
 		all = append(all, o)
@@ -274,11 +273,11 @@ func parse(out string) (all []outcome) {
 	return all
 }
 
-// report makes a test of each test in the output of the n-th job that ran.
+// report makes a subtest of each test in the output of the n-th job that ran.
 func report(t *testing.T, j job, home string, n int) []outcome {
 	out, err := os.ReadFile(filepath.Join(home, fmt.Sprintf("out.%d", n)))
 	if err != nil {
-		t.Errorf("the job did not begin: %v", err)
+		t.Errorf("the job did not start: %v", err)
 		return []outcome{{result: failed, name: j.title, why: "did not begin"}}
 	}
 	if j.shown {
@@ -302,7 +301,7 @@ func report(t *testing.T, j job, home string, n int) []outcome {
 	return all
 }
 
-// TestParse reads the outputs of jobs that end in every way.
+// TestParse parses outputs of jobs that end in every possible way.
 func TestParse(t *testing.T) {
 	const out = `=== RUN   TestImages
 --- PASS: TestImages (0.10s)
