@@ -282,7 +282,7 @@ func TestBuildImage(t *testing.T) {
 		return s
 	}
 	push("one\n")
-	if b, errs := build("wrong\n", "last"); b.State != "failed" || !strings.Contains(b.Error, "the registry lets nobody with these credentials read it") {
+	if b, errs := build("wrong\n", "last"); b.State != "failed" || !strings.Contains(b.Error, "the registry denies access with these credentials") {
 		t.Errorf("with a wrong password: %s %s\n%s", b.State, b.Error, errs)
 	}
 	if b, errs := build(password+"\n", "last"); b.State != "succeeded" {

@@ -90,7 +90,7 @@ func TestErrorsAreForClients(t *testing.T) {
 // of four texts, and the log has the cause.
 func TestRegistryTexts(t *testing.T) {
 	texts := []string{
-		"the registry lets nobody with these credentials read it", "the registry does not have it", "the registry sends too slowly", "the registry did not answer as a registry should",
+		"the registry denies access with these credentials", "the registry does not have this image", "the registry sends too slowly", "the registry did not answer as a registry should",
 	}
 	answer := func(status int, body string) string {
 		s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {

@@ -424,9 +424,9 @@ func TestBuildImage(t *testing.T) {
 		body map[string]any
 		why  string
 	}{
-		"a wrong password": {body(there, "wrong", "two"), "the registry lets nobody with these credentials read it"},
-		"nobody":           {body(there, "", "two"), "the registry lets nobody with these credentials read it"},
-		"no such image":    {body("registry.example/none:1", password, "two"), "the registry does not have it"},
+		"a wrong password": {body(there, "wrong", "two"), "the registry denies access with these credentials"},
+		"nobody":           {body(there, "", "two"), "the registry denies access with these credentials"},
+		"no such image":    {body("registry.example/none:1", password, "two"), "the registry does not have this image"},
 	} {
 		if b := p.ended(p.build(c.body)); b["state"] != "failed" || b["error"] != c.why {
 			t.Errorf("%s: %v %v", what, b["state"], b["error"])

@@ -44,9 +44,9 @@ func (a *agent) ImportTemplate(ctx context.Context, stream *connect.ClientStream
 	if r := start.GetRegistry(); r != nil {
 		switch {
 		case r.GetReference() != "registry.example/there:1" && !strings.HasPrefix(r.GetReference(), "registry.example/there@sha256:"):
-			return nil, connect.NewError(connect.CodeNotFound, errors.New("the registry does not have it"))
+			return nil, connect.NewError(connect.CodeNotFound, errors.New("the registry does not have this image"))
 		case r.GetUsername() != "reader" || r.GetPassword() != "s3cret":
-			return nil, connect.NewError(connect.CodePermissionDenied, errors.New("the registry lets nobody with these credentials read it"))
+			return nil, connect.NewError(connect.CodePermissionDenied, errors.New("the registry denies access with these credentials"))
 		}
 		size = 1
 	} else if size == 0 {
@@ -75,9 +75,9 @@ func (a *agent) ResolveImage(ctx context.Context, req *connect.Request[hostagent
 	}
 	switch r := req.Msg.GetRegistry(); {
 	case r.GetReference() != "registry.example/there:1":
-		return nil, connect.NewError(connect.CodeNotFound, errors.New("the registry does not have it"))
+		return nil, connect.NewError(connect.CodeNotFound, errors.New("the registry does not have this image"))
 	case r.GetUsername() != "reader" || r.GetPassword() != "s3cret":
-		return nil, connect.NewError(connect.CodePermissionDenied, errors.New("the registry lets nobody with these credentials read it"))
+		return nil, connect.NewError(connect.CodePermissionDenied, errors.New("the registry denies access with these credentials"))
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -158,7 +158,7 @@ func TestImports(t *testing.T) {
 func TestFailedImport(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
-	const why = "the registry lets nobody with these credentials read it"
+	const why = "the registry denies access with these credentials"
 	body := func(password string) map[string]any {
 		return map[string]any{"name": "app", "reference": "registry.example/there:1", "username": "reader", "password": password}
 	}
@@ -231,7 +231,7 @@ func TestFailedImport(t *testing.T) {
 	if err := p.db().QueryRow(t.Context(), "SELECT count(*) FROM failed_imports").Scan(&n); err != nil || n > 20 {
 		t.Errorf("%d failures are kept, %v", n, err)
 	}
-	if r := p.call("GET", "/v1/templates/no29", nil); !strings.Contains(string(r.Body), "the registry does not have it") {
+	if r := p.call("GET", "/v1/templates/no29", nil); !strings.Contains(string(r.Body), "the registry does not have this image") {
 		t.Errorf("of the last: %s", r.Body)
 	}
 }

@@ -550,7 +550,7 @@ func TestAuthorization(t *testing.T) {
 					admitted++
 					// The operation was admitted, and found its object.
 					switch {
-					case r.Status < 300, r.Status == 409, r.Status == 404 && strings.Contains(string(r.Body), "the registry does not have it"),
+					case r.Status < 300, r.Status == 409, r.Status == 404 && strings.Contains(string(r.Body), "the registry does not have this image"),
 						// Only the platform's own builds; a world has none.
 						r.Status == 404 && strings.HasPrefix(o.path, "/v1/admin/builds/"), o.OperationID == "execStream" && r.Status == 400 && strings.Contains(string(r.Body), "handshake"):
 					case o.OperationID == "changePassword" && r.Status == 403 && strings.Contains(string(r.Body), "wrong current password"):

@@ -17,11 +17,11 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/flock"
 )
 
-// tmpPrefix begins the names of what is still being made.
+// tmpPrefix is the prefix of the names of unfinished folders.
 const tmpPrefix = ".tmp-"
 
-// lock waits for the right to build in dir, which it makes, and removes what
-// killed builders left there, as far as it can. The lock ends with its file.
+// lock makes dir, locks it for a build, and tries to remove what killed builds left
+// there. Closing the result unlocks it.
 func lock(ctx context.Context, dir string, progress func(string)) (io.Closer, error) {
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return nil, fmt.Errorf("make folder: %w", err)
@@ -37,13 +37,13 @@ func lock(ctx context.Context, dir string, progress func(string)) (io.Closer, er
 		}
 	}
 	if err != nil {
-		progress("warning: what a killed build left is not removed, and the next build tries again: " + err.Error())
+		progress("warning: cannot remove what a killed build left; the next build tries again: " + err.Error())
 	}
 	return f, nil
 }
 
-// publish makes the folder tmp, synced, appear as dir, in the place of what
-// was there. If that cannot be removed, the next lock tries again.
+// publish syncs the folder tmp and renames it to dir, in place of an earlier dir. If it
+// cannot remove the earlier one, the next lock tries again.
 func publish(tmp, dir string) error {
 	if err := syncTree(tmp); err != nil {
 		return fmt.Errorf("sync: %w", err)
@@ -78,7 +78,7 @@ func syncTree(dir string) error {
 	return atomicfile.Sync(dir)
 }
 
-// digest is the hexadecimal SHA-256 of its parts, each with its length.
+// digest returns the hexadecimal SHA-256 of the parts, each with its length.
 func digest(parts ...string) string {
 	h := sha256.New()
 	for _, p := range parts {

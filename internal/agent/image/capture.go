@@ -19,50 +19,50 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// Capture is a machine as it was when it was captured: a folder that holds all
-// that is needed to go on from there. docs/formats.md has its files. They are
-// never written to; other folders have links to them.
+// Capture is the state of a captured machine: a folder with everything needed to restore
+// it. docs/formats.md describes its files. They are immutable, and other folders have
+// links to them.
 type Capture struct {
 	Version int `json:"version"`
-	// ID tells captures apart, wherever they are linked to.
+	// ID identifies the capture, whatever folder links to it.
 	ID uuid.UUID `json:"id"`
-	// Kind is the driver's, see vmm.Driver.
+	// Kind is the driver's kind, see vmm.Driver.
 	Kind string `json:"kind"`
-	// Inputs is a digest of what it was booted from; empty: it was captured
-	// from a sandbox.
+	// Inputs is a digest of what the machine booted from. It is empty for a capture of a
+	// sandbox.
 	Inputs    string `json:"inputs,omitempty"`
 	VCPUs     int    `json:"vcpus"`
 	MemoryMiB int    `json:"memory_mib"`
 	DiskMiB   int    `json:"disk_mib"`
-	// Layers is how many layers there are over the file system, and DiskFormat the
-	// name of their format; empty: qcow2.
+	// Layers is the number of layers over the file system, and DiskFormat the name of
+	// their format (empty: qcow2).
 	Layers     int    `json:"layers"`
 	DiskFormat string `json:"disk_format,omitempty"`
-	// Token is what the guest's daemon must be shown; empty: nothing.
+	// Token is the access token of the guest's daemon (empty: none).
 	Token    string   `json:"token,omitempty"`
 	Defaults Defaults `json:"defaults,omitzero"`
-	// Runs says that something of the template's own runs in it.
+	// Runs says that a start command of the template runs in it.
 	Runs bool `json:"runs,omitempty"`
 
-	// Dir is the folder.
+	// Dir is the capture's folder.
 	Dir string `json:"-"`
 }
 
 const captureFile = "capture.json"
 
-// Rootfs is the path of the raw file system below all.
+// Rootfs returns the path of the raw file system below all layers.
 func (c *Capture) Rootfs() string { return filepath.Join(c.Dir, rootfsFile) }
 
-// Layer is the path of the n-th layer over it, from 0.
+// Layer returns the path of layer n over the file system, counted from 0.
 func (c *Capture) Layer(n int) string {
 	return filepath.Join(c.Dir, fmt.Sprintf("layer-%d.%s", n, cmp.Or(c.DiskFormat, disk.Qcow2.Name())))
 }
 
-// Memory is the folder of the memory image.
+// Memory returns the path of the memory image's folder.
 func (c *Capture) Memory() string { return filepath.Join(c.Dir, "memory") }
 
-// Modules is the path of the file system with the kernel's modules, which all machines
-// with that kernel share; empty: the captured machine has none.
+// Modules returns the path of the file system with the kernel's modules, which machines
+// with the same kernel share. It is empty if the captured machine has none.
 func (c *Capture) Modules() string {
 	path := filepath.Join(c.Dir, layout.Modules)
 	if _, err := os.Stat(path); err != nil {
@@ -71,8 +71,8 @@ func (c *Capture) Modules() string {
 	return path
 }
 
-// LinkModules gives the captured machine the file system with the kernel's modules at
-// path; empty: none.
+// LinkModules links the file system with the kernel's modules at path into the capture.
+// It does nothing if path is empty.
 func (c *Capture) LinkModules(path string) error {
 	if path == "" {
 		return nil
@@ -80,10 +80,10 @@ func (c *Capture) LinkModules(path string) error {
 	return os.Link(path, filepath.Join(c.Dir, layout.Modules))
 }
 
-// Devices is the path of the devices' state.
+// Devices returns the path of the devices' state.
 func (c *Capture) Devices() string { return filepath.Join(c.Dir, "devices") }
 
-// OpenCapture reads the record of the capture in a folder.
+// OpenCapture reads the record of the capture in dir.
 func OpenCapture(dir string) (*Capture, error) {
 	path := filepath.Join(dir, captureFile)
 	b, err := os.ReadFile(path)
@@ -107,13 +107,13 @@ func parseCapture(path string, b []byte) (*Capture, error) {
 		return nil, err
 	}
 	if c.ID == uuid.Nil || c.VCPUs < 1 || c.MemoryMiB < 1 || c.DiskMiB < 1 || c.Layers < 1 {
-		return nil, errors.New("it lacks something")
+		return nil, errors.New("the record is incomplete")
 	}
 	return c, nil
 }
 
-// Write writes the record of c, whose other files are there, and syncs the
-// folder. It holds the guest's token.
+// Write writes c's record and syncs its folder, which must have all other files. Only the
+// owner can read the record, because it has the guest's token.
 func (c *Capture) Write() error {
 	c.Version = format.Capture.Version
 	b, err := json.MarshalIndent(c, "", "\t")
@@ -152,8 +152,7 @@ func LinkTree(src, dst string) error {
 	return nil
 }
 
-// Captures returns the captures of a template. A folder that is none, or whose
-// capture this program cannot read, is not among them.
+// Captures returns the template's captures. It skips those that it cannot read.
 func (t *Template) Captures(dir layout.Dir) ([]*Capture, error) {
 	entries, err := os.ReadDir(dir.Captures(t.Team, t.ID))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -168,8 +167,8 @@ func (t *Template) Captures(dir layout.Dir) ([]*Capture, error) {
 	return all, nil
 }
 
-// Publish makes the capture whose folder is tmp one of t's: at once, and for
-// good when it returns. Of two that are for the same, the first one stays.
+// Publish renames tmp, the folder of a capture, to the template's capture of that name,
+// and syncs. If a readable capture of that name exists, it keeps and returns that one.
 func (t *Template) Publish(dir layout.Dir, tmp string, name string) (*Capture, error) {
 	parent := dir.Captures(t.Team, t.ID)
 	if err := os.Mkdir(parent, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
@@ -183,7 +182,7 @@ func (t *Template) Publish(dir layout.Dir, tmp string, name string) (*Capture, e
 			return c, nil
 		}
 		if unreadable.Passing(e) {
-			return nil, fmt.Errorf("publish capture: %w", e) // the first one is there
+			return nil, fmt.Errorf("publish capture: %w", e) // the existing one may be readable later
 		}
 		if _, err = unreadable.Move(dir, unreadable.Capture, home, e); err == nil {
 			err = os.Rename(tmp, home)
@@ -198,8 +197,8 @@ func (t *Template) Publish(dir layout.Dir, tmp string, name string) (*Capture, e
 	return OpenCapture(home)
 }
 
-// PublishTemplate makes the folder tmp, which holds a capture named "captured",
-// the template t, captured from a sandbox.
+// PublishTemplate publishes the folder tmp as the template t, which was captured from a
+// sandbox. tmp must have that capture, named [Captured].
 func PublishTemplate(dir layout.Dir, tmp string, t Template) error {
 	if err := publishTemplate(dir, tmp, t); err != nil {
 		return fmt.Errorf("publish template: %w", err)
@@ -207,8 +206,8 @@ func PublishTemplate(dir layout.Dir, tmp string, t Template) error {
 	return nil
 }
 
-// Captured is the name of the one capture of a template that was captured
-// from a sandbox.
+// Captured is the name of the only capture of a template that was captured from a
+// sandbox.
 const Captured = "captured"
 
 func publishTemplate(dir layout.Dir, tmp string, t Template) error {
@@ -222,12 +221,11 @@ func publishTemplate(dir layout.Dir, tmp string, t Template) error {
 	return place(dir, tmp, t)
 }
 
-// TempRootfs is where the file system of a template that is made in the folder
-// tmp goes.
+// TempRootfs returns the path of the file system in tmp, the folder of a template that is
+// being made.
 func TempRootfs(tmp string) string { return filepath.Join(tmp, rootfsFile) }
 
-// PublishRootfs makes the folder tmp, which holds a file system alone, the
-// template t.
+// PublishRootfs publishes the folder tmp, which has only a file system, as the template t.
 func PublishRootfs(dir layout.Dir, tmp string, t Template) error {
 	if err := place(dir, tmp, t); err != nil {
 		return fmt.Errorf("publish template: %w", err)
@@ -235,7 +233,7 @@ func PublishRootfs(dir layout.Dir, tmp string, t Template) error {
 	return nil
 }
 
-// place makes the folder tmp, which has all but the record, the template t.
+// place writes t's record to the folder tmp, syncs it, and renames it to the template's.
 func place(dir layout.Dir, tmp string, t Template) error {
 	if err := t.write(tmp); err != nil {
 		return err
@@ -254,8 +252,8 @@ func place(dir layout.Dir, tmp string, t Template) error {
 	return errors.Join(atomicfile.Sync(team), atomicfile.Sync(filepath.Dir(team)))
 }
 
-// TempTemplate makes a folder for a template that is being made. It is one of the
-// next agent's [Leftovers] unless it is published.
+// TempTemplate makes a folder for a template that is being made. Unless it is published,
+// the next agent finds it among its [Leftovers].
 func TempTemplate(dir layout.Dir) (string, error) {
 	if err := os.MkdirAll(dir.Images(), 0o711); err != nil {
 		return "", err
@@ -263,8 +261,8 @@ func TempTemplate(dir layout.Dir) (string, error) {
 	return os.MkdirTemp(dir.Images(), tmpPrefix)
 }
 
-// Delete removes a template. Whoever has links to its files keeps them. That
-// there is none is no error. between is called between the steps.
+// Delete removes a template. Links to its files stay valid. It is idempotent. It calls
+// between between its steps.
 func Delete(dir layout.Dir, team, id uuid.UUID, between func(step string)) error {
 	home := dir.Template(team, id)
 	gone := filepath.Join(dir.Images(), tmpPrefix+"deleted-"+uuid.NewString())
@@ -274,7 +272,7 @@ func Delete(dir layout.Dir, team, id uuid.UUID, between func(step string)) error
 	}
 	between("delete: renamed")
 	if err == nil {
-		_ = os.Remove(filepath.Dir(home)) // the team's folder, if it was the last
+		_ = os.Remove(filepath.Dir(home)) // the team's folder, if it is empty
 		err = errors.Join(atomicfile.Sync(dir.Images()), os.RemoveAll(gone))
 	}
 	if err != nil {
@@ -283,8 +281,8 @@ func Delete(dir layout.Dir, team, id uuid.UUID, between func(step string)) error
 	return nil
 }
 
-// Leftovers returns the paths of what was being made or removed when an agent was
-// killed. Nobody else may be making templates meanwhile.
+// Leftovers returns the paths of templates that a killed agent was making or removing.
+// Nobody may be making templates during the call.
 func Leftovers(dir layout.Dir) ([]string, error) {
 	entries, err := os.ReadDir(dir.Images())
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {

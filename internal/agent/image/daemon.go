@@ -6,8 +6,8 @@ import (
 	"path/filepath"
 )
 
-// FindDaemon returns the path of the guest daemon's binary: $WRENN_ENVD, else
-// envd beside this program.
+// FindDaemon returns the path of the guest daemon's binary: $WRENN_ENVD if set,
+// otherwise envd beside this program.
 func FindDaemon() (string, error) {
 	if p := os.Getenv("WRENN_ENVD"); p != "" {
 		return p, nil
@@ -18,7 +18,7 @@ func FindDaemon() (string, error) {
 	}
 	p := filepath.Join(filepath.Dir(self), "envd")
 	if _, err := os.Stat(p); err != nil {
-		return "", fmt.Errorf("find guest daemon beside %s, or by $WRENN_ENVD: %w", self, err)
+		return "", fmt.Errorf("find guest daemon beside %s (or set $WRENN_ENVD): %w", self, err)
 	}
 	return p, nil
 }

@@ -10,11 +10,11 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 )
 
-// notAgainFor is how long the agent waits before it retries a failed attempt. A mirror
-// that does not answer costs minutes, during which the agent does not serve yet.
+// notAgainFor is the time until the agent retries a failed attempt. A mirror that does not
+// respond delays the agent's start by minutes.
 const notAgainFor = 10 * time.Minute
 
-// failedFile is the name of the file that says which attempt failed last.
+// failedFile is the name of the file that records the last failed attempt.
 const failedFile = "failed"
 
 // failure records a failed attempt to build something newer than what dir has.
@@ -40,11 +40,11 @@ func failedLately(dir, inputs string) error {
 	if err != nil || json.Unmarshal(b, &f) != nil || f.Inputs != inputs {
 		return nil
 	}
-	return fmt.Errorf("not tried again for %v: it failed %v ago: %s", notAgainFor, age.Round(time.Second), f.Reason)
+	return fmt.Errorf("failed %v ago, next attempt %v after that: %s", age.Round(time.Second), notAgainFor, f.Reason)
 }
 
-// noteFailure records a failed attempt for failedLately. If it cannot, the next start
-// tries again.
+// noteFailure records a failed attempt for failedLately. It ignores errors: without the
+// record, the next start tries again.
 func noteFailure(dir, inputs string, cause error) {
 	_ = atomicfile.WriteJSON(filepath.Join(dir, failedFile), failure{Inputs: inputs, Reason: cause.Error()})
 }

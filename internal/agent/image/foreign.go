@@ -21,11 +21,10 @@ import (
 // maxEnvs bounds the environment that an image sets, in bytes.
 const maxEnvs = 1 << 20
 
-// Import makes a template of an image, with the guest daemon at envd. What t
-// says of its id, team, name and disk holds; what processes have by default is
-// the image's, and so is the command that is started when the template is
-// captured, unless inert. Import holds room on disk for what it writes. After an error
-// nothing of the template is there. It needs root's rights.
+// Import makes a template from an image and the guest daemon at envd. t has its id, team,
+// name and disk size. The image has the defaults of its processes and, unless inert is
+// set, its start command. Import reserves room on disk for what it writes. After an error,
+// no part of the template remains. The caller must be root.
 func Import(ctx context.Context, dir layout.Dir, img *oci.Image, envd string, t Template, inert bool, disk *room.Room) (Template, error) {
 	t, err := importImage(ctx, dir, img, envd, t, inert, disk)
 	if err != nil {
@@ -41,7 +40,7 @@ func importImage(ctx context.Context, dir layout.Dir, img *oci.Image, envd strin
 		size += len(k) + len(v) + 2
 	}
 	if size > maxEnvs {
-		return Template{}, oci.Refuse(nil, "its environment has %d bytes", size)
+		return Template{}, oci.Refuse(nil, "its environment has %d bytes, more than %d", size, maxEnvs)
 	}
 	t.Defaults = Defaults{Envs: c.Env, User: cmp.Or(c.User, "root")}
 	if c.WorkingDir != "" {
@@ -74,8 +73,8 @@ func importImage(ctx context.Context, dir layout.Dir, img *oci.Image, envd strin
 	return read(dir, t.Team, t.ID)
 }
 
-// makeWorkdir makes an image's working directory where its layers have none,
-// as container runtimes do.
+// makeWorkdir makes an image's working directory if its layers lack it, as container
+// runtimes do.
 func makeWorkdir(dir, name string) error {
 	if name == "" {
 		return nil
@@ -92,17 +91,16 @@ func makeWorkdir(dir, name string) error {
 	return d.Close()
 }
 
-// WriteRootfs writes an image's layers, with the guest daemon at envd, as an
-// ext4 file system of diskMiB to the folder home, which must be there, and
-// returns its path. It holds room on disk for what it writes. After an error home is
-// as it was. It needs root's rights.
+// WriteRootfs writes an image's layers and the guest daemon at envd as an ext4 file system
+// of diskMiB to the existing folder home, and returns its path. It reserves room on disk
+// for what it writes. After an error, home is unchanged. The caller must be root.
 //
-// What the image lacks of a distribution's programs, the daemon does without:
-// the first process reaps orphans itself, the clock is not kept (chrony), and
-// commands for the shell fail where there is none.
+// The daemon can do without programs that the image lacks: without tini it reaps orphans
+// itself, without chrony nothing keeps the clock, and without a shell only shell commands
+// fail.
 func WriteRootfs(ctx context.Context, img *oci.Image, home, envd string, diskMiB int, disk *room.Room) (rootfs string, err error) {
 	rootfs = filepath.Join(home, rootfsFile)
-	tmp, err := os.MkdirTemp(home, tmpPrefix) // for root alone, as the image's files require
+	tmp, err := os.MkdirTemp(home, tmpPrefix) // only root can enter it, as Unpack requires
 	if err != nil {
 		return "", fmt.Errorf("write root file system: %w", err)
 	}
@@ -113,7 +111,7 @@ func WriteRootfs(ctx context.Context, img *oci.Image, home, envd string, diskMiB
 		}
 	}()
 	dir, made := filepath.Join(tmp, "tree"), filepath.Join(tmp, rootfsFile)
-	// Upper layers may replace what lower ones have.
+	// Twice the disk, because upper layers may replace files of lower ones.
 	if err := img.Unpack(ctx, dir, oci.Limits{Bytes: 2 * int64(diskMiB) << 20, Room: disk}); err != nil {
 		return "", err
 	}

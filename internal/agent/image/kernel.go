@@ -1,5 +1,5 @@
-// Package image makes what virtual machines start from: the kernel and the
-// initrd that all of them share, and templates' root file systems.
+// Package image makes the kernel and the initrd that all virtual machines share, and
+// stores templates and their captures.
 package image
 
 import (
@@ -19,29 +19,28 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
-// kernelPackage is the distribution's, which depends on the newest kernel.
+// kernelPackage is the distribution's package that depends on the newest kernel.
 const kernelPackage = "linux-image-cloud-amd64"
 
-// KernelFiles are what a virtual machine boots.
+// KernelFiles are the files that a virtual machine boots from.
 type KernelFiles struct {
 	Vmlinux string // path of the uncompressed kernel, an ELF file
 	Initrd  string // path of the initrd, a cpio archive
 	// Modules is the path of a read-only file system with all of the kernel's modules.
-	// It is empty if an earlier release, which made none, made the files.
+	// It is empty for files of an earlier release, which made no such file system.
 	Modules string
 	Version string // the kernel package's name and version
-	Inputs  string // digest of what all were made from
-	// Stale is the error that kept Kernel from finding or making the newest files, if
-	// these are earlier ones; nil: these are the newest.
+	Inputs  string // digest of the inputs of all files
+	// Stale is the error that kept Kernel from making the newest files, if these are
+	// earlier ones. It is nil if these are the newest.
 	Stale error
 }
 
-// Kernel returns the kernel, its modules and the initrd, made from the distribution's
-// package unless files made from the same package and guest daemon are there.
-// envd is the path of the guest daemon's binary. progress is told each step
-// that takes a while. If the newest files cannot be made, as without a network or
-// apt's lists, Kernel returns the last ones that were, with [KernelFiles.Stale]. It does
-// not try again what failed a few minutes ago.
+// Kernel returns the kernel, its modules and the initrd. It makes them from the
+// distribution's package and the guest daemon at envd, unless it made them before. It
+// calls progress before each long step. If it cannot make the newest files, for example
+// without a network, it returns the last ones with [KernelFiles.Stale]. It does not retry
+// an attempt that failed a few minutes ago.
 func Kernel(ctx context.Context, dir layout.Dir, envd string, progress func(string)) (KernelFiles, error) {
 	unlock, err := lock(ctx, dir.Kernels(), progress)
 	if err != nil {
@@ -98,7 +97,7 @@ func lastFiles(dir layout.Dir) (last KernelFiles, ok bool) {
 	return last, ok
 }
 
-// filesIn returns the paths of the files made from the package name.
+// filesIn returns the paths of the files that were made from the package name.
 func filesIn(dir layout.Dir, name string) KernelFiles {
 	home := filepath.Join(dir.Kernels(), name)
 	files := KernelFiles{Vmlinux: filepath.Join(home, "vmlinux"), Initrd: filepath.Join(home, "initrd")}
@@ -108,13 +107,13 @@ func filesIn(dir layout.Dir, name string) KernelFiles {
 	return files
 }
 
-// inputsFile is the path of the file that names what the files were made from.
+// inputsFile returns the path of the file with the digest of the inputs.
 func inputsFile(dir layout.Dir, name string) string {
 	return filepath.Join(dir.Kernels(), name, "inputs")
 }
 
-// newestFiles returns the files of apt's newest package and the guest daemon with the
-// given digest, and makes them if they are not there. The caller holds the lock.
+// newestFiles returns the files of apt's newest package and the guest daemon at envd with
+// the digest daemon, and makes them if they are missing. The caller holds the lock.
 func newestFiles(ctx context.Context, dir layout.Dir, envd, daemon string, progress func(string)) (files KernelFiles, err error) {
 	name, version, err := newestKernel(ctx)
 	if err != nil {
@@ -157,7 +156,7 @@ func newestFiles(ctx context.Context, dir layout.Dir, envd, daemon string, progr
 	return made(), nil
 }
 
-// newestKernel asks apt which package the kernel's depends on, and its version.
+// newestKernel asks apt for the name and the version of the newest kernel's package.
 func newestKernel(ctx context.Context) (name, version string, err error) {
 	out, err := output(ctx, "", programs.AptCache, "depends", "--important", kernelPackage)
 	if err != nil {
@@ -169,7 +168,7 @@ func newestKernel(ctx context.Context) (name, version string, err error) {
 		}
 	}
 	if name == "" {
-		return "", "", fmt.Errorf("apt knows no package %s: run apt-get update", kernelPackage)
+		return "", "", fmt.Errorf("apt does not know the package %s; run apt-get update", kernelPackage)
 	}
 	out, err = output(ctx, "", programs.AptCache, "show", "--no-all-versions", name)
 	if err != nil {
@@ -180,20 +179,20 @@ func newestKernel(ctx context.Context) (name, version string, err error) {
 			return name, strings.TrimSpace(v), nil
 		}
 	}
-	return "", "", fmt.Errorf("apt knows no version of %s", name)
+	return "", "", fmt.Errorf("apt does not know a version of %s", name)
 }
 
-// buildKernel makes tmp/out. The modules, whose file is to have the name image, are
-// those of the file at made if there is one: a new guest daemon changes none, and what
-// the page cache has of the file is shared by all that have a link to it.
+// buildKernel makes the files in tmp/out. The file system of modules is named image. It is
+// a link to the earlier file made, if that exists, because a new guest daemon does not
+// change the modules, and links share the page cache.
 func buildKernel(ctx context.Context, tmp, name, version, envd, inputs, image, made string) error {
-	// apt drops its rights to download, and could not write to a folder of root's.
+	// As root, because apt's unprivileged user cannot write to this folder.
 	if _, err := output(ctx, tmp, programs.AptGet, "-qq", "-o", "APT::Sandbox::User=root", "download", name+"="+version); err != nil {
 		return err
 	}
 	debs, err := filepath.Glob(filepath.Join(tmp, "*.deb"))
 	if err != nil || len(debs) != 1 {
-		return fmt.Errorf("apt downloaded %d files, not one package", len(debs))
+		return fmt.Errorf("apt downloaded %d packages instead of one", len(debs))
 	}
 	tree := filepath.Join(tmp, "tree")
 	if _, err := output(ctx, tmp, programs.DpkgDeb, "-x", debs[0], tree); err != nil {
@@ -229,9 +228,9 @@ func buildKernel(ctx context.Context, tmp, name, version, envd, inputs, image, m
 	return os.WriteFile(filepath.Join(out, "inputs"), []byte(inputs), 0o644)
 }
 
-// writeInitrd packs the guest daemon, as /init, and those modules of the folder modules
-// that the machine needs to boot. The archive is not compressed, because an emulated
-// processor unpacks more slowly than it reads.
+// writeInitrd writes an initrd with the guest daemon as /init and the modules that a
+// machine needs to boot. It does not compress it, because an emulated processor
+// decompresses more slowly than it reads.
 func writeInitrd(name, modules, envd string) (err error) {
 	index, err := kmod.Open(modules)
 	if err != nil {
@@ -291,7 +290,7 @@ func add(w *cpio.Writer, name string, mode cpio.FileMode, data []byte) error {
 // maxModule bounds the size of a module, in bytes.
 const maxModule = 64 << 20
 
-// readModule returns a module, unpacked if the distribution packs its modules.
+// readModule returns an uncompressed module.
 func readModule(file string) ([]byte, error) {
 	data, err := os.ReadFile(file)
 	if err != nil {
@@ -304,13 +303,13 @@ func readModule(file string) ([]byte, error) {
 	return data, nil
 }
 
-// output runs a tool in dir and returns what it prints; an error has the end
-// of what it complains of.
+// output runs a program in dir and returns its standard output. An error has the end of
+// its standard error.
 func output(ctx context.Context, dir string, program programs.Program, args ...string) (string, error) {
 	return outputWith(ctx, nil, dir, program, args...)
 }
 
-// outputWith is [output] with more variables.
+// outputWith is [output] with additional environment variables.
 func outputWith(ctx context.Context, env []string, dir string, program programs.Program, args ...string) (string, error) {
 	cmd := program.CommandContext(ctx, args...)
 	cmd.Dir = dir

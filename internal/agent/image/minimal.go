@@ -23,26 +23,25 @@ import (
 	"github.com/wrenn-dev/wrenn/templates"
 )
 
-// clean takes from the tree that mmdebstrap made, given as $1, what every guest
-// would share by mistake.
+// clean removes files from mmdebstrap's tree, $1, that guests must not share.
 const clean = `set -e
 : >"$1/etc/machine-id"
 rm -f "$1/etc/hostname" "$1/etc/resolv.conf" "$1/var/lib/dbus/machine-id"
 rm -rf "$1"/var/cache/apt/* "$1"/var/lib/apt/lists/* "$1"/var/log/*.log "$1"/var/log/apt
 `
 
-// install is how a step of minimal's recipe begins that installs packages.
+// install is the prefix of the steps of minimal's recipe that install packages.
 const install = "apt-get install -y --no-install-recommends "
 
-// plan is what mmdebstrap is to do.
+// plan is the work for mmdebstrap.
 type plan struct {
-	packages []string // beyond Debian's essential ones
-	hooks    []string // commands for the shell afterwards, in which $1 is the tree
+	packages []string // besides Debian's essential ones
+	hooks    []string // shell commands after the installation; $1 is the tree
 }
 
-// planOf makes a plan of minimal's recipe. The steps that install are one, the
-// first: mmdebstrap fetches all packages at once, with the sources, keys and
-// proxies of the machine, of which nothing is to be in the tree.
+// planOf converts minimal's recipe to a plan. Steps that install packages must come
+// first, because mmdebstrap installs all packages at once, with the machine's sources,
+// keys and proxies, none of which may end up in the tree.
 func planOf(text string) (plan, error) {
 	var p plan
 	r, err := recipe.Parse(text)
@@ -52,7 +51,7 @@ func planOf(text string) (plan, error) {
 	for _, step := range r.Steps {
 		run, ok := step.(*recipe.Run)
 		if !ok {
-			return p, fmt.Errorf("%v: only RUN can be done without a guest", step.Position())
+			return p, fmt.Errorf("%v: only RUN works without a guest", step.Position())
 		}
 		packages, installs := strings.CutPrefix(run.Command.Shell, install)
 		switch {
@@ -61,20 +60,20 @@ func planOf(text string) (plan, error) {
 		case len(p.hooks) == 0:
 			p.packages = append(p.packages, strings.Fields(packages)...)
 		default:
-			return p, fmt.Errorf("%v: packages are installed before all else", step.Position())
+			return p, fmt.Errorf("%v: steps that install packages must come first", step.Position())
 		}
 	}
 	return p, nil
 }
 
-// quote makes one word of the shell's of s.
+// quote quotes s for the shell.
 func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
-// EnsureMinimal returns the built-in template minimal, made from the machine's
-// own package sources and the guest daemon at envd unless one made from the
-// same is there. progress is told each step that takes a while. If it cannot be
-// made, as without a network or apt's lists, EnsureMinimal returns the one that is
-// there, with [Template.Stale]. It does not try again what failed a few minutes ago.
+// EnsureMinimal returns the built-in template minimal. It makes it from the machine's
+// package sources and the guest daemon at envd, unless it made it before. It calls
+// progress before each long step. If it cannot make it, for example without a network, it
+// returns the existing one with [Template.Stale]. It does not retry an attempt that failed
+// a few minutes ago.
 func EnsureMinimal(ctx context.Context, dir layout.Dir, envd string, progress func(string)) (Template, error) {
 	const name = "minimal"
 	t, err := EnsureMore(ctx, dir, envd, More{Name: name, earlier: true}, progress)
@@ -93,18 +92,18 @@ func EnsureMinimal(ctx context.Context, dir layout.Dir, envd string, progress fu
 	return t, nil
 }
 
-// More is what a template has beyond minimal.
+// More describes a template that has more than minimal.
 type More struct {
 	Name     string
 	Packages []string
-	// Customize is a line for the shell, in which $1 is the tree's folder.
+	// Customize is a shell command, in which $1 is the tree's folder.
 	Customize string
-	// earlier: the caller uses the template that is there if this one cannot be made.
+	// earlier says that the caller falls back to the existing template after an error.
 	earlier bool
 }
 
-// EnsureMore is [EnsureMinimal] with more in it, and never returns a template made
-// from anything else.
+// EnsureMore is [EnsureMinimal] for a template with more in it. It never returns a stale
+// template.
 func EnsureMore(ctx context.Context, dir layout.Dir, envd string, more More, progress func(string)) (Template, error) {
 	t, err := ensureMinimal(ctx, dir, envd, more, progress)
 	if err != nil {
@@ -188,8 +187,8 @@ func ensureMinimal(ctx context.Context, dir layout.Dir, envd string, more More, 
 	return read(dir, uuid.Nil, uuid.Nil)
 }
 
-// ensureBase returns the path of an archive of the distribution's packages,
-// which is kept so that a new guest daemon does not fetch them again.
+// ensureBase returns the path of an archive with the distribution's packages. It keeps the
+// archive, so that a new guest daemon needs no new download.
 func ensureBase(ctx context.Context, parent, tmp, inputs string, todo plan, sources []source, progress func(string)) (string, error) {
 	kept := filepath.Join(parent, "base-"+inputs[:16]+".tar")
 	if _, err := os.Stat(kept); err == nil {
@@ -201,7 +200,7 @@ func ensureBase(ctx context.Context, parent, tmp, inputs string, todo plan, sour
 		"--variant=minbase", "--mode=root", "--quiet", "--format=tar",
 		"--include=" + strings.Join(todo.packages, ","),
 		"--aptopt=Apt::Install-Recommends \"false\"",
-		"--dpkgopt=force-unsafe-io", // a machine that fails meanwhile begins anew
+		"--dpkgopt=force-unsafe-io", // no need to sync: a crash starts all over
 		"--dpkgopt=path-exclude=/usr/share/man/*",
 		"--dpkgopt=path-exclude=/usr/share/locale/*",
 		"--dpkgopt=path-exclude=/usr/share/doc/*",
@@ -229,16 +228,15 @@ func ensureBase(ctx context.Context, parent, tmp, inputs string, todo plan, sour
 	}
 	for _, f := range old {
 		if err := os.Remove(f); err != nil {
-			progress("warning: older packages are not removed: " + err.Error())
+			progress("warning: cannot remove older packages: " + err.Error())
 		}
 	}
 	return kept, nil
 }
 
-// injectDaemon puts the guest daemon into a root file system's tree, under
-// its own name and that of the first process, in the place of whatever an
-// image has there. It makes the folders that booting needs and an image made
-// of one program has not.
+// injectDaemon puts the guest daemon into a root file system's tree, as envd and as the
+// first process, and replaces what an image has there. It makes folders that a boot needs
+// but that small images lack.
 func injectDaemon(dir, envd string) error {
 	t, err := tree.Open(dir)
 	if err != nil {
@@ -281,8 +279,8 @@ func injectDaemon(dir, envd string) error {
 	return sbin.Symlink("/usr/local/bin/envd", "wrenn-init")
 }
 
-// mountPoints makes the folders that the initrd and wrenn-init use. The
-// initrd reaches the first two from outside, where links lead elsewhere.
+// mountPoints makes the folders that the initrd and wrenn-init use. dev and proc must not
+// be links, which the initrd would follow outside of the tree.
 func mountPoints(t *tree.Tree) error {
 	root, err := t.Dir("")
 	if err != nil {
@@ -320,9 +318,9 @@ func mountPoints(t *tree.Tree) error {
 	return nil
 }
 
-// makeFilesystem writes a sparse ext4 file system of sizeMiB with what is in
-// dir. Its tables are left for the guest's kernel to zero when it first uses
-// them, so that it takes little more than its files.
+// makeFilesystem writes a sparse ext4 file system of sizeMiB with the files in dir. The
+// guest's kernel zeroes its inode tables later, so that it takes little more than its
+// files.
 func makeFilesystem(ctx context.Context, name, dir string, sizeMiB int) error {
 	_, err := output(ctx, "", programs.Mke2fs, "-q", "-t", "ext4", "-L", "wrenn", "-m", "0",
 		"-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0",

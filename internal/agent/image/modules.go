@@ -11,25 +11,25 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
-// wanted are the kernel's modules that a guest needs, as far as they are not
-// built in: the bus, its devices, and what snapshots and clocks use.
+// wanted are the modules that a guest needs to boot, unless they are built in: those for
+// the bus, its devices, snapshots and clocks.
 var wanted = []string{
 	"virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng",
 	"overlay", "vmw_vsock_virtio_transport", "ptp_kvm", "ext4",
 }
 
-// modulesVersion changes when the same package would give other modules.
+// modulesVersion must change when the same package gives other modules.
 const modulesVersion = "1"
 
-// modulesDate is the date of all that is in an image of modules, in seconds: 2 January
-// 1980, as that of what recipes copy.
+// modulesDate is the date of all files in an image of modules, in seconds: 2 January 1980,
+// like that of files that recipes copy.
 const modulesDate = "315619200"
 
-// modulesUUID is the file system's, and seeds the hashes of its folders.
+// modulesUUID is the UUID of the file system, and the seed of its folders' hashes.
 const modulesUUID = "77726e6e-6d6f-6475-6c65-730000000001"
 
-// indexModules makes the modules of an unpacked package ready for use: not packed, so
-// that any guest's modprobe can read them, and with an index.
+// indexModules decompresses the modules of an unpacked package, so that any guest's
+// modprobe can read them, and indexes them.
 func indexModules(ctx context.Context, tree, release string) error {
 	err := filepath.WalkDir(moduleTree(tree, release), func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() {
@@ -55,11 +55,10 @@ func indexModules(ctx context.Context, tree, release string) error {
 	return err
 }
 
-// moduleTree is the folder of the kernel's modules in an unpacked package.
+// moduleTree returns the folder of the kernel's modules in an unpacked package.
 func moduleTree(tree, release string) string { return filepath.Join(tree, "lib", "modules", release) }
 
-// writeModules writes the modules in dir as a read-only file system, which is the same
-// bytes for the same modules.
+// writeModules writes the modules in dir as a read-only file system. It is reproducible.
 func writeModules(ctx context.Context, name, dir string) error {
 	const block, inode, spare = 4096, 256, 16
 	var bytes, inodes int64
@@ -88,7 +87,7 @@ func writeModules(ctx context.Context, name, dir string) error {
 	}
 	inodes += spare
 	mib := (bytes+inodes*inode)*101/100>>20 + 4
-	// e2fsprogs take this for the time.
+	// e2fsprogs use this time instead of the clock's.
 	clock := []string{"E2FSPROGS_FAKE_TIME=" + modulesDate}
 	if _, err := outputWith(ctx, clock, "", programs.Mke2fs, "-q", "-t", "ext4", "-L", "wrenn-modules", "-m", "0", "-b", fmt.Sprint(block), "-I", fmt.Sprint(inode),
 		"-N", fmt.Sprint(inodes), "-U", modulesUUID, "-O", "^has_journal,^resize_inode",

@@ -10,7 +10,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
-// targetFormat makes apt print what newSource reads, one line a package index.
+// targetFormat makes apt print a line for each package index, as parseTargets reads it.
 const targetFormat = "$(SITE)|$(CODENAME)|$(RELEASE)|$(COMPONENT)|$(ORIGIN)|$(TRUSTED)"
 
 // source is one of the machine's package sources.
@@ -19,13 +19,13 @@ type source struct {
 	components  []string
 }
 
-// line is the source in the form of sources.list(5).
+// line returns the source in the form of sources.list(5).
 func (s source) line() string {
 	return "deb " + s.site + " " + s.suite + " " + strings.Join(s.components, " ")
 }
 
-// debianSources are the machine's own sources of the distribution, the main
-// suite first: those that a guest is built from. Other vendors' are left out.
+// debianSources returns the machine's package sources of Debian, the main suite first.
+// Guests are built from them. It leaves out those of other vendors.
 func debianSources(ctx context.Context) ([]source, error) {
 	out, err := output(ctx, "", programs.AptGet, "indextargets", "--format", targetFormat, "Created-By: Packages")
 	if err != nil {
@@ -44,7 +44,7 @@ func parseTargets(text string) ([]source, error) {
 		}
 		site, suite, component := strings.TrimSuffix(f[0], "/"), f[2], f[3]
 		if site == "" || suite == "" || component == "" || strings.ContainsAny(site+suite+component, " \t[]$") {
-			return nil, fmt.Errorf("apt names a source that cannot be used: %q", line)
+			return nil, fmt.Errorf("apt has an unusable source: %q", line)
 		}
 		i := slices.IndexFunc(sources, func(s source) bool { return s.site == site && s.suite == suite })
 		if i < 0 {
@@ -56,9 +56,9 @@ func parseTargets(text string) ([]source, error) {
 		}
 	}
 	if len(sources) == 0 {
-		return nil, errors.New("apt has no package lists of Debian's: run apt-get update")
+		return nil, errors.New("apt has no package lists of Debian; run apt-get update")
 	}
-	// The release itself has the shortest name; updates' and security's have it as a prefix.
+	// The main suite has the shortest name. Those of updates and security begin with it.
 	slices.SortStableFunc(sources, func(a, b source) int { return len(a.suite) - len(b.suite) })
 	return sources, nil
 }

@@ -21,7 +21,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// Template is what a sandbox starts from.
+// Template is a template that is stored on this host. Sandboxes start from it.
 type Template struct {
 	Version   int       `json:"version"`
 	ID        uuid.UUID `json:"id"`
@@ -29,36 +29,36 @@ type Template struct {
 	Name      string    `json:"name"`
 	DiskMiB   int       `json:"disk_mib"` // size of the file system
 	CreatedAt time.Time `json:"created_at"`
-	Inputs    string    `json:"inputs"` // digest of what it was made from
-	// Of a template that was captured from a sandbox; else 0: any.
+	Inputs    string    `json:"inputs"` // digest of its inputs
+	// The size of the VM, if the template was captured from a sandbox; otherwise 0.
 	VCPUs     int `json:"vcpus,omitempty"`
 	MemoryMiB int `json:"memory_mib,omitempty"`
 
 	Defaults Defaults `json:"defaults,omitzero"`
-	// Start is a command, which no shell reads, that is started when the
-	// template is booted to be captured, and left running; empty: none.
+	// Start is a command with its arguments that runs in the template's captures. It starts
+	// when a machine boots to be captured (empty: none).
 	Start []string `json:"start,omitempty"`
 
 	// Rootfs is the path of the raw ext4 file system, sparse.
 	Rootfs string `json:"-"`
-	// SizeBytes is what the template takes on disk. Files that it shares with
-	// others count for each.
+	// SizeBytes is the template's size on disk, including files that it shares with other
+	// templates.
 	SizeBytes int64 `json:"-"`
-	// Stale is why [EnsureMinimal] could not make it anew; nil: it did not have to.
+	// Stale is the error that kept [EnsureMinimal] from making the newest template, if this
+	// is an earlier one.
 	Stale error `json:"-"`
 }
 
-// Defaults are what a template's sandboxes begin with: what their processes have
-// unless they or their sandbox say otherwise, and how much of the host they may use.
+// Defaults are the defaults of a template's sandboxes: for their processes, and for their
+// use of the host.
 type Defaults struct {
 	Envs map[string]string `json:"envs,omitempty"`
-	// User is a name or a number, and perhaps a group behind a colon; empty: the
-	// guest daemon's own default.
+	// User is a name or a number, optionally with a colon and a group (empty: the guest
+	// daemon's default).
 	User string `json:"user,omitempty"`
-	// Workdir is where processes start; empty: in their user's home.
+	// Workdir is the working directory of processes (empty: their user's home).
 	Workdir string `json:"workdir,omitempty"`
-	// Limits bound what a sandbox uses of the host's disk and network, within what
-	// the host allows.
+	// Limits lower a sandbox's limits on the host's disk and network.
 	Limits rates.Limits `json:"limits,omitempty"`
 }
 
@@ -68,15 +68,15 @@ const (
 	templateFile = "template.json"
 )
 
-// Damage is a template or a capture that cannot be read, or a folder of them.
+// Damage is an unreadable template or capture, or an unreadable folder of them.
 type Damage struct {
 	Kind unreadable.Kind
 	Path string
 	Err  error
 }
 
-// Load returns every template below dir that can be read, and those that
-// cannot: they were published whole, so they are damaged.
+// Load returns all readable templates in dir, and the unreadable ones as damaged: since
+// templates appear atomically, they cannot be unfinished.
 func Load(dir layout.Dir) (all []Template, damaged []Damage, err error) {
 	teams, err := os.ReadDir(dir.Images())
 	if errors.Is(err, fs.ErrNotExist) {
@@ -92,7 +92,7 @@ func Load(dir layout.Dir) (all []Template, damaged []Damage, err error) {
 		}
 		home := filepath.Join(dir.Images(), t.Name())
 		entries, err := os.ReadDir(home)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) { // the last one may be deleted meanwhile
+		if err != nil && !errors.Is(err, fs.ErrNotExist) { // Delete may just have removed the folder
 			damaged = append(damaged, Damage{unreadable.Template, home, fmt.Errorf("list templates: %w", err)})
 		}
 		for _, e := range entries {
@@ -103,7 +103,7 @@ func Load(dir layout.Dir) (all []Template, damaged []Damage, err error) {
 			tpl, err := read(dir, team, id)
 			if errors.Is(err, fs.ErrNotExist) {
 				if _, err := os.Stat(dir.Template(team, id)); errors.Is(err, fs.ErrNotExist) {
-					continue // deleted meanwhile
+					continue // Delete has just removed it
 				}
 			}
 			if err != nil {
@@ -116,7 +116,7 @@ func Load(dir layout.Dir) (all []Template, damaged []Damage, err error) {
 	return all, damaged, nil
 }
 
-// Examine returns every template and capture that cannot be read.
+// Examine returns all unreadable templates and captures.
 func Examine(dir layout.Dir) ([]Damage, error) {
 	all, damaged, err := Load(dir)
 	if err != nil {
@@ -142,13 +142,13 @@ func Examine(dir layout.Dir) ([]Damage, error) {
 	return damaged, nil
 }
 
-// SetAside moves damaged templates and captures to where nothing looks for
-// them, as many as it can. What only cannot be read now stays. Nobody else may be
-// working with templates meanwhile.
+// SetAside moves damaged templates and captures to the unreadable data, and continues
+// after an error. It leaves those that may be readable later. Nobody else may use
+// templates during the call.
 func SetAside(dir layout.Dir, damaged []Damage) (items []unreadable.Item, err error) {
 	for _, d := range damaged {
 		if unreadable.Passing(d.Err) {
-			err = errors.Join(err, fmt.Errorf("%s stays, because it may be readable later: %w", d.Path, d.Err))
+			err = errors.Join(err, fmt.Errorf("leave %s, which may be readable later: %w", d.Path, d.Err))
 			continue
 		}
 		item, e := unreadable.Move(dir, d.Kind, d.Path, d.Err)
@@ -161,10 +161,10 @@ func SetAside(dir layout.Dir, damaged []Damage) (items []unreadable.Item, err er
 	return items, err
 }
 
-// Find returns a template, or an error that is [fs.ErrNotExist].
+// Find returns a template. If it does not exist, the error is [fs.ErrNotExist].
 func Find(dir layout.Dir, team, id uuid.UUID) (Template, error) { return read(dir, team, id) }
 
-// read reads the record of one template. Its ids are those of its folder.
+// read reads a template. Its ids are those of its folder, not of its record.
 func read(dir layout.Dir, team, id uuid.UUID) (Template, error) {
 	home := dir.Template(team, id)
 	path := filepath.Join(home, templateFile)
@@ -189,14 +189,14 @@ func read(dir layout.Dir, team, id uuid.UUID) (Template, error) {
 	return t, nil
 }
 
-// size is what a folder's files take on disk, each of them once, without the kernel's
-// modules.
+// size returns the size on disk of a folder's files, without the kernel's modules. It
+// counts a file with several links once.
 func size(dir string) (int64, error) {
 	var sum int64
 	seen := map[uint64]bool{}
 	err := filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {
-			return nil // removed meanwhile
+			return nil // somebody has just removed it
 		}
 		if err != nil || !d.Type().IsRegular() || d.Name() == layout.Modules {
 			return err

@@ -15,24 +15,21 @@ import (
 	"github.com/ulikunitz/xz/lzma"
 )
 
-// maxWindow bounds the dictionary that a compressed stream may ask for, in
-// bytes. Kernels are packed with at most as much.
+// maxWindow bounds the dictionary of a compressed stream, in bytes. No kernel needs more.
 const maxWindow = 128 << 20
 
 var (
 	errCompression = errors.New("unknown compression")
-	errTooLarge    = errors.New("unpacked data is too large")
+	errTooLarge    = errors.New("decompressed data is too large")
 )
 
-// formats are the compressions of kernels and modules, by their first bytes.
-//
-// The kernel can be built with LZO, too. It is not here, because no Debian
-// kernel has used it; unpack names it in its error.
+// formats are the compressions of kernels and modules, by their first bytes. LZO is not
+// supported, because no Debian kernel uses it; its entry is for the error.
 var formats = []struct {
 	name, magic string
 	open        func(io.Reader) (io.Reader, error)
 }{
-	// The kernel's script filters the code with BCJ, which ulikunitz/xz cannot undo.
+	// The kernel's build uses a BCJ filter, which ulikunitz/xz does not support.
 	{"xz", "\xfd7zXZ\x00", func(r io.Reader) (io.Reader, error) { return xz.NewReader(r, maxWindow) }},
 	{"zstd", "\x28\xb5\x2f\xfd", openZstd},
 	{"LZ4", "\x02\x21\x4c\x18", openLZ4}, // the legacy frame, which the kernel's loader reads
@@ -44,8 +41,8 @@ var formats = []struct {
 	{"nothing", "\x7fELF", func(r io.Reader) (io.Reader, error) { return r, nil }},
 }
 
-// unpack returns what data holds in one of the formats, at most the given
-// number of bytes.
+// unpack decompresses data in one of the formats. It fails if the result has more than
+// most bytes.
 func unpack(data []byte, most int64) ([]byte, error) {
 	for _, f := range formats {
 		if !bytes.HasPrefix(data, []byte(f.magic)) {
@@ -57,7 +54,7 @@ func unpack(data []byte, most int64) ([]byte, error) {
 		}
 		out, err := io.ReadAll(io.LimitReader(r, most+1))
 		if c, ok := r.(io.Closer); ok {
-			_ = c.Close() // in memory: there is nothing to lose
+			_ = c.Close() // all in memory, so it cannot lose data
 		}
 		if err != nil {
 			return nil, fmt.Errorf("unpack %s: %w", f.name, err)
@@ -80,8 +77,8 @@ func openZstd(r io.Reader) (io.Reader, error) {
 
 func openLZ4(r io.Reader) (io.Reader, error) { return lz4.NewReader(r), nil }
 
-// openLZMA opens a stream of the format before xz. The reader would allocate
-// whatever dictionary the header asks for.
+// openLZMA opens an LZMA stream. It checks the size of the dictionary first, because the
+// reader allocates whatever the header asks for.
 func openLZMA(r io.Reader) (io.Reader, error) {
 	header := make([]byte, lzma.HeaderLen)
 	if _, err := io.ReadFull(r, header); err != nil {

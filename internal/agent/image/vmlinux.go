@@ -9,10 +9,9 @@ import (
 
 var errNoKernel = errors.New("not a Linux x86 kernel image")
 
-// payload finds the compressed kernel in a bzImage: the setup header of the
-// Linux x86 boot protocol, version 2.08 and later (the kernel's
-// Documentation/arch/x86/boot.rst), gives its place relative to the protected
-// mode code, which follows the boot sector and the setup sectors.
+// payload finds the compressed kernel in a bzImage. The setup header of the Linux x86 boot
+// protocol, version 2.08 and later (the kernel's Documentation/arch/x86/boot.rst), has its
+// offset from the protected mode code, which follows the boot sector and setup sectors.
 func payload(image []byte) ([]byte, error) {
 	const (
 		setupSects    = 0x1f1
@@ -35,7 +34,7 @@ func payload(image []byte) ([]byte, error) {
 	start := (sects+1)*512 + uint64(binary.LittleEndian.Uint32(image[payloadOffset:]))
 	end := start + uint64(binary.LittleEndian.Uint32(image[payloadLength:]))
 	if end > uint64(len(image)) || end-start < 8 {
-		return nil, fmt.Errorf("%w: its payload lies outside of it", errNoKernel)
+		return nil, fmt.Errorf("%w: its payload is outside of the file", errNoKernel)
 	}
 	return image[start:end], nil
 }
@@ -43,16 +42,15 @@ func payload(image []byte) ([]byte, error) {
 // maxKernel bounds the size of an uncompressed kernel, in bytes.
 const maxKernel = 512 << 20
 
-// vmlinux returns the uncompressed kernel of a bzImage: an ELF file that QEMU
-// and Firecracker load directly. A kernel that unpacks itself takes seconds
-// under emulation.
+// vmlinux returns the uncompressed kernel of a bzImage, an ELF file that QEMU and
+// Firecracker load directly. Under emulation, a kernel needs seconds to unpack itself.
 func vmlinux(image []byte) ([]byte, error) {
 	data, err := payload(image)
 	if err != nil {
 		return nil, err
 	}
-	// A payload ends with the size of what it holds. gzip's format has that
-	// already; to all others the kernel's Makefile appends it.
+	// A payload ends with its uncompressed size. That is part of the gzip format; the
+	// kernel's Makefile appends it to the others.
 	size := int64(binary.LittleEndian.Uint32(data[len(data)-4:]))
 	switch {
 	case bytes.HasPrefix(data, []byte("\x7fELF")):
@@ -61,17 +59,17 @@ func vmlinux(image []byte) ([]byte, error) {
 		data = data[:len(data)-4]
 	}
 	if size > maxKernel {
-		return nil, fmt.Errorf("%w: %d bytes when unpacked", errNoKernel, size)
+		return nil, fmt.Errorf("%w: decompresses to %d bytes", errNoKernel, size)
 	}
 	out, err := unpack(data, size)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errNoKernel, err)
 	}
 	if int64(len(out)) != size {
-		return nil, fmt.Errorf("%w: %d bytes of %d when unpacked", errNoKernel, len(out), size)
+		return nil, fmt.Errorf("%w: decompresses to %d bytes instead of %d", errNoKernel, len(out), size)
 	}
 	if !bytes.HasPrefix(out, []byte("\x7fELF")) {
-		return nil, fmt.Errorf("%w: what it holds is not an ELF file", errNoKernel)
+		return nil, fmt.Errorf("%w: its payload is not an ELF file", errNoKernel)
 	}
 	return out, nil
 }

@@ -1,5 +1,5 @@
-// Package imagetest gives tests the real kernel, initrd and minimal template.
-// They are made once a machine, and again when their inputs change.
+// Package imagetest gives tests the real kernel, initrd and minimal template. It makes
+// them once per machine, and again when their inputs change.
 package imagetest
 
 import (
@@ -19,21 +19,21 @@ import (
 
 // Images are what a test's virtual machines start from.
 type Images struct {
-	Dir     layout.Dir // where the images lie: not for a test's own files
-	Envd    string     // the guest daemon they have
+	Dir     layout.Dir // of the images; a test must not write there
+	Envd    string     // path of their guest daemon
 	Kernel  image.KernelFiles
 	Minimal image.Template
 }
 
-// prepared are the images that this process's tests share, once there are any.
+// prepared has the images that all tests of this process share.
 var prepared struct {
 	sync.Mutex
 	images *Images
 }
 
-// Prepare returns images with the guest daemon of this source tree. It skips
-// the test where they cannot be made. All tests of a process get the same: the
-// source tree or the machine's package lists may change while they run.
+// Prepare returns images with the guest daemon of this source tree. It skips the test on
+// machines that cannot make them. All tests of a process get the same images, even if the
+// source tree or the package lists change while they run.
 func Prepare(t testing.TB) Images {
 	t.Helper()
 	prepared.Lock()
@@ -68,7 +68,7 @@ func prepare(t testing.TB) Images {
 		t.Fatal(err)
 	}
 	if built := os.Getenv("WRENN_TEST_ENVD"); built != "" {
-		in.Envd = built // where there is no Go, as in the lab of test/lab
+		in.Envd = built // for machines without Go, such as the VMs of test/lab
 	} else {
 		build(t, in.Envd)
 	}
@@ -77,7 +77,7 @@ func prepare(t testing.TB) Images {
 		t.Fatal(err)
 	}
 	if in.Kernel.Stale != nil {
-		t.Fatal(in.Kernel.Stale) // it may lack the guest daemon under test
+		t.Fatal(in.Kernel.Stale) // it may have another guest daemon than the one under test
 	}
 	if in.Minimal, err = image.EnsureMinimal(t.Context(), in.Dir, in.Envd, func(s string) { t.Log(s) }); err != nil {
 		t.Fatal(err)
@@ -88,10 +88,9 @@ func prepare(t testing.TB) Images {
 	return in
 }
 
-// Interpreter returns minimal with the packages that the recipe of
-// code-interpreter installs, made like minimal on this machine: in an emulated
-// guest that would take many minutes. Its ids are minimal's, its folder is
-// another.
+// Interpreter returns minimal with the packages that the recipe of code-interpreter
+// installs. It makes it like minimal on this machine, because an emulated guest would take
+// many minutes. It has minimal's ids, but another folder.
 func Interpreter(t testing.TB, in Images) image.Template {
 	t.Helper()
 	folder, err := templates.Folder("code-interpreter")
@@ -109,8 +108,8 @@ func Interpreter(t testing.TB, in Images) image.Template {
 	return With(t, in, "interpreter", image.More{Name: "code-interpreter", Packages: packages})
 }
 
-// With returns minimal with more in it, made like minimal on this machine. Its ids are
-// minimal's, its folder is another, which tests give a name of their own.
+// With returns minimal with more in it, made like minimal on this machine. It has
+// minimal's ids, but lies in the named folder.
 func With(t testing.TB, in Images, folder string, more image.More) image.Template {
 	t.Helper()
 	made, err := image.EnsureMore(t.Context(), layout.Dir(filepath.Join(string(in.Dir), folder)), in.Envd, more, func(s string) { t.Log(s) })
@@ -120,7 +119,7 @@ func With(t testing.TB, in Images, folder string, more image.More) image.Templat
 	return made
 }
 
-// build builds the guest daemon, the same bytes from the same source.
+// build builds the guest daemon reproducibly.
 func build(t testing.TB, name string) {
 	t.Helper()
 	mod, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}").Output()

@@ -18,9 +18,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/room"
 )
 
-// Fetch writes the image's layers to files in dir as the registry sends them, so
-// that [Image.Unpack] waits for nobody. If they exceed limits.Bytes together, it
-// fails before it requests any.
+// Fetch downloads the image's layers to dir, so that [Image.Unpack] does not wait for the
+// registry. If they exceed limits.Bytes together, it fails before it requests any.
 func (i *Image) Fetch(ctx context.Context, dir string, limits Limits) error {
 	if err := i.Fits(limits); err != nil {
 		return err
@@ -43,7 +42,7 @@ func (i *Image) Fetch(ctx context.Context, dir string, limits Limits) error {
 	return nil
 }
 
-// fetch writes a layer's bytes to a file. The library checks their digest and size.
+// fetch downloads a layer to a file. The library checks its digest and size.
 func fetch(ctx context.Context, l v1.Layer, file string, disk *room.Room) error {
 	r, err := l.Compressed()
 	if err != nil {
@@ -76,11 +75,11 @@ type fetchedLayer struct {
 // Compressed implements [partial.CompressedLayer].
 func (f fetchedLayer) Compressed() (io.ReadCloser, error) { return os.Open(f.file) }
 
-// ErrSlow is the error of a registry that sends too slowly.
+// ErrSlow means that the registry sends too slowly.
 var ErrSlow = told.New("the registry sends too slowly")
 
-// pace bounds how slowly a registry may send a body: the reader waits for grace in
-// total, and a second more for every rate bytes that it got.
+// pace is the minimum speed of a registry. A reader waits for grace in total, and a second
+// more for every rate bytes that it received.
 type pace struct {
 	grace time.Duration
 	rate  int64
@@ -88,8 +87,8 @@ type pace struct {
 
 var defaultPace = pace{grace: time.Minute, rate: 64 << 10}
 
-// bound returns resp with a body that fails if it comes too slowly. It then calls
-// cancel, which must cancel the request's context.
+// bound returns resp with a body that fails with [ErrSlow] below that speed. The body then
+// calls cancel, which must cancel the request's context.
 func (p pace) bound(resp *http.Response, cancel context.CancelCauseFunc) *http.Response {
 	resp.Body = &paced{ReadCloser: resp.Body, pace: p, cancel: cancel}
 	return resp

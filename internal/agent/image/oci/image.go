@@ -1,9 +1,9 @@
-// Package oci brings images of the Open Container Initiative (image-spec 1.1),
-// and Docker's, into root file systems.
+// Package oci unpacks images of the Open Container Initiative (image-spec 1.1), and
+// Docker's, to root file systems.
 //
-// Images are hostile: who wrote one, or runs the registry that it comes from,
-// may have chosen every byte. What is read is bounded and compared with its
-// digest, and what it writes stays in the folder that it is unpacked to.
+// Images are hostile: their author, or whoever runs the registry, may have chosen every
+// byte. The package bounds what it reads and checks it against digests, and it writes only
+// to the folder to which it unpacks.
 package oci
 
 import (
@@ -30,11 +30,11 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/told"
 )
 
-// ErrRefused is in the error of an image that is wrong in itself.
+// ErrRefused means that the image itself is invalid.
 var ErrRefused = errors.New("image refused")
 
-// Refuse returns an [ErrRefused] that tells clients why, and the log the cause
-// too, which may be nil.
+// Refuse returns an [ErrRefused] with a text for clients and a cause for the log, which
+// may be nil.
 func Refuse(cause error, format string, args ...any) error {
 	cause = cmp.Or(cause, ErrRefused)
 	if !errors.Is(cause, ErrRefused) {
@@ -43,7 +43,7 @@ func Refuse(cause error, format string, args ...any) error {
 	return told.Because(cause, "the image is refused: "+format, args...)
 }
 
-// The platform that guests have.
+// The platform of guests.
 const (
 	platformOS   = "linux"
 	platformArch = "amd64"
@@ -52,10 +52,10 @@ const (
 const (
 	maxDocument = 8 << 20 // bytes of a manifest, index or configuration
 	maxLayers   = 256
-	maxBlobs    = 10_000 // files of an archive
+	maxBlobs    = 10_000 // files in an archive
 )
 
-// Config is what an image says of the processes in it.
+// Config is an image's configuration of its processes.
 type Config struct {
 	Entrypoint []string          `json:"entrypoint,omitempty"`
 	Cmd        []string          `json:"cmd,omitempty"`
@@ -64,30 +64,30 @@ type Config struct {
 	WorkingDir string            `json:"working_dir,omitempty"`
 }
 
-// Image is an image for linux/amd64 that was found.
+// Image is an image for linux/amd64.
 type Image struct {
 	img    v1.Image
 	file   *v1.ConfigFile
 	config Config
 	close  func() error
-	// packed is how many bytes it came in.
+	// packed is the compressed size of the image, in bytes.
 	packed int64
 }
 
-// Config is the image's configuration.
+// Config returns the image's configuration.
 func (i *Image) Config() Config { return i.config }
 
-// Digest is that of the image's configuration, "sha256:" and hexadecimal
-// digits: images with the same one have the same content.
+// Digest returns the digest of the image's configuration, "sha256:" and hexadecimal
+// digits. Images with the same digest have the same content.
 func (i *Image) Digest() (string, error) {
 	h, err := i.img.ConfigName()
 	return h.String(), err
 }
 
-// Packed returns how many bytes the registry sends for the layers.
+// Packed returns the compressed size of the layers in bytes.
 func (i *Image) Packed() int64 { return i.packed }
 
-// Fits returns an error if the registry sends more than limits.Bytes for the layers.
+// Fits returns an error if the compressed layers exceed limits.Bytes.
 func (i *Image) Fits(limits Limits) error {
 	if i.packed > limits.orDefault().Bytes {
 		return errTooLarge
@@ -95,11 +95,10 @@ func (i *Image) Fits(limits Limits) error {
 	return nil
 }
 
-// Close removes what was kept of the image meanwhile.
+// Close closes the image and removes its temporary files.
 func (i *Image) Close() error { return i.close() }
 
-// newImage checks what an image says of itself. close is called when the
-// image is not taken.
+// newImage checks an image's manifest and configuration. It calls close if it fails.
 func newImage(img v1.Image, close func() error) (_ *Image, err error) {
 	defer func() {
 		if err != nil {
@@ -111,7 +110,7 @@ func newImage(img v1.Image, close func() error) (_ *Image, err error) {
 		return nil, fmt.Errorf("read manifest: %w", err)
 	}
 	if m.Config.Size < 0 || m.Config.Size > maxDocument {
-		return nil, Refuse(nil, "its configuration has %d bytes", m.Config.Size)
+		return nil, Refuse(nil, "its configuration has %d bytes, more than %d", m.Config.Size, maxDocument)
 	}
 	if len(m.Layers) > maxLayers {
 		return nil, Refuse(nil, "it has %d layers, more than %d", len(m.Layers), maxLayers)
@@ -125,7 +124,7 @@ func newImage(img v1.Image, close func() error) (_ *Image, err error) {
 		return nil, err
 	}
 	if sum != m.Config.Digest {
-		return nil, Refuse(nil, "its configuration is %v, not %v", sum, m.Config.Digest)
+		return nil, Refuse(nil, "its configuration has the digest %v instead of %v", sum, m.Config.Digest)
 	}
 	file, err := v1.ParseConfigFile(bytes.NewReader(raw))
 	if err != nil {
@@ -135,7 +134,7 @@ func newImage(img v1.Image, close func() error) (_ *Image, err error) {
 		return nil, Refuse(nil, "it is for %.40s/%.40s, not %s/%s", file.OS, file.Architecture, platformOS, platformArch)
 	}
 	if len(file.RootFS.DiffIDs) != len(m.Layers) {
-		return nil, Refuse(nil, "it has %d layers, and digests of %d", len(m.Layers), len(file.RootFS.DiffIDs))
+		return nil, Refuse(nil, "it has %d layers, but digests of %d", len(m.Layers), len(file.RootFS.DiffIDs))
 	}
 	config, err := newConfig(file.Config)
 	if err != nil {
@@ -143,7 +142,7 @@ func newImage(img v1.Image, close func() error) (_ *Image, err error) {
 	}
 	var packed int64
 	for n, l := range m.Layers {
-		// The library reads a layer whose size is negative for as long as it is sent.
+		// The library does not bound a layer with a negative size.
 		if l.Size < 0 || l.Size > math.MaxInt64-packed {
 			return nil, Refuse(nil, "its layer %d has %d bytes", n, l.Size)
 		}
@@ -156,7 +155,7 @@ func newConfig(c v1.Config) (Config, error) {
 	config := Config{Entrypoint: c.Entrypoint, Cmd: c.Cmd, User: c.User, WorkingDir: c.WorkingDir, Env: map[string]string{}}
 	for _, kv := range c.Env {
 		if k, v, ok := strings.Cut(kv, "="); ok && k != "" {
-			config.Env[k] = v // the last one counts, as execve(2) leaves it to the C library
+			config.Env[k] = v // the last one of a name wins
 		}
 	}
 	for _, s := range slices.Concat(c.Entrypoint, c.Cmd, c.Env, []string{c.User, c.WorkingDir}) {
@@ -167,8 +166,8 @@ func newConfig(c v1.Config) (Config, error) {
 	return config, nil
 }
 
-// Layout finds an image in an OCI image layout, which is a folder. tag is the
-// image's name in it; empty: the layout has one image alone.
+// Layout opens an image in an OCI image layout, which is a folder. tag names the image. It
+// may be empty if the layout has only one image.
 func Layout(dir, tag string) (*Image, error) {
 	img, err := openLayout(dir, tag, func() error { return nil })
 	if err != nil {
@@ -203,7 +202,7 @@ func findImage(dir, tag string) (v1.Image, error) {
 		return nil, err
 	}
 	if len(f.found) != 1 {
-		return nil, fmt.Errorf("it has %d images of the name %q for %s/%s, not one", len(f.found), tag, platformOS, platformArch)
+		return nil, fmt.Errorf("it has %d images with the name %q for %s/%s instead of one", len(f.found), tag, platformOS, platformArch)
 	}
 	for _, img := range f.found {
 		return img, nil
@@ -211,13 +210,13 @@ func findImage(dir, tag string) (v1.Image, error) {
 	panic("unreachable")
 }
 
-// finder looks for images of the platform in an index and those within it.
+// finder finds the images for the platform in an index and nested ones.
 type finder struct {
 	root  *os.Root
 	found map[v1.Hash]v1.Image
 }
 
-// refName is image-spec's annotation of a descriptor with a tag.
+// refName is image-spec's annotation with a tag.
 const refName = "org.opencontainers.image.ref.name"
 
 func (f *finder) index(index v1.ImageIndex, tag string, depth int) error {
@@ -247,7 +246,7 @@ func (f *finder) index(index v1.ImageIndex, tag string, depth int) error {
 				return err
 			}
 			if sum, _, err := v1.SHA256(bytes.NewReader(raw)); err != nil || sum != d.Digest {
-				return Refuse(nil, "its manifest is %v, not %v", sum, d.Digest)
+				return Refuse(nil, "its manifest has the digest %v instead of %v", sum, d.Digest)
 			}
 			config, err := img.Manifest()
 			if err != nil {
@@ -273,22 +272,22 @@ func (f *finder) index(index v1.ImageIndex, tag string, depth int) error {
 	return nil
 }
 
-// isDocument tells whether a file is there that may be read to memory.
+// isDocument returns an error unless file is a regular file that is small enough to be
+// read into memory.
 func isDocument(root *os.Root, file string) error {
 	info, err := root.Lstat(file)
 	if err != nil {
 		return err
 	}
 	if !info.Mode().IsRegular() || info.Size() > maxDocument {
-		return Refuse(nil, "%s is no file of %d bytes or less", file, maxDocument)
+		return Refuse(nil, "%s is not a file of at most %d bytes", file, maxDocument)
 	}
 	return nil
 }
 
-// Archive finds an image in a tar archive, which is not compressed: what docker
-// save writes, or an OCI image layout. tag is the image's name in it; empty:
-// it has one image alone. What is kept of the archive until Close has a folder
-// of its own in tmp, and takes limits' bytes at most.
+// Archive opens an image in an uncompressed tar archive, which is docker save's or has an
+// OCI image layout. tag names the image. It may be empty if the archive has only one image.
+// Until Close, temporary files take at most limits.Bytes in a new folder in tmp.
 func Archive(ctx context.Context, file, tag, tmp string, limits Limits) (*Image, error) {
 	img, err := openArchive(ctx, file, tag, tmp, limits)
 	if err != nil {
@@ -327,8 +326,8 @@ func openArchive(ctx context.Context, file, tag, tmp string, limits Limits) (*Im
 	return openLayout(dir, tag, remove)
 }
 
-// contents are the names and sizes of an archive's files. Sparse files, whose
-// sizes are not what they take, are refused.
+// contents returns the names and sizes of an archive's files. It refuses sparse files,
+// which are larger than they look.
 func contents(ctx context.Context, f io.Reader) (map[string]int64, error) {
 	sizes := map[string]int64{}
 	t := tar.NewReader(contextReader{ctx, f})
@@ -342,23 +341,23 @@ func contents(ctx context.Context, f io.Reader) (map[string]int64, error) {
 		}
 		for key := range maps.Keys(h.PAXRecords) {
 			if strings.HasPrefix(key, "GNU.sparse.") {
-				return nil, Refuse(nil, "it holds a sparse file")
+				return nil, Refuse(nil, "it has a sparse file")
 			}
 		}
 		if h.Typeflag == tar.TypeGNUSparse {
-			return nil, Refuse(nil, "it holds a sparse file")
+			return nil, Refuse(nil, "it has a sparse file")
 		}
 		if sizes[path.Clean(h.Name)] = h.Size; len(sizes) > maxBlobs {
-			return nil, Refuse(nil, "it holds more than %d files", maxBlobs)
+			return nil, Refuse(nil, "it has more than %d files", maxBlobs)
 		}
 	}
 }
 
-// openSaved finds an image in an archive of docker save's older form.
+// openSaved opens an image in an archive of docker save's older format.
 func openSaved(file, tag string, sizes map[string]int64) (*Image, error) {
 	opener := func() (io.ReadCloser, error) { return os.Open(file) }
 	if size, ok := sizes["manifest.json"]; !ok || size > maxDocument {
-		return nil, Refuse(nil, "it has neither index.json nor manifest.json of %d bytes or less", maxDocument)
+		return nil, Refuse(nil, "it has neither an index.json nor a manifest.json of at most %d bytes", maxDocument)
 	}
 	m, err := tarball.LoadManifest(opener)
 	if err != nil {
@@ -370,7 +369,7 @@ func openSaved(file, tag string, sizes map[string]int64) (*Image, error) {
 	}
 	var ids []int
 	for i, d := range m {
-		// A tag has a longer form, with the registry.
+		// Compare full names, because a tag may leave out the registry.
 		if wanted == nil || slices.ContainsFunc(d.RepoTags, func(s string) bool {
 			t, err := name.NewTag(s)
 			return err == nil && t.Name() == wanted.Name()
@@ -379,11 +378,11 @@ func openSaved(file, tag string, sizes map[string]int64) (*Image, error) {
 		}
 	}
 	if len(ids) != 1 {
-		return nil, fmt.Errorf("it has %d images of the name %q, not one", len(ids), tag)
+		return nil, fmt.Errorf("it has %d images with the name %q instead of one", len(ids), tag)
 	}
 	d := m[ids[0]]
 	if size, ok := sizes[path.Clean(d.Config)]; !ok || size > maxDocument {
-		return nil, Refuse(nil, "it has no configuration of %d bytes or less", maxDocument)
+		return nil, Refuse(nil, "it has no configuration of at most %d bytes", maxDocument)
 	}
 	if len(d.Layers) > maxLayers {
 		return nil, Refuse(nil, "it has %d layers, more than %d", len(d.Layers), maxLayers)
@@ -395,7 +394,7 @@ func openSaved(file, tag string, sizes map[string]int64) (*Image, error) {
 	return newImage(img, func() error { return nil })
 }
 
-// tagOf is a tag in the library's form; nil: none.
+// tagOf parses a tag. It returns nil if s is empty.
 func tagOf(s string) (*name.Tag, error) {
 	if s == "" {
 		return nil, nil
@@ -407,8 +406,7 @@ func tagOf(s string) (*name.Tag, error) {
 	return &t, nil
 }
 
-// extractLayout writes an archive's files to dir: documents and blobs, which
-// digests name, and no links.
+// extractLayout extracts an archive's regular files, but no links, to dir.
 func extractLayout(ctx context.Context, f io.Reader, dir string, limits Limits) error {
 	limits = limits.orDefault()
 	root, err := os.OpenRoot(dir)
@@ -428,10 +426,10 @@ func extractLayout(ctx context.Context, f io.Reader, dir string, limits Limits) 
 		}
 		to := path.Clean(h.Name)
 		if h.Typeflag != tar.TypeReg || !filepath.IsLocal(to) {
-			continue // manifest.json's links, for one: nothing of the layout
+			continue // not part of a layout, such as links for manifest.json
 		}
 		if left -= h.Size; left < 0 {
-			return Refuse(nil, "it holds more than %d bytes", limits.Bytes)
+			return Refuse(nil, "it has more than %d bytes", limits.Bytes)
 		}
 		if limits.Reserve != nil {
 			if err := limits.Reserve(h.Size); err != nil {

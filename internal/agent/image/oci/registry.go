@@ -19,24 +19,23 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
-// Access says how a registry is asked. The zero Access asks as nobody.
+// Access has the credentials and restrictions for requests to a registry. The zero Access
+// is anonymous.
 type Access struct {
 	Username, Password string
-	// Keychain: without a username, use the credentials that this process's
-	// user has for the registry in Docker's configuration.
+	// Keychain makes requests without a username use the credentials for the registry in
+	// Docker's configuration of this process's user.
 	Keychain bool
-	// Loopback allows a registry on this machine, which is asked over plain
-	// HTTP. Who is not the machine's owner must not have it: they could ask
-	// whatever listens there.
+	// Loopback allows registries on this machine, over plain HTTP. Only the machine's owner
+	// may set it, because it allows requests to any service on loopback.
 	Loopback bool
-	// Private allows registries in private networks. Whoever may name an image
-	// can then ask whatever listens there.
+	// Private allows registries in private networks. Whoever may name an image can then
+	// send requests to any service there.
 	Private bool
 }
 
-// Registry finds an image in a registry. All others than those on this
-// machine are asked over TLS, wherever they send the request on to. ctx bounds
-// also what Image does.
+// Registry resolves an image reference. It uses TLS for every registry except those on
+// this machine, redirects included. ctx must last until the image was fetched.
 func Registry(ctx context.Context, reference string, access Access) (*Image, error) {
 	_, img, err := pull(ctx, reference, access)
 	if err != nil {
@@ -45,8 +44,8 @@ func Registry(ctx context.Context, reference string, access Access) (*Image, err
 	return img, nil
 }
 
-// Pin returns what a reference means at this moment: the same, with the digest
-// of the image's manifest in the place of its tag. Its errors are Registry's.
+// Pin returns the reference with the present digest of the image's manifest in place of
+// the tag. It returns the same errors as [Registry].
 func Pin(ctx context.Context, reference string, access Access) (string, error) {
 	ref, img, err := pull(ctx, reference, access)
 	if err != nil {
@@ -86,21 +85,21 @@ func pull(ctx context.Context, reference string, access Access) (name.Reference,
 	return ref, img, err
 }
 
-// What tenants hear of a registry: these, [ErrSlow], and [NoRegistry]. Anything else would
-// tell them what there is at an address that they cannot reach themselves.
+// The errors of registries that tenants may see: these, [ErrSlow] and [NoRegistry]. Others
+// would reveal what is at an address that they cannot reach themselves.
 var (
-	ErrDenied   = told.New("the registry lets nobody with these credentials read it")
-	ErrNotFound = told.New("the registry does not have it")
+	ErrDenied   = told.New("the registry denies access with these credentials")
+	ErrNotFound = told.New("the registry does not have this image")
 )
 
-// NoRegistry returns err with the text for clients of every failure that has no text of its
-// own: no such name, no answer, or another than a registry's. The log has err.
+// NoRegistry returns err with the text for clients of all other failures, such as an unknown
+// name, no response, or one that is not a registry's. The log has err.
 func NoRegistry(err error) error {
 	return told.Because(err, "the registry did not answer as a registry should")
 }
 
-// answered is what a registry's refusal means. What else it says is for the log: it may
-// be something else that answers.
+// answered converts a registry's error response. Its text is only for the log, because
+// another service may have responded.
 func answered(err error) error {
 	var e *remotetransport.Error
 	if !errors.As(err, &e) {
@@ -115,8 +114,8 @@ func answered(err error) error {
 	return NoRegistry(err)
 }
 
-// transport lets requests go only where a registry may be: neither names nor
-// redirections nor a layer's own addresses lead elsewhere.
+// transport sends requests only to addresses that a registry may have, whatever a name, a
+// redirect or a layer's URL leads to.
 type transport struct {
 	base     *http.Transport
 	loopback bool
@@ -141,7 +140,7 @@ func (t *transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	return t.pace.bound(resp, cancel), nil
 }
 
-// secured is the request over TLS, unless it may do without.
+// secured returns the request with https, unless the policy allows plain HTTP for it.
 func (t *transport) secured(r *http.Request) *http.Request {
 	if r.URL.Scheme == "https" || t.loopback && isLoopback(r.URL.Hostname()) {
 		return r

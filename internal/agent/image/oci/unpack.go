@@ -21,21 +21,20 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/room"
 )
 
-// Limits bound an image. Zeros stand for DefaultLimits'.
+// Limits bound an image. Zero fields mean those of DefaultLimits.
 type Limits struct {
 	Bytes   int64 // of all files of all layers together, and of the layers' archives
 	Entries int   // of all layers' archives together
-	// Packed is how many bytes an archive came in before what it was compressed
-	// with was taken off; 0: as many as its layers have.
+	// Packed is the compressed size of an archive in bytes (0: that of its layers).
 	Packed int64
-	// Room is the room on the disk that the image is written to; nil: no bounds.
+	// Room is the room on the disk for the image (nil: no limit).
 	Room *room.Room
-	// Reserve, if not nil, is called before bytes of an archive are extracted. Its
-	// error ends the extraction.
+	// Reserve, if not nil, is called before bytes of an archive are extracted. If it fails,
+	// so does the extraction.
 	Reserve func(bytes int64) error
 }
 
-// DefaultLimits are enough for images of several languages' tools.
+// DefaultLimits are enough for images with the tools of several languages.
 var DefaultLimits = Limits{Bytes: 16 << 30, Entries: 1_000_000}
 
 func (l Limits) orDefault() Limits {
@@ -48,27 +47,25 @@ func (l Limits) orDefault() Limits {
 	return l
 }
 
-// Unpackable returns to how many bytes an input of so many may unpack. Images
-// seldom shrink to a tenth; what shrinks to a thousandth is there to fill disks.
+// Unpackable returns the number of bytes to which packed bytes may decompress. Images
+// seldom shrink to a tenth; one that shrinks to a thousandth is an attack on the disk.
 func Unpackable(packed int64) int64 {
 	const ratio, always = 100, 64 << 20
 	return always + ratio*min(packed, 1<<50)
 }
 
 const (
-	maxName  = 4095      // bytes of a name or a link: PATH_MAX, the final NUL aside
-	maxNames = 256 << 20 // bytes of all names, which are held in memory
-	maxDepth = 256       // folders within each other
+	maxName  = 4095      // bytes of a name or a link: PATH_MAX without the final NUL
+	maxNames = 256 << 20 // bytes of all names, which are kept in memory
+	maxDepth = 256       // nested folders
 )
 
-// Unpack makes the folder dir, which must not be there, of the image's layers,
-// one upon the other (image-spec's layer.md): with owners, modes with all
-// their bits, times, links, devices, and the extended attributes
-// security.capability and user.*. It needs root's rights. After an error
-// there is no dir.
+// Unpack applies the image's layers (image-spec's layer.md) to the new folder dir, with
+// owners, modes, times, links, devices, and the extended attributes security.capability
+// and user.*. The caller must be root. After an error there is no dir.
 //
-// dir has setuid programs and devices in it that the image chose: the folder
-// it lies in must be closed to everybody else.
+// dir has setuid programs and devices that the image chose, so only root may have access
+// to its parent.
 func (i *Image) Unpack(ctx context.Context, dir string, limits Limits) (err error) {
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return fmt.Errorf("unpack image: %w", err)
@@ -110,18 +107,18 @@ func (i *Image) Unpack(ctx context.Context, dir string, limits Limits) (err erro
 type unpacker struct {
 	tree    *tree.Tree
 	limits  Limits
-	stream  int64 // bytes of archives that may still come
-	bytes   int64 // bytes of files that may still come
-	entries int
-	names   int64 // bytes of names that may still come
-	// times are those of folders, by their paths in the tree without links in
-	// them: given at the end, since what is put into a folder changes them.
+	stream  int64 // bytes of archives that are left
+	bytes   int64 // bytes of files that are left
+	entries int   // entries that are left
+	names   int64 // bytes of names that are left
+	// times are the times of folders, by their paths in the tree without links. finish sets
+	// them at the end, because new files in a folder change its times.
 	times map[string]time.Time
-	// made is what the layer at hand has made, by such paths: true for what it
-	// has an entry of, false for folders that merely hold such.
+	// made has the paths that the current layer made: true for its entries, false for
+	// folders that only contain entries.
 	made map[string]bool
-	// cleared are folders that have nothing of the layers below any more, by such
-	// paths, so that no number of white-outs looks through a folder twice.
+	// cleared has the paths of folders without files of lower layers, so that white-outs
+	// never look through a folder twice.
 	cleared map[string]bool
 	buf     []byte
 }
@@ -134,13 +131,13 @@ func newUnpacker(t *tree.Tree, limits Limits) *unpacker {
 	}
 }
 
-// meter counts what is read against what may be.
+// meter subtracts what it reads from left, and fails when left is negative.
 type meter struct {
 	r    io.Reader
 	left *int64
 }
 
-var errTooLarge = Refuse(nil, "it unpacks to more than is allowed")
+var errTooLarge = Refuse(nil, "it unpacks to too many bytes")
 
 func (m meter) Read(b []byte) (int, error) {
 	n, err := m.r.Read(b)
@@ -150,7 +147,7 @@ func (m meter) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// layer applies one layer's archive, whose digest must be want.
+// layer applies a layer's archive, whose digest must be want.
 func (u *unpacker) layer(ctx context.Context, r io.Reader, want string) error {
 	sum := sha256.New()
 	in := io.TeeReader(meter{contextReader{ctx, r}, &u.stream}, sum)
@@ -177,25 +174,24 @@ func (u *unpacker) layer(ctx context.Context, r io.Reader, want string) error {
 			return fmt.Errorf("entry %.200q: %w", h.Name, err)
 		}
 	}
-	if _, err := io.Copy(io.Discard, in); err != nil { // to its end, which the digest is of
+	if _, err := io.Copy(io.Discard, in); err != nil { // the digest includes what follows the archive
 		return fmt.Errorf("read layer: %w", err)
 	}
 	if got := "sha256:" + hex.EncodeToString(sum.Sum(nil)); got != want {
-		return Refuse(nil, "it is %s, not %s", got, want)
+		return Refuse(nil, "a layer has the digest %s instead of %s", got, want)
 	}
 	return nil
 }
 
-// The names of white-outs, in layer.md and, for the last, in aufs, which had
-// them first.
+// The names of white-outs (layer.md; the last one is aufs's).
 const (
 	whiteOut       = ".wh."
 	whiteOutOpaque = ".wh..wh..opq"
 	whiteOutAufs   = ".wh..wh."
 )
 
-// cleanName is an entry's name without slashes and dots around it; "" is the
-// root itself.
+// cleanName returns an entry's name without leading and trailing slashes and dots. It is
+// "" for the root.
 func cleanName(name string) (string, error) {
 	if len(name) > maxName || strings.Count(name, "/") > maxDepth {
 		return "", Refuse(nil, "its name is too long")
@@ -205,7 +201,7 @@ func cleanName(name string) (string, error) {
 	}
 	for part := range strings.SplitSeq(name, "/") {
 		if part == ".." {
-			return "", Refuse(nil, "its name leads upwards")
+			return "", Refuse(nil, "its name contains \"..\"")
 		}
 	}
 	return strings.TrimPrefix(path.Clean("/"+name), "/"), nil
@@ -220,11 +216,11 @@ func (u *unpacker) entry(r io.Reader, h *tar.Header) error {
 		return err
 	}
 	if h.Uid < 0 || h.Gid < 0 || int64(h.Uid) >= 1<<32-1 || int64(h.Gid) >= 1<<32-1 {
-		return Refuse(nil, "owner %d:%d", h.Uid, h.Gid)
+		return Refuse(nil, "its owner %d:%d is out of range", h.Uid, h.Gid)
 	}
 	if name == "" {
 		if h.Typeflag != tar.TypeDir {
-			return Refuse(nil, "the root is no folder")
+			return Refuse(nil, "the root is not a folder")
 		}
 		return u.root(h)
 	}
@@ -234,7 +230,7 @@ func (u *unpacker) entry(r io.Reader, h *tar.Header) error {
 	}
 	for part := range strings.SplitSeq(parent, "/") {
 		if strings.HasPrefix(part, whiteOutAufs) {
-			return nil // aufs's own, as .wh..wh.plnk: nothing of the image
+			return nil // aufs's own files, such as .wh..wh.plnk
 		}
 	}
 	dir, err := u.tree.MakeDir(parent)
@@ -246,7 +242,7 @@ func (u *unpacker) entry(r io.Reader, h *tar.Header) error {
 	return u.put(dir, base, r, h)
 }
 
-// mark notes that the layer has made what is at a path.
+// mark notes that the layer made p.
 func (u *unpacker) mark(p string) {
 	u.made[p] = true
 	for dir := path.Dir(p); dir != "."; dir = path.Dir(dir) {
@@ -267,7 +263,7 @@ func (u *unpacker) root(h *tar.Header) error {
 	return describe(dir, ".", h)
 }
 
-// put makes what an entry says in the place of what has its name.
+// put makes an entry and replaces an existing file of its name.
 func (u *unpacker) put(dir *tree.Dir, base string, r io.Reader, h *tar.Header) error {
 	mode := uint32(h.Mode) & 0o7777
 	if h.Typeflag == tar.TypeDir {
@@ -295,18 +291,18 @@ func (u *unpacker) put(dir *tree.Dir, base string, r io.Reader, h *tar.Header) e
 		}
 	case tar.TypeSymlink:
 		if len(h.Linkname) > maxName || strings.ContainsRune(h.Linkname, 0) {
-			return Refuse(nil, "its text is too long or has a NUL character")
+			return Refuse(nil, "its target is too long or has a NUL character")
 		}
 		if err := dir.Symlink(h.Linkname, base); err != nil {
 			return err
 		}
 	case tar.TypeChar, tar.TypeBlock:
 		if h.Typeflag == tar.TypeChar && h.Devmajor == 0 && h.Devminor == 0 {
-			// Were the tree on an overlay, this would be gone, and what it covers.
-			return Refuse(nil, "overlayfs's own white-out is no device")
+			// If the tree were on an overlay, this would hide a file.
+			return Refuse(nil, "device 0:0 is a white-out of overlayfs")
 		}
 		if h.Devmajor < 0 || h.Devminor < 0 || h.Devmajor >= 1<<12 || h.Devminor >= 1<<20 {
-			return Refuse(nil, "there is no device %d:%d", h.Devmajor, h.Devminor)
+			return Refuse(nil, "device %d:%d is out of range", h.Devmajor, h.Devminor)
 		}
 		kind := uint32(unix.S_IFCHR)
 		if h.Typeflag == tar.TypeBlock {
@@ -320,7 +316,7 @@ func (u *unpacker) put(dir *tree.Dir, base string, r io.Reader, h *tar.Header) e
 			return err
 		}
 	default:
-		return Refuse(nil, "there is no type %q", h.Typeflag)
+		return Refuse(nil, "its type %q is unknown", h.Typeflag)
 	}
 	if err := describe(dir, base, h); err != nil {
 		return err
@@ -328,7 +324,7 @@ func (u *unpacker) put(dir *tree.Dir, base string, r io.Reader, h *tar.Header) e
 	return dir.Chtimes(base, h.ModTime)
 }
 
-// link makes a hard link, whose owner and mode are those of what it is.
+// link makes a hard link. It ignores the entry's owner and mode.
 func (u *unpacker) link(dir *tree.Dir, base string, h *tar.Header) error {
 	target, err := cleanName(h.Linkname)
 	if err != nil {
@@ -336,7 +332,7 @@ func (u *unpacker) link(dir *tree.Dir, base string, h *tar.Header) error {
 	}
 	parent, old := path.Split(target)
 	if old == "" {
-		return Refuse(nil, "a link to the root")
+		return Refuse(nil, "it is a hard link to the root")
 	}
 	from, err := u.tree.Dir(parent)
 	if err != nil {
@@ -351,7 +347,7 @@ func (u *unpacker) link(dir *tree.Dir, base string, h *tar.Header) error {
 		return err
 	}
 	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
-		return Refuse(nil, "a link to a folder")
+		return Refuse(nil, "it is a hard link to a folder")
 	}
 	if err := dir.Remove(base); err != nil {
 		return err
@@ -359,7 +355,7 @@ func (u *unpacker) link(dir *tree.Dir, base string, h *tar.Header) error {
 	return dir.Link(from, old, base)
 }
 
-// file makes a file of r's bytes, with holes where they are zeros.
+// file writes r to a file, with holes for zeros.
 func (u *unpacker) file(dir *tree.Dir, base string, r io.Reader, size int64) error {
 	if size > u.bytes {
 		return errTooLarge
@@ -373,8 +369,7 @@ func (u *unpacker) file(dir *tree.Dir, base string, r io.Reader, size int64) err
 	return errors.Join(err, f.Close())
 }
 
-// hole is the least that is left out of a file, a block of the file systems
-// that are used.
+// hole is the size of the smallest hole in bytes, a block of usual file systems.
 const hole = 4096
 
 var zeros [hole]byte
@@ -399,8 +394,8 @@ func (u *unpacker) sparse(f *os.File, r io.Reader, size int64) error {
 	return f.Truncate(size)
 }
 
-// describe gives what was made its owner, mode and attributes, in the order in
-// which none takes away what another gave.
+// describe sets the owner, mode and attributes of a file, in this order, because chown
+// clears mode bits and attributes.
 func describe(dir *tree.Dir, base string, h *tar.Header) error {
 	if err := dir.Chown(base, uint32(h.Uid), uint32(h.Gid)); err != nil {
 		return err
@@ -423,10 +418,9 @@ func describe(dir *tree.Dir, base string, h *tar.Header) error {
 	return nil
 }
 
-// wantedAttribute tells of an extended attribute whether it is the image's.
-// All others are the system's that the image was made on: its labels and, for
-// overlays, where things come from. The kernel takes user.* for files and
-// folders alone (xattr(7)).
+// wantedAttribute reports whether an extended attribute is part of the image. Others, such
+// as labels and those of overlays, belong to the system on which the image was made. The
+// kernel supports user.* only for files and folders (xattr(7)).
 func wantedAttribute(name string, kind byte) bool {
 	file := kind == tar.TypeReg || kind == tar.TypeGNUSparse || kind == tar.TypeCont
 	if name == "security.capability" {
@@ -438,8 +432,8 @@ func wantedAttribute(name string, kind byte) bool {
 	return file || kind == tar.TypeDir
 }
 
-// whiteOut takes away what layers below have: what base names, or all that
-// is in the folder. What this layer has made stays, whichever came first.
+// whiteOut removes what lower layers have: the file that base names, or everything in the
+// folder. Files of this layer stay, even those before the white-out.
 func (u *unpacker) whiteOut(parent, base string) error {
 	dir, err := u.tree.Dir(parent)
 	if errors.Is(err, unix.ENOENT) {
@@ -457,7 +451,7 @@ func (u *unpacker) whiteOut(parent, base string) error {
 	}
 	name := strings.TrimPrefix(base, whiteOut)
 	if name == "" || name == "." || name == ".." {
-		return Refuse(nil, "a white-out of nothing below the folder")
+		return Refuse(nil, "it is a white-out without a name")
 	}
 	return u.removeOne(dir, name)
 }
@@ -474,7 +468,7 @@ func (u *unpacker) removeOne(dir *tree.Dir, name string) error {
 	if err != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR {
 		return err
 	}
-	sub, err := u.tree.Dir(p) // is a folder, and no folder in its way a link
+	sub, err := u.tree.Dir(p) // p is a folder, and its path has no links
 	if err != nil {
 		return err
 	}
@@ -499,12 +493,12 @@ func (u *unpacker) removeLower(dir *tree.Dir) error {
 	return nil
 }
 
-// finish gives folders their times.
+// finish sets the times of folders.
 func (u *unpacker) finish() error {
 	for p, at := range u.times {
 		d, err := u.tree.Dir(p)
 		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
-			continue // a later layer took it away
+			continue // a later layer removed it
 		}
 		if err != nil {
 			return err

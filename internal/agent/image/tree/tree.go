@@ -1,6 +1,5 @@
-// Package tree changes a root file system that lies in a folder as a program
-// would whose root that folder is: links in it, absolute ones too, are
-// followed within it and never out of it.
+// Package tree changes a root file system in a folder as if the folder were the root: it
+// resolves symbolic links, absolute ones too, within the folder and never out of it.
 package tree
 
 import (
@@ -16,11 +15,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Tree is a root file system. It is not for use by several goroutines while
-// one of them changes it.
+// Tree is a root file system. It is not safe for concurrent use while one goroutine
+// changes it.
 type Tree struct {
 	fd   int
-	path string // as the kernel has it
+	path string // resolved by the kernel
 }
 
 // Open opens the root file system at dir.
@@ -37,18 +36,17 @@ func Open(dir string) (*Tree, error) {
 	return t, nil
 }
 
-// Close ends the use of the tree, which stays.
+// Close closes the tree. Its files stay.
 func (t *Tree) Close() error { return unix.Close(t.fd) }
 
 func descriptor(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
 
-// Dir is a folder of a tree. The names that its methods take are one
-// component, or "." for the folder itself; a link of such a name is not
-// followed.
+// Dir is a folder of a tree. The names that its methods take have one component, or are
+// "." for the folder itself. The methods do not follow a link of such a name.
 type Dir struct {
 	fd int
-	// Path is where the folder is in the tree, without links in the way and
-	// without a slash before it; "" is the root.
+	// Path is the folder's path in the tree, without links and without a leading slash. It
+	// is "" for the root.
 	Path string
 }
 
@@ -64,7 +62,7 @@ func (t *Tree) Dir(name string) (*Dir, error) {
 		at = "."
 	}
 	var fd int
-	err := unix.EAGAIN // some path was renamed somewhere meanwhile (openat2(2))
+	err := unix.EAGAIN // openat2(2) may fail with it if any path is renamed during the call
 	for range 100 {
 		var e error
 		fd, e = unix.Openat2(t.fd, at, &how)
@@ -87,13 +85,12 @@ func (t *Tree) Dir(name string) (*Dir, error) {
 	rel, ok := strings.CutPrefix(real, strings.TrimSuffix(t.path, "/"))
 	if !ok {
 		unix.Close(fd)
-		return nil, fmt.Errorf("folder %s lies outside of the tree", name)
+		return nil, fmt.Errorf("folder %s is outside of the tree", name)
 	}
 	return &Dir{fd: fd, Path: strings.TrimPrefix(rel, "/")}, nil
 }
 
-// MakeDir opens a folder of the tree and makes what is missing of it, with
-// mode 0755.
+// MakeDir opens a folder of the tree. It makes missing folders on the way, with mode 0755.
 func (t *Tree) MakeDir(name string) (*Dir, error) {
 	d, err := t.Dir(name)
 	if !errors.Is(err, fs.ErrNotExist) {
@@ -109,12 +106,12 @@ func (t *Tree) MakeDir(name string) (*Dir, error) {
 	}
 	defer parent.Close()
 	if err := parent.Mkdir(base, 0o755); err != nil {
-		return nil, err // a link to nowhere, for one
+		return nil, err // for example, a dangling link exists
 	}
 	return t.Dir(name)
 }
 
-// Close ends the use of the folder.
+// Close closes the folder.
 func (d *Dir) Close() error { return unix.Close(d.fd) }
 
 func (d *Dir) fail(op, name string, err error) error {
@@ -124,14 +121,14 @@ func (d *Dir) fail(op, name string, err error) error {
 	return &fs.PathError{Op: op, Path: path.Join(d.Path, name), Err: err}
 }
 
-// Lstat describes what has a name.
+// Lstat describes a file.
 func (d *Dir) Lstat(name string) (unix.Stat_t, error) {
 	var st unix.Stat_t
 	err := unix.Fstatat(d.fd, name, &st, unix.AT_SYMLINK_NOFOLLOW)
 	return st, d.fail("lstat", name, err)
 }
 
-// Names lists what is in the folder.
+// Names returns the names in the folder.
 func (d *Dir) Names() ([]string, error) {
 	fd, err := unix.Openat(d.fd, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -142,8 +139,7 @@ func (d *Dir) Names() ([]string, error) {
 	return f.Readdirnames(-1)
 }
 
-// Remove removes what has a name, and what is in it. That nothing has it is
-// no error.
+// Remove removes a file, or a folder with everything in it. It is idempotent.
 func (d *Dir) Remove(name string) error {
 	err := unix.Unlinkat(d.fd, name, 0)
 	if err == nil || errors.Is(err, unix.ENOENT) {
@@ -160,7 +156,7 @@ func (d *Dir) Remove(name string) error {
 	return root.RemoveAll(name)
 }
 
-// Mkdir makes a folder. Its mode is not masked.
+// Mkdir makes a folder. The umask does not apply to its mode.
 func (d *Dir) Mkdir(name string, mode uint32) error {
 	if err := unix.Mkdirat(d.fd, name, mode); err != nil {
 		return d.fail("mkdir", name, err)
@@ -168,7 +164,7 @@ func (d *Dir) Mkdir(name string, mode uint32) error {
 	return d.Chmod(name, mode)
 }
 
-// Create makes an empty file to write to; nothing may have its name.
+// Create makes an empty file for writing. It fails if the name exists.
 func (d *Dir) Create(name string, mode uint32) (*os.File, error) {
 	fd, err := unix.Openat(d.fd, name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, mode)
 	if err != nil {
@@ -177,27 +173,27 @@ func (d *Dir) Create(name string, mode uint32) (*os.File, error) {
 	return os.NewFile(uintptr(fd), path.Join(d.Path, name)), nil
 }
 
-// Symlink makes a symbolic link with a text.
+// Symlink makes a symbolic link to text.
 func (d *Dir) Symlink(text, name string) error {
 	return d.fail("symlink", name, unix.Symlinkat(text, d.fd, name))
 }
 
-// Link gives what has the name old in from another name.
+// Link makes a hard link to the file old in the folder from.
 func (d *Dir) Link(from *Dir, old, name string) error {
 	return d.fail("link", name, unix.Linkat(from.fd, old, d.fd, name, 0))
 }
 
-// Mknod makes a device or a pipe; mode has the type's bits.
+// Mknod makes a device or a pipe. mode includes the bits of the type.
 func (d *Dir) Mknod(name string, mode uint32, dev uint64) error {
 	return d.fail("mknod", name, unix.Mknodat(d.fd, name, mode, int(dev)))
 }
 
-// Chown changes the owner, of a link itself.
+// Chown changes a file's owner. It does not follow links.
 func (d *Dir) Chown(name string, uid, gid uint32) error {
 	return d.fail("chown", name, unix.Fchownat(d.fd, name, int(uid), int(gid), unix.AT_SYMLINK_NOFOLLOW))
 }
 
-// Chmod changes the mode of what is no link.
+// Chmod changes a file's mode. It fails for a link.
 func (d *Dir) Chmod(name string, mode uint32) error {
 	st, err := d.Lstat(name)
 	if err != nil {
@@ -209,15 +205,15 @@ func (d *Dir) Chmod(name string, mode uint32) error {
 	return d.fail("chmod", name, unix.Fchmodat(d.fd, name, mode, 0))
 }
 
-// Setxattr sets an extended attribute, of a link itself.
+// Setxattr sets a file's extended attribute. It does not follow links.
 func (d *Dir) Setxattr(name, attribute string, value []byte) error {
-	// The kernel's own link leads to the folder; name itself is not followed.
+	// The kernel follows the descriptor's link to the folder, but not name.
 	return d.fail("set "+attribute+" of", name, unix.Lsetxattr(descriptor(d.fd)+"/"+name, attribute, value, 0))
 }
 
-// Chtimes changes the times of access and modification, of a link itself.
+// Chtimes changes a file's times of access and modification. It does not follow links.
 func (d *Dir) Chtimes(name string, at time.Time) error {
-	// What ext4 can hold with 256-byte inodes: 1901 to 2446.
+	// ext4 can store 1901 to 2446 with 256-byte inodes.
 	at = time.Unix(min(max(at.Unix(), -1<<31), 1<<34-1<<31-1), int64(at.Nanosecond()))
 	ts, err := unix.TimeToTimespec(at)
 	if err != nil {

@@ -1,4 +1,4 @@
-// Package ocitest makes images for tests, and a registry to keep them in.
+// Package ocitest makes images and runs a registry for tests.
 package ocitest
 
 import (
@@ -23,7 +23,7 @@ import (
 	"golang.org/x/crypto/bcrypt"
 )
 
-// Entry is one entry of a layer with a file's text.
+// Entry is an entry of a layer. Text is the content of a file.
 type Entry struct {
 	tar.Header
 	Text string
@@ -31,27 +31,27 @@ type Entry struct {
 
 var epoch = time.Unix(1_600_000_000, 0)
 
-// Dir is a folder.
+// Dir returns a folder.
 func Dir(name string, mode int64) Entry {
 	return Entry{Header: tar.Header{Typeflag: tar.TypeDir, Name: name + "/", Mode: mode, ModTime: epoch}}
 }
 
-// File is a file that all may read.
+// File returns a file that everybody can read.
 func File(name, text string) Entry {
 	return Entry{Header: tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644, ModTime: epoch}, Text: text}
 }
 
-// Symlink is a symbolic link.
+// Symlink returns a symbolic link.
 func Symlink(name, to string) Entry {
 	return Entry{Header: tar.Header{Typeflag: tar.TypeSymlink, Name: name, Linkname: to, Mode: 0o777, ModTime: epoch}}
 }
 
-// Hardlink is another name of what the layer, or one below, has.
+// Hardlink returns a hard link to a file of this layer or a lower one.
 func Hardlink(name, to string) Entry {
 	return Entry{Header: tar.Header{Typeflag: tar.TypeLink, Name: name, Linkname: to, Mode: 0o644, ModTime: epoch}}
 }
 
-// Device is a device or, by its kind, a pipe.
+// Device returns a device or, depending on kind, a pipe.
 func Device(kind byte, name string, major, minor int64) Entry {
 	return Entry{Header: tar.Header{Typeflag: kind, Name: name, Mode: 0o620, Devmajor: major, Devminor: minor, ModTime: epoch}}
 }
@@ -59,7 +59,7 @@ func Device(kind byte, name string, major, minor int64) Entry {
 // With changes an entry's header.
 func (e Entry) With(change func(*tar.Header)) Entry { change(&e.Header); return e }
 
-// Xattrs gives an entry extended attributes: names and values by turns.
+// Xattrs sets an entry's extended attributes. kv has names and values alternately.
 func Xattrs(kv ...string) func(*tar.Header) {
 	return func(h *tar.Header) {
 		h.PAXRecords = map[string]string{}
@@ -69,7 +69,7 @@ func Xattrs(kv ...string) func(*tar.Header) {
 	}
 }
 
-// Archive is a layer of entries.
+// Archive makes a layer's tar archive.
 func Archive(t testing.TB, entries []Entry) []byte {
 	t.Helper()
 	var b bytes.Buffer
@@ -92,8 +92,8 @@ func Archive(t testing.TB, entries []Entry) []byte {
 	return b.Bytes()
 }
 
-// Build makes an image of layers' archives, whose processes run as 1000:100 in
-// /srv with A=4 and B=2=3, and first of all "/bin/x a b".
+// Build makes an image from layers' archives. Its command is "/bin/x a b", as 1000:100 in
+// /srv with A=4 and B=2=3.
 func Build(t testing.TB, layers ...[]byte) v1.Image {
 	t.Helper()
 	img, err := mutate.ConfigFile(empty.Image, &v1.ConfigFile{
@@ -121,7 +121,7 @@ func Build(t testing.TB, layers ...[]byte) v1.Image {
 // ping is cap_net_raw=ep, as the kernel stores it (struct vfs_cap_data, version 2).
 const ping = "\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
 
-// Variety is an image with everything that layers can have.
+// Variety returns the layers of an image with everything that layers can have.
 func Variety() [][]Entry {
 	owner := func(uid, gid int) func(*tar.Header) { return func(h *tar.Header) { h.Uid, h.Gid = uid, gid } }
 	mode := func(m int64) func(*tar.Header) { return func(h *tar.Header) { h.Mode = m } }
@@ -156,7 +156,7 @@ func Variety() [][]Entry {
 	}
 }
 
-// Registry runs the distribution's registry server with a user.
+// Registry runs the distribution's registry server with one user, and returns its address.
 func Registry(t testing.TB, user, password string) (host string) {
 	t.Helper()
 	program, err := exec.LookPath("docker-registry")
@@ -188,7 +188,7 @@ func Registry(t testing.TB, user, password string) (host string) {
 	}
 	address := make(chan string, 1)
 	done := make(chan struct{})
-	go func() { // until the server's end
+	go func() { // ends with the server
 		defer close(done)
 		listening := regexp.MustCompile(`listening on (127\.0\.0\.1:[0-9]+)`)
 		for s := bufio.NewScanner(log); s.Scan(); {
@@ -208,7 +208,7 @@ func Registry(t testing.TB, user, password string) (host string) {
 	case <-done:
 		t.Fatal("the registry ended")
 	case <-time.After(time.Minute):
-		t.Fatal("the registry does not listen")
+		t.Fatal("the registry did not start to listen")
 	}
 	return ""
 }

@@ -1,6 +1,6 @@
-// The program list prints the listing of a root file system, from within a
-// guest that has no other program. As "list serve" it answers every request on
-// port 8000 with a line on itself.
+// The program list prints the listing of its root file system, in a guest without other
+// programs. "list serve" responds to every request on port 8000 with a line about its
+// process.
 package main
 
 import (

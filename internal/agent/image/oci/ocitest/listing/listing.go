@@ -1,4 +1,4 @@
-// Package listing tells root file systems apart.
+// Package listing describes root file systems, so that tests can compare them.
 package listing
 
 import (
@@ -14,9 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Of lists all that there is to know of a root file system but the times of
-// folders, of which tools differ, and without what is mounted in it: a line for
-// each name, which comes first, in quotes.
+// Of returns a line for each file of a root file system, which begins with its quoted name
+// and has all its properties. It leaves out the times of folders, in which tools differ,
+// and mounted file systems.
 func Of(root string) (lines []string, err error) {
 	var top unix.Stat_t
 	if err := unix.Lstat(root, &top); err != nil {
