@@ -1,7 +1,7 @@
-// Package memory keeps what is in a virtual machine's memory: a header, and
-// layers of the pages that changed from one pause to the next.
+// Package memory stores the memory of virtual machines as images. An image is a header and
+// layers, each with the pages that changed from one pause to the next.
 //
-// docs/formats.md has the files byte by byte.
+// docs/formats.md specifies the files.
 package memory
 
 import (
@@ -22,10 +22,10 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/format"
 )
 
-// BlockSize is what memory is divided in, in bytes: a page of x86-64.
+// BlockSize is the size of a block of memory in bytes, a page of x86-64.
 const BlockSize = 4096
 
-// ErrCorrupt is returned, wrapped, for files that are not what was written.
+// ErrCorrupt means that an image's files are damaged.
 var ErrCorrupt = errors.New("memory image is damaged")
 
 const (
@@ -34,16 +34,16 @@ const (
 	headerBytes = 32
 	layerBytes  = 32
 	extentBytes = 24
-	sumBytes    = 4 // of a block in its layer's table
+	sumBytes    = 4 // a block's checksum in its layer's table
 
-	// maxBlocks is 16 TiB of memory; maxLayers and maxExtents only keep a
-	// damaged header from asking for more memory than there is.
+	// maxBlocks is 16 TiB of memory. maxLayers and maxExtents keep a damaged header from
+	// making the agent allocate too much memory.
 	maxBlocks  = 1 << 32
 	maxLayers  = 64
 	maxExtents = 1 << 26
 
-	// zeroLayer stands, in memory alone, for blocks of zeros: on disk they are
-	// those that no extent names.
+	// zeroLayer is the layer of extents of zeros, which exist only in RAM. On disk, blocks
+	// without an extent are zero.
 	zeroLayer = math.MaxUint32
 )
 
@@ -52,15 +52,14 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 // layer is one file of blocks.
 type layer struct {
 	id     uuid.UUID
-	blocks uint64 // in its file
-	crc    uint32 // CRC-32C of its table, which has those of the blocks
+	blocks uint64 // number of blocks in its file
+	crc    uint32 // CRC-32C of its table, which has the CRC-32C of each block
 }
 
-// size is the length of the layer's file in bytes.
+// size returns the length of the layer's file in bytes.
 func (l layer) size() int64 { return int64(l.blocks) * (BlockSize + sumBytes) }
 
-// extent maps blocks first, first+1, … to blocks offset, offset+1, … of a
-// layer's file.
+// extent maps count blocks from first on to blocks of a layer's file from offset on.
 type extent struct {
 	first, count uint64
 	layer        uint32
@@ -69,16 +68,15 @@ type extent struct {
 
 func (e extent) end() uint64 { return e.first + e.count }
 
-// header maps every block of a memory to a place in a layer, or to zero: those
-// that no extent names. Extents are in order, do not overlap and are as long as
-// can be.
+// header maps every block of a memory to a block of a layer, or to zero if no extent has
+// it. Extents are sorted, do not overlap and are as long as possible.
 type header struct {
 	blocks  uint64
 	layers  []layer
 	extents []extent
 }
 
-// encode is the header in its form on disk.
+// encode encodes the header for the disk.
 func (h *header) encode() []byte {
 	le := binary.LittleEndian
 	b := make([]byte, 0, headerBytes+len(h.layers)*layerBytes+len(h.extents)*extentBytes+4)
@@ -103,8 +101,8 @@ func (h *header) encode() []byte {
 	return le.AppendUint32(b, crc32.Checksum(b, castagnoli))
 }
 
-// Check returns a [format.NewerError] if a later release wrote the memory
-// image in dir. It reads no more than the version.
+// Check returns a [format.NewerError] if a later release wrote the memory image in dir. It
+// reads only the version.
 func Check(dir string) error {
 	path := filepath.Join(dir, headerFile)
 	f, err := os.Open(path)
@@ -119,21 +117,21 @@ func Check(dir string) error {
 	return format.Memory.Check(path, int(binary.LittleEndian.Uint32(b[len(magic):])))
 }
 
-// decodeHeader reads what encode wrote and takes nothing else.
+// decodeHeader decodes the result of encode and rejects everything else.
 func decodeHeader(b []byte) (*header, error) {
 	bad := func(format string, args ...any) (*header, error) {
 		return nil, fmt.Errorf("%w: header: %s", ErrCorrupt, fmt.Sprintf(format, args...))
 	}
 	le := binary.LittleEndian
 	if len(b) < headerBytes+4 || string(b[:8]) != magic {
-		return bad("not one")
+		return bad("not a header")
 	}
 	body, sum := b[:len(b)-4], le.Uint32(b[len(b)-4:])
 	if err := format.Memory.Check("memory image", int(le.Uint32(b[8:]))); err != nil {
 		return nil, err
 	}
 	if got := crc32.Checksum(body, castagnoli); got != sum {
-		return bad("checksum is %08x, not %08x", got, sum)
+		return bad("checksum is %08x instead of %08x", got, sum)
 	}
 	if s := le.Uint32(b[12:]); s != BlockSize {
 		return bad("blocks of %d bytes", s)
@@ -144,13 +142,13 @@ func decodeHeader(b []byte) (*header, error) {
 		return bad("%d blocks, %d layers, %d extents are too many", h.blocks, layers, extents)
 	}
 	if want := headerBytes + layers*layerBytes + extents*extentBytes; uint64(len(body)) != want {
-		return bad("%d bytes, not %d", len(body), want)
+		return bad("%d bytes instead of %d", len(body), want)
 	}
 	rest := body[headerBytes:]
 	for range layers {
 		l := layer{id: uuid.UUID(rest[:16]), blocks: le.Uint64(rest[16:]), crc: le.Uint32(rest[24:])}
 		if l.blocks > maxBlocks || le.Uint32(rest[28:]) != 0 {
-			return bad("layer %s is not one", l.id)
+			return bad("layer %s is invalid", l.id)
 		}
 		h.layers = append(h.layers, l)
 		rest = rest[layerBytes:]
@@ -165,7 +163,7 @@ func decodeHeader(b []byte) (*header, error) {
 	return h, nil
 }
 
-// check returns an error for a header that breaks what its type promises.
+// check returns an error if the header violates its type's invariants.
 func (h *header) check() error {
 	var end uint64
 	for i, e := range h.extents {
@@ -175,15 +173,15 @@ func (h *header) check() error {
 		case e.layer >= uint32(len(h.layers)):
 			return fmt.Errorf("%w: extent %d names layer %d of %d", ErrCorrupt, i, e.layer, len(h.layers))
 		case e.offset > h.layers[e.layer].blocks, e.count > h.layers[e.layer].blocks-e.offset:
-			return fmt.Errorf("%w: extent %d ends behind its layer", ErrCorrupt, i)
+			return fmt.Errorf("%w: extent %d ends past its layer", ErrCorrupt, i)
 		}
 		end = e.end()
 	}
 	return nil
 }
 
-// lookup returns what remains from block on of the extent that it lies in, or
-// zeros up to the next one.
+// lookup returns the part from block on of the extent that has it, or an extent of zeros
+// up to the next one.
 func (h *header) lookup(block uint64) extent {
 	i := sort.Search(len(h.extents), func(i int) bool { return h.extents[i].end() > block })
 	if i < len(h.extents) && h.extents[i].first <= block {
@@ -196,7 +194,7 @@ func (h *header) lookup(block uint64) extent {
 	return extent{first: block, count: next - block, layer: zeroLayer}
 }
 
-// from is what remains of e from block on, which lies in e.
+// from returns the part of e from block on, which must be in e.
 func (e extent) from(block uint64) extent {
 	cut := block - e.first
 	e.first, e.count = block, e.count-cut
@@ -206,13 +204,13 @@ func (e extent) from(block uint64) extent {
 	return e
 }
 
-// overlay returns the header with changes, in order and apart from one
-// another, laid over it. The layers stay.
+// overlay returns a header in which changes, sorted and disjoint, replace what h maps
+// there. It has the same layers.
 func (h *header) overlay(changes []extent) *header {
 	out := &header{blocks: h.blocks, layers: slices.Clone(h.layers)}
 	below := slices.Clone(h.extents)
-	// takeBelow moves what of the old extents lies before block to out, and
-	// drops what lies from there up to end.
+	// takeBelow moves the old extents before block to out, and drops those from block up to
+	// end.
 	takeBelow := func(block, end uint64) {
 		for len(below) > 0 && below[0].first < end {
 			e := below[0]
@@ -240,7 +238,7 @@ func (h *header) overlay(changes []extent) *header {
 	return out
 }
 
-// shared is how many layers h has in common with the base that it began with.
+// shared returns the number of layers that h has in common with its base.
 func (h *header) shared(base *header) int {
 	n := 0
 	for n < min(len(h.layers), len(base.layers)) && h.layers[n].id == base.layers[n].id {
@@ -249,7 +247,7 @@ func (h *header) shared(base *header) int {
 	return n
 }
 
-// above returns how many blocks the layers from the given one on have.
+// above returns the number of blocks in the layers from the given one on.
 func (h *header) above(from int) (blocks uint64) {
 	for _, l := range h.layers[min(from, len(h.layers)):] {
 		blocks += l.blocks
@@ -257,7 +255,7 @@ func (h *header) above(from int) (blocks uint64) {
 	return blocks
 }
 
-// prune drops the layers from the given one on of which nothing is left to see.
+// prune drops those of the layers from the given one on that no extent uses.
 func (h *header) prune(from int) {
 	seen := make([]bool, len(h.layers))
 	for _, e := range h.extents {
@@ -277,12 +275,13 @@ func (h *header) prune(from int) {
 	}
 }
 
-// join appends an extent to a list, or to its last one where it goes on from it.
+// join appends an extent to a list. If the extent continues the last one, join extends that
+// one instead.
 func join(list []extent, e extent) []extent {
 	if n := len(list); n > 0 {
 		last := &list[n-1]
-		goesOn := last.end() == e.first && last.layer == e.layer && (e.layer == zeroLayer || last.offset+last.count == e.offset)
-		if goesOn && last.count+e.count <= math.MaxUint32 {
+		continues := last.end() == e.first && last.layer == e.layer && (e.layer == zeroLayer || last.offset+last.count == e.offset)
+		if continues && last.count+e.count <= math.MaxUint32 {
 			last.count += e.count
 			return list
 		}

@@ -19,45 +19,42 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 )
 
-// MaxGenerations is how many layers an image has at most above those of the
-// base that it began with: when there would be one more they are merged.
+// MaxGenerations is the maximum number of layers of an image above those of its base. If
+// there would be one more, Append merges them.
 const MaxGenerations = 8
 
-// Multiples of the memory's size that an image's layers may take: ownSpread those
-// above the base's, allSpread all together. Above ownSpread, Append merges the
-// image's own layers; above allSpread, the base's too, because by then guests have
-// written as much as the merge writes.
+// Bounds for the size of an image's layers, as multiples of the memory's size. If those
+// above the base exceed ownSpread, Append merges them; if all exceed allSpread, it merges
+// all, because by then guests have written as much as the merge writes.
 const ownSpread, allSpread = 2, 6
 
-// thin is the share of a layer's blocks, one in so many, that are so few that a
-// pause takes them over into the layer that it writes: the others take space
-// and are of use to nobody.
+// thin: if an image uses at most one in thin of a layer's blocks, a pause copies them to the
+// new layer and drops the old one, whose other blocks waste space.
 const thin = 8
 
 const (
 	headerFile = "header"
 	layerExt   = ".mem"
 
-	// chunkBytes is how much of a layer is read at a time.
+	// chunkBytes is the number of bytes of a layer that are read at a time.
 	chunkBytes = 256 << 10
 )
 
 // Page is one block of memory.
 type Page struct {
 	Block uint64
-	Data  []byte // BlockSize bytes, to read only, valid until the next page
+	Data  []byte // BlockSize bytes, read-only, valid until the next page
 }
 
-// Pages are pages of memory in rising order of their blocks. An error ends them.
+// Pages yields pages of memory sorted by block. It ends after the first error.
 type Pages = iter.Seq2[Page, error]
 
-// Image is a memory image that is open for reading. It never changes, on disk
-// neither: what changes it makes another, in a folder of its own. It holds its
-// files open, so that its folder may be renamed or removed. Whatever reads an
-// image returns ErrCorrupt for blocks that are not what was written.
+// Image is a memory image that is open for reading. It is immutable, also on disk: Append
+// writes a new one to another folder. It keeps its files open, so its folder can be renamed
+// or removed. Its methods return [ErrCorrupt] for damaged blocks.
 type Image struct {
 	h      *header
-	layers []*layerFile // of h.layers
+	layers []*layerFile // files of h.layers
 }
 
 // Open opens the image in dir.
@@ -91,10 +88,10 @@ func (m *Image) Close() error {
 	return errors.Join(errs...)
 }
 
-// Size is the memory's size in bytes.
+// Size returns the memory's size in bytes.
 func (m *Image) Size() int64 { return int64(m.h.blocks) * BlockSize }
 
-// Generations is how many layers the image has, its base's among them.
+// Generations returns the number of the image's layers, including those of its base.
 func (m *Image) Generations() int { return len(m.h.layers) }
 
 // ReadAt implements io.ReaderAt on the whole memory.
@@ -129,13 +126,14 @@ func (m *Image) ReadAt(p []byte, off int64) (n int, err error) {
 	return n, nil
 }
 
-// part is a run of blocks and what is in them.
+// part is a run of blocks and their content.
 type part struct {
 	first uint64
 	data  []byte
 }
 
-// read reads the blocks of e, which are not zero, into buf, again and again.
+// read yields the blocks of e, which must not be zeros, in parts. It reads each part into
+// buf.
 func (m *Image) read(ctx context.Context, e extent, buf []byte) iter.Seq2[part, error] {
 	return func(yield func(part, error) bool) {
 		for e.count > 0 {
@@ -156,11 +154,9 @@ func (m *Image) read(ctx context.Context, e extent, buf []byte) iter.Seq2[part, 
 	}
 }
 
-// ChangedFrom are the pages that differ from those of base: what is to be
-// written over base's memory to have that of m. Pages that became zero are
-// among them, as zeros. What differs is read from the headers: pages that
-// both have in common are not read, those that have come to be the same by
-// other ways are among what is returned. A nil base is zeros.
+// ChangedFrom yields the pages that differ from base, including pages that became zero.
+// Written over base's memory, they make it m's. A nil base is all zeros. Because it
+// compares only headers, it also yields equal pages that m and base do not share.
 func (m *Image) ChangedFrom(base *Image) Pages {
 	below := &header{blocks: m.h.blocks}
 	if base != nil {
@@ -196,8 +192,8 @@ func (m *Image) ChangedFrom(base *Image) Pages {
 	}
 }
 
-// BytesChangedFrom is how many bytes of memory [Image.ChangedFrom] yields for
-// an image of the same size.
+// BytesChangedFrom returns the number of bytes that [Image.ChangedFrom] yields. base must
+// have the same size.
 func (m *Image) BytesChangedFrom(base *Image) int64 {
 	var blocks uint64
 	for e := range m.h.differing(base.h) {
@@ -206,8 +202,8 @@ func (m *Image) BytesChangedFrom(base *Image) int64 {
 	return int64(blocks) * BlockSize
 }
 
-// differing are the extents of h, in parts, that are not the same in other, a
-// header of as many blocks.
+// differing yields the parts of h's extents that other, which must have as many blocks,
+// maps elsewhere.
 func (h *header) differing(other *header) iter.Seq[extent] {
 	return func(yield func(extent) bool) {
 		for b := uint64(0); b < h.blocks; {
@@ -228,9 +224,9 @@ func (h *header) differing(other *header) iter.Seq[extent] {
 	}
 }
 
-// Create writes a new image of size bytes to dir, which must be there and
-// empty: the pages given, and zeros elsewhere. Everything is synced when it
-// returns. When it fails dir is empty again.
+// Create writes a new image of size bytes to dir, which must exist and be empty: the given
+// pages, and zeros elsewhere. Everything is synced when it returns. After an error, dir is
+// empty.
 func Create(ctx context.Context, dir string, size int64, pages Pages) (*Image, error) {
 	if size <= 0 || size%BlockSize != 0 || size/BlockSize > maxBlocks {
 		return nil, fmt.Errorf("create memory image: size of %d bytes", size)
@@ -244,18 +240,16 @@ func Create(ctx context.Context, dir string, size int64, pages Pages) (*Image, e
 	return m, nil
 }
 
-// Append writes the image that m becomes when the given pages are laid over
-// it (nil: none) to dir, which must be there and empty. Of the pages only those
-// that differ from m's take space, and of them not those that are zero. The
-// layers stay shared with m, as links to the same files.
+// Append writes m with the given pages (nil: none) laid over it, as a new image, to dir,
+// which must exist and be empty. Only pages that differ from m's and are not zero take
+// space. The images share layers as links to the same files.
 //
-// The layers that m has in common with base, the image that it began with
-// (nil: none), are merged only if there are too many, or all take too much, so
-// that what began with base goes on sharing its pages.
+// base is the image that m was made from (nil: none). Append merges the layers that they
+// share only if there are too many or all take too much space, so that all images made
+// from base share its pages.
 //
-// m and its folder stay as they are. Everything is synced when Append
-// returns; the caller makes dir's name outlast a crash. When it fails dir is
-// empty again.
+// Append does not change m or its folder. Everything in dir is synced when it returns; the
+// caller must sync dir's parent. After an error, dir is empty.
 func (m *Image) Append(ctx context.Context, dir string, pages Pages, base *Image) (*Image, error) {
 	next, err := fill(dir, func() (*Image, error) { return m.append(ctx, dir, pages, base) })
 	if err != nil {
@@ -294,7 +288,7 @@ func (m *Image) append(ctx context.Context, dir string, pages Pages, base *Image
 	if err != nil {
 		return nil, err
 	}
-	defer func() { // it may be replaced by a merged one
+	defer func() { // a merged layer may replace it
 		if fresh != nil {
 			fresh.file.Close()
 		}
@@ -303,7 +297,7 @@ func (m *Image) append(ctx context.Context, dir string, pages Pages, base *Image
 	if fresh != nil {
 		known = append(slices.Clone(known), fresh)
 	}
-	h.prune(max(keep, 1)) // generation 0 is flat, and stays first
+	h.prune(max(keep, 1)) // generation 0 is flat and must stay first
 	all := h.above(0) > allSpread*h.blocks
 	if all || len(h.layers) > keep+MaxGenerations || len(h.layers) > maxLayers || h.above(keep) > ownSpread*h.blocks {
 		if all || keep+1 > maxLayers {
@@ -322,7 +316,7 @@ func (m *Image) append(ctx context.Context, dir string, pages Pages, base *Image
 	}
 	var g errgroup.Group
 	if fresh != nil {
-		g.Go(fresh.file.Sync) // beside the header's: a disk does both at once
+		g.Go(fresh.file.Sync) // parallel to the header's sync
 	}
 	if err := errors.Join(m.finish(ctx, dir, h), g.Wait()); err != nil {
 		return nil, err
@@ -330,11 +324,11 @@ func (m *Image) append(ctx context.Context, dir string, pages Pages, base *Image
 	return Open(dir)
 }
 
-// finish adds to dir what h names of m's layers, and h.
+// finish links the layers of m that h uses into dir, and writes h.
 func (m *Image) finish(ctx context.Context, dir string, h *header) error {
 	for _, l := range ordered(h, m.layers) {
 		if l == nil {
-			continue // the new one
+			continue // the new layer, which is in dir
 		}
 		if err := l.link(ctx, dir); err != nil {
 			return err
@@ -343,7 +337,7 @@ func (m *Image) finish(ctx context.Context, dir string, h *header) error {
 	return writeHeader(dir, h)
 }
 
-// ordered are the files of h's layers, as far as they are among those given.
+// ordered returns the files of h's layers, in order, with nil for those not in files.
 func ordered(h *header, files []*layerFile) []*layerFile {
 	byID := map[uuid.UUID]*layerFile{}
 	for _, f := range files {
@@ -356,10 +350,9 @@ func ordered(h *header, files []*layerFile) []*layerFile {
 	return list
 }
 
-// write writes the pages that differ from m's to a new layer in dir, and what
-// is left of the layers from the given one on of which little is. It returns
-// the header with them and the layer, which is nil when there are none.
-// Generation 0 is written even then, and every block of it at its own place.
+// write writes the pages that differ from m's to a new layer in dir, together with the used
+// blocks of thin layers from the given one on. It returns the new header and the layer,
+// which is nil if it would be empty. Generation 0 is flat: each block is at its own offset.
 func (m *Image) write(ctx context.Context, dir string, pages Pages, from int) (*header, *layerFile, error) {
 	w, err := newLayerWriter(dir)
 	if err != nil {
@@ -430,8 +423,8 @@ func (m *Image) write(ctx context.Context, dir string, pages Pages, from int) (*
 	return h, l, nil
 }
 
-// takeOver writes to w, the layer after all that h has, what h names of those
-// layers from the given one on that have become thin, and has h name it there.
+// takeOver copies the used blocks of thin layers, among those from the given one on, to w,
+// which becomes h's next layer, and makes h map them there.
 func (m *Image) takeOver(ctx context.Context, w *layerWriter, h *header, from int) error {
 	used := make([]uint64, len(h.layers)+1)
 	for _, e := range h.extents {
@@ -448,7 +441,7 @@ func (m *Image) takeOver(ctx context.Context, w *layerWriter, h *header, from in
 					err = w.write(p.data)
 				}
 				if err != nil {
-					return fmt.Errorf("take over blocks: %w", err)
+					return fmt.Errorf("copy blocks of thin layers: %w", err)
 				}
 			}
 			e.layer, e.offset = uint32(len(h.layers)), at
@@ -458,19 +451,18 @@ func (m *Image) takeOver(ctx context.Context, w *layerWriter, h *header, from in
 	return nil
 }
 
-// window is a part of a layer that was read at once: most blocks that are asked
-// for come one after the other.
+// window is a read-ahead buffer for a layer, because most reads are sequential.
 type window struct {
 	layer       *layerFile
-	first, next uint64 // what it holds
-	ahead       uint64 // how many blocks were read
+	first, next uint64 // it has the blocks from first up to next
+	ahead       uint64 // number of blocks to read ahead
 	buf         []byte
 }
 
-// maxAhead is how many blocks a window holds at most: 256 KiB.
+// maxAhead is the maximum number of blocks in a window: 256 KiB.
 const maxAhead = 64
 
-// block returns a block of l, of which limit follow one another.
+// block returns a block of l. limit is the number of blocks from there on that may be read.
 func (w *window) block(l *layerFile, block, limit uint64) ([]byte, error) {
 	if w.layer != l || block < w.first || block >= w.next {
 		if w.layer == l && block == w.next {
@@ -492,9 +484,8 @@ func (w *window) block(l *layerFile, block, limit uint64) ([]byte, error) {
 	return w.buf[at : at+BlockSize], nil
 }
 
-// has tells whether the first block of e, which lies in l, has the given data.
-// What the checksum says is believed when it says no: a guest can make data of
-// any checksum. A block that is damaged is not the same as anything.
+// has reports whether the first block of e, which is in l, equals data. Equal checksums do
+// not suffice, because a guest can produce any checksum. A damaged block equals nothing.
 func (l *layerFile) has(data []byte, e extent, old *window) (bool, error) {
 	if crc32.Checksum(data, castagnoli) != l.sum(e.offset) {
 		return false, nil
@@ -503,9 +494,9 @@ func (l *layerFile) has(data []byte, e extent, old *window) (bool, error) {
 	return bytes.Equal(data, have), err
 }
 
-// merge writes all that m has above the layers to keep to one new layer in
-// dir. When none is kept every block has its own place in it. The memory that
-// it uses does not depend on how much that is, but for the checksums.
+// merge merges m's layers, except the first keep ones, to one new layer in dir. If keep is
+// 0, the new layer is flat. Its use of memory does not depend on the layers' size, apart
+// from the checksums.
 func (m *Image) merge(ctx context.Context, dir string, keep int) (*header, *layerFile, error) {
 	w, err := newLayerWriter(dir)
 	if err != nil {
@@ -547,15 +538,15 @@ func (m *Image) merge(ctx context.Context, dir string, keep int) (*header, *laye
 	return h, l, nil
 }
 
-// checkPage returns an error for a page that cannot come after block last.
+// checkPage returns an error if a page is invalid or not after block last.
 func checkPage(p Page, blocks uint64, last int64) error {
 	if len(p.Data) != BlockSize || p.Block >= blocks || int64(p.Block) <= last {
-		return fmt.Errorf("page %d of %d bytes after page %d of %d", p.Block, len(p.Data), last, blocks)
+		return fmt.Errorf("invalid page %d with %d bytes after page %d, of %d pages", p.Block, len(p.Data), last, blocks)
 	}
 	return nil
 }
 
-// writeHeader writes h to dir, and makes all that is in dir outlast a crash.
+// writeHeader writes h to dir and syncs both.
 func writeHeader(dir string, h *header) error {
 	if err := h.check(); err != nil {
 		return err

@@ -20,7 +20,7 @@ import (
 type layerFile struct {
 	layer
 	file *os.File
-	sums []byte // its table
+	sums []byte // the table of checksums
 }
 
 func layerName(dir string, id uuid.UUID) string { return filepath.Join(dir, id.String()+layerExt) }
@@ -44,19 +44,19 @@ func openLayer(dir string, l layer) (_ *layerFile, err error) {
 		return nil, err
 	}
 	if info.Size() != l.size() {
-		return nil, fmt.Errorf("%w: layer %s has %d bytes, not %d", ErrCorrupt, l.id, info.Size(), l.size())
+		return nil, fmt.Errorf("%w: layer %s has %d bytes instead of %d", ErrCorrupt, l.id, info.Size(), l.size())
 	}
 	sums := make([]byte, l.blocks*sumBytes)
 	if _, err := f.ReadAt(sums, int64(l.blocks)*BlockSize); err != nil {
 		return nil, err
 	}
 	if crc32.Checksum(sums, castagnoli) != l.crc {
-		return nil, fmt.Errorf("%w: checksum of layer %s's table", ErrCorrupt, l.id)
+		return nil, fmt.Errorf("%w: wrong checksum of layer %s's table", ErrCorrupt, l.id)
 	}
 	return &layerFile{l, f, sums}, nil
 }
 
-// sum is the CRC-32C that a block must have.
+// sum returns the CRC-32C that a block must have.
 func (l *layerFile) sum(block uint64) uint32 {
 	return binary.LittleEndian.Uint32(l.sums[block*sumBytes:])
 }
@@ -68,15 +68,14 @@ func (l *layerFile) read(p []byte, block uint64) error {
 	}
 	for ; len(p) > 0; p, block = p[BlockSize:], block+1 {
 		if crc32.Checksum(p[:BlockSize], castagnoli) != l.sum(block) {
-			return fmt.Errorf("%w: checksum of layer %s's block %d", ErrCorrupt, l.id, block)
+			return fmt.Errorf("%w: wrong checksum of layer %s's block %d", ErrCorrupt, l.id, block)
 		}
 	}
 	return nil
 }
 
-// link puts the layer's file in dir too: by another link to it, or by a copy
-// where there can be none: on another file system, or when the file has no
-// name left.
+// link links the layer's file into dir. If that is impossible, because dir is on another
+// file system or the file has lost its last name, link copies it.
 func (l *layerFile) link(ctx context.Context, dir string) (err error) {
 	name := layerName(dir, l.id)
 	err = unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", l.file.Fd()), unix.AT_FDCWD, name, unix.AT_SYMLINK_FOLLOW)
@@ -103,7 +102,7 @@ type layerWriter struct {
 	file   *os.File
 	buf    *bufio.Writer
 	blocks uint64 // written or skipped so far
-	sums   []byte // of them
+	sums   []byte // their checksums
 }
 
 func newLayerWriter(dir string) (*layerWriter, error) {
@@ -115,7 +114,7 @@ func newLayerWriter(dir string) (*layerWriter, error) {
 	return &layerWriter{id: id, file: f, buf: bufio.NewWriterSize(f, 1<<20)}, nil
 }
 
-// write adds blocks.
+// write appends blocks.
 func (w *layerWriter) write(b []byte) error {
 	if _, err := w.buf.Write(b); err != nil {
 		return fmt.Errorf("write layer: %w", err)
@@ -127,7 +126,7 @@ func (w *layerWriter) write(b []byte) error {
 	return nil
 }
 
-// skipTo leaves a hole up to a block.
+// skipTo leaves a hole up to the given block.
 func (w *layerWriter) skipTo(block uint64) error {
 	if block == w.blocks {
 		return nil
@@ -147,15 +146,15 @@ func (w *layerWriter) seek(offset int64) error {
 	return nil
 }
 
-// finish writes the table and returns the layer, which has the file from now
-// on. It is not synced.
+// finish writes the table and returns the layer, which takes over the file. It does not
+// sync.
 func (w *layerWriter) finish() (*layerFile, error) {
 	l := layer{id: w.id, blocks: w.blocks, crc: crc32.Checksum(w.sums, castagnoli)}
 	for at := 0; at < len(w.sums); {
 		part := w.sums[at:min(at+BlockSize, len(w.sums))]
 		at += len(part)
 		var err error
-		if isZero(part) { // of holes
+		if isZero(part) { // the checksums of a hole
 			err = w.seek(int64(l.blocks)*BlockSize + int64(at))
 		} else if _, err = w.buf.Write(part); err != nil {
 			err = fmt.Errorf("write layer: %w", err)

@@ -11,13 +11,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stripeBlocks is what one worker of Materialize copies before it takes the
-// next stripe.
+// stripeBlocks is the number of blocks that a worker of Materialize copies at a time.
 const stripeBlocks = 4096
 
-// Materialize returns the whole memory as a file in memory (memfd_create(2))
-// of the given name, sealed: nobody can change it, however it is mapped or
-// opened. Blocks of zeros are holes and take no memory.
+// Materialize copies the whole memory to a file in RAM (memfd_create(2)) with the given
+// name, and seals it, so that nobody can change it. Blocks of zeros are holes and take no
+// RAM. The caller must close the file.
 func (m *Image) Materialize(ctx context.Context, name string) (_ *os.File, err error) {
 	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
 	if err != nil {
@@ -59,8 +58,7 @@ func (m *Image) Materialize(ctx context.Context, name string) (_ *os.File, err e
 	return f, nil
 }
 
-// copyTo writes the blocks from first up to end that are not zero to their
-// places in f.
+// copyTo copies the blocks from first up to end to f, except those of zeros.
 func (m *Image) copyTo(ctx context.Context, f *os.File, first, end uint64, buf []byte) error {
 	for first < end {
 		e := m.h.lookup(first)

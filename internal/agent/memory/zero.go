@@ -6,8 +6,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 )
 
-// CreateZero writes an image of size bytes, all of them zeros, to dir, which must be
-// there and empty: the memory of a machine that has not booted yet. It is a header alone.
+// CreateZero writes an image of size bytes, all of them zeros, to dir, which must exist and
+// be empty. It is the memory of a machine that has not booted. It is only a header.
 func CreateZero(dir string, size int64) error {
 	if size <= 0 || size%BlockSize != 0 || size/BlockSize > maxBlocks {
 		return fmt.Errorf("create memory image: size of %d bytes", size)

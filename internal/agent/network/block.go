@@ -20,40 +20,39 @@ import (
 )
 
 const (
-	blocks     = 64  // agents that can share a machine
-	blockSlots = 512 // slots that each of them has
+	blocks     = 64  // maximum number of agents on a machine
+	blockSlots = 512 // slots of each agent
 )
 
-// ErrNoBlock says that as many agents as the address plan has room for
-// already run on this machine.
+// ErrNoBlock means that this machine already has as many agents as the address plan allows.
 var ErrNoBlock = errors.New("every block of network slots is taken")
 
-// A block is one agent's share of the machine's slot indexes. Its file is
-// locked while the agent runs and stays after it while VMs of its do.
+// A block is one agent's share of the machine's slot indexes. The agent locks its file
+// while it runs, and leaves the file if VMs keep running.
 type block struct {
 	number int
 	lock   *os.File
 	dir    layout.Dir
-	left   bool // under lockBlocks
+	left   bool // guarded by lockBlocks
 }
 
 func blockFile(n int) string { return filepath.Join(layout.NetworkBlocks(), strconv.Itoa(n)) }
 
-// lockBlocks excludes every other agent from taking and leaving blocks.
+// lockBlocks keeps other agents from taking and leaving blocks until the result is closed.
 func lockBlocks() (*os.File, error) {
 	if err := os.MkdirAll(layout.NetworkBlocks(), 0o755); err != nil {
 		return nil, fmt.Errorf("make folder of blocks: %w", err)
 	}
-	d, err := flock.Lock(context.Background(), layout.NetworkBlocks()) // held for a few system calls
+	d, err := flock.Lock(context.Background(), layout.NetworkBlocks()) // others hold it for a few system calls only
 	if err != nil {
 		return nil, fmt.Errorf("lock folder of blocks: %w", err)
 	}
 	return d, nil
 }
 
-// takeBlock locks the block that most of keep's slots are of, else the one that
-// dir had before, else a free one. What it cannot have keeps no agent from
-// starting: the slots of other blocks are just not the pool's.
+// takeBlock takes a block for dir: preferably that of most slots in keep, otherwise the one
+// that dir had before, otherwise a free one. Slots in keep of other blocks are not an error
+// here; they are just not the pool's.
 func takeBlock(dir layout.Dir, keep []int) (*block, error) {
 	all, err := lockBlocks()
 	if err != nil {
@@ -98,8 +97,8 @@ func takeBlock(dir layout.Dir, keep []int) (*block, error) {
 	return nil, ErrNoBlock
 }
 
-// blocksOf returns the blocks of slots, that with the most of them first. Numbers
-// that no slot has are of none.
+// blocksOf returns the blocks of slots, sorted by descending number of slots. It ignores
+// invalid slots.
 func blocksOf(slots []int) []int {
 	count := map[int]int{}
 	for _, i := range slots {
@@ -115,9 +114,9 @@ func blocksOf(slots []int) []int {
 	})
 }
 
-// candidates are the blocks in the order to try them: first those that were
-// in use, for if they are abandoned somebody must clean them; last those whose
-// addresses this machine has another use for.
+// candidates returns the blocks in the order to try them: first those that were in use,
+// because an abandoned one needs a cleanup, and last those whose addresses conflict with
+// other networks of this machine.
 func candidates() []int {
 	var used, clear, conflicting []int
 	nets := takenNetworks()
@@ -133,13 +132,14 @@ func candidates() []int {
 	return slices.Concat(used, clear, conflicting)
 }
 
-// inUse reports whether an agent has block n, or had it and left VMs in it.
+// inUse reports whether an agent has block n, or left VMs in it.
 func inUse(n int) bool {
 	_, err := os.Stat(blockFile(n))
 	return err == nil
 }
 
-// agents returns how many agents have a block of this machine, or left guests in one.
+// agents returns the number of agents that have a block of this machine or left guests in
+// one.
 func agents() (n int) {
 	for b := range blocks {
 		owner, err := os.ReadFile(blockFile(b))
@@ -150,13 +150,13 @@ func agents() (n int) {
 	return n
 }
 
-// conflicts reports whether an address of block n is in one of nets.
+// conflicts reports whether block n overlaps one of nets.
 func conflicts(n int, nets []netip.Prefix) bool {
 	return slices.ContainsFunc(nets, blockPrefix(n).Overlaps)
 }
 
-// takenNetworks are the networks that this machine has an address in. Slots'
-// own are /31s; larger than a /16 is no neighbour's but a whole address plan.
+// takenNetworks returns the networks in which this machine has an address. It leaves out
+// /31s, which are slots', and networks larger than a /16, which are whole address plans.
 func takenNetworks() []netip.Prefix {
 	addrs, err := net.InterfaceAddrs()
 	if err != nil {
@@ -171,7 +171,8 @@ func takenNetworks() []netip.Prefix {
 	return nets
 }
 
-// lockBlock locks block n and says which folder's agent has it or had it last.
+// lockBlock locks block n. owner is the data directory of the agent that has it or had it
+// last, even after an error.
 func lockBlock(dir layout.Dir, n int) (_ *block, owner layout.Dir, _ error) {
 	f, err := flock.TryLock(blockFile(n))
 	if text, err := os.ReadFile(blockFile(n)); err == nil {
@@ -183,7 +184,7 @@ func lockBlock(dir layout.Dir, n int) (_ *block, owner layout.Dir, _ error) {
 	return &block{number: n, lock: f, dir: dir}, owner, nil
 }
 
-// remembered is the block that dir's agent had last.
+// remembered returns the block that dir's agent had last.
 func remembered(dir layout.Dir) (int, bool) {
 	text, err := os.ReadFile(dir.NetworkBlock())
 	if err != nil {
@@ -193,14 +194,15 @@ func remembered(dir layout.Dir) (int, bool) {
 	return n, err == nil && n >= 0 && n < blocks
 }
 
-// abandoned says that no agent will come back to block n for owner.
+// abandoned reports whether owner's agent has since taken another block than n, or owner
+// is gone.
 func abandoned(owner layout.Dir, n int) bool {
 	m, ok := remembered(owner)
 	return !ok || m != n
 }
 
-// claim writes down, on both sides, that the block is dir's. It writes nothing that
-// is there, so that a full disk keeps no agent from the block that it had.
+// claim records in the block's file and in dir that the block is dir's. It skips what is
+// recorded already, so that an agent gets its block back even if the disk is full.
 func (b *block) claim() error {
 	owner := []byte(string(b.dir) + "\n")
 	have, err := os.ReadFile(blockFile(b.number))
@@ -216,7 +218,7 @@ func (b *block) claim() error {
 		err = os.MkdirAll(b.dir.Run(), 0o755)
 	}
 	if err == nil {
-		// After a power failure there is nothing to find again.
+		// No sync: after a power failure there are no slots.
 		err = atomicfile.WriteNoSync(b.dir.NetworkBlock(), []byte(strconv.Itoa(b.number)+"\n"), 0o644)
 	}
 	if err != nil {
@@ -225,7 +227,7 @@ func (b *block) claim() error {
 	return nil
 }
 
-// claimed is a block that was just locked, claimed; after an error it is free.
+// claimed claims a block that was just locked. After an error, it unlocks it.
 func (b *block) claimed() (*block, error) {
 	if err := b.claim(); err != nil {
 		b.lock.Close()
@@ -234,8 +236,8 @@ func (b *block) claimed() (*block, error) {
 	return b, nil
 }
 
-// restore makes the block's files again if somebody removed them, and says
-// whether it had to. The caller holds lockBlocks.
+// restore makes the block's files again if somebody removed them. lost reports whether
+// somebody did. The caller holds lockBlocks.
 func (b *block) restore() (lost bool, err error) {
 	held, err := b.lock.Stat()
 	if err != nil {
@@ -253,7 +255,7 @@ func (b *block) restore() (lost bool, err error) {
 	}
 	if owner != "" && owner != b.dir {
 		again.lock.Close()
-		return true, fmt.Errorf("it now belongs to %s", owner)
+		return true, fmt.Errorf("the block now belongs to %s", owner)
 	}
 	old := b.lock
 	b.lock = again.lock
@@ -261,8 +263,8 @@ func (b *block) restore() (lost bool, err error) {
 	return true, b.claim()
 }
 
-// leave gives the block up. A kept one stays its folder's, without a lock. The
-// folder remembers either, so that its next agent has nothing to write.
+// leave unlocks the block. Unless kept is set, it also frees it for other agents. Either
+// way, dir remembers the block, so that its next agent prefers it.
 func (b *block) leave(kept bool) error {
 	all, err := lockBlocks()
 	if err != nil {
@@ -288,10 +290,9 @@ func ignore(err, target error) error {
 
 const ipForward = "net/ipv4/ip_forward"
 
-// enableForwarding lets this machine forward IPv4, and says whether it did not
-// before. Replies come in on whatever interface leads out, which may change at
-// any time, so the switch is the machine-wide one; a file remembers that it was
-// off.
+// enableForwarding turns on IPv4 forwarding, and reports whether it was off. It uses the
+// machine-wide switch, because replies may come in on any interface. noteForwarding must
+// have recorded the earlier state.
 func enableForwarding() (changed bool, err error) {
 	all, err := lockBlocks()
 	if err != nil {
@@ -308,9 +309,9 @@ func enableForwarding() (changed bool, err error) {
 	return true, sysctl(ipForward, "1")
 }
 
-// noteForwarding remembers that this machine forwards nothing, if so, and which
-// links it has: between those it is to forward nothing later either. Links that
-// other software makes afterwards are that software's business.
+// noteForwarding records the links of a machine that does not forward IPv4, because it must
+// not forward between them later either. Links that other software makes afterwards are
+// that software's business.
 func noteForwarding() error {
 	all, err := lockBlocks()
 	if err != nil {
@@ -325,7 +326,7 @@ func noteForwarding() error {
 		return nil
 	}
 	if _, err := os.Stat(layout.Forwarding()); err == nil {
-		return nil // Somebody else turned it off since.
+		return nil // recorded before; somebody turned it off since
 	}
 	links, err := net.Interfaces()
 	if err != nil {
@@ -342,26 +343,26 @@ func noteForwarding() error {
 
 func writeLinksBefore(names []string) error {
 	if err := atomicfile.Write(layout.Forwarding(), []byte(strings.Join(names, "\n")), 0o644); err != nil {
-		return fmt.Errorf("remember that forwarding was off: %w", err)
+		return fmt.Errorf("record that forwarding was off: %w", err)
 	}
 	return nil
 }
 
-// linksBefore returns the links that this machine had when it forwarded nothing;
-// none if it did before.
+// linksBefore returns the links that noteForwarding recorded, or none if this machine
+// forwarded IPv4 before.
 func linksBefore() ([]string, error) {
 	b, err := os.ReadFile(layout.Forwarding())
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read which links were there before: %w", err)
+		return nil, fmt.Errorf("read earlier links: %w", err)
 	}
 	return strings.Fields(string(b)), nil
 }
 
-// leaveMachine undoes what agents do to the whole machine, if no block is in
-// use any more. The caller holds lockBlocks.
+// leaveMachine undoes what agents do to the whole machine, unless a block is still in use.
+// The caller holds lockBlocks.
 func leaveMachine() error {
 	others, err := os.ReadDir(layout.NetworkBlocks())
 	if err != nil || len(others) > 0 {

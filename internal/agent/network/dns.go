@@ -10,13 +10,12 @@ import (
 	"strings"
 )
 
-// maxUpstreams bounds the resolvers taken from a file; resolv.conf(5) itself
-// takes three.
+// maxUpstreams bounds the resolvers taken from a file, like resolv.conf(5) does.
 const maxUpstreams = 3
 
-// Upstreams are the DNS resolvers that this machine uses and that a guest can
-// reach through it: those of /etc/resolv.conf, or, where that names only
-// systemd-resolved's stub, those behind it; public ones when there are none.
+// Upstreams returns this machine's DNS resolvers that guests can reach: those in
+// /etc/resolv.conf, or those of systemd-resolved if that names only its stub. If there are
+// none, it returns public ones.
 func Upstreams() []netip.Addr {
 	own := ownAddresses()
 	for _, path := range []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"} {
@@ -31,8 +30,8 @@ func Upstreams() []netip.Addr {
 	return []netip.Addr{netip.AddrFrom4([4]byte{1, 1, 1, 1}), netip.AddrFrom4([4]byte{8, 8, 8, 8})}
 }
 
-// parseResolvers finds the IPv4 name servers in a resolv.conf, without this
-// machine's own addresses, which are closed to guests.
+// parseResolvers returns the IPv4 name servers in a resolv.conf, without this machine's own
+// addresses, which guests cannot reach.
 func parseResolvers(text []byte, own []netip.Addr) []netip.Addr {
 	var found []netip.Addr
 	for s := bufio.NewScanner(bytes.NewReader(text)); s.Scan() && len(found) < maxUpstreams; {

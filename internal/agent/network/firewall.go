@@ -11,9 +11,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
-// Obstacles are other programs' firewall chains on this machine that may drop
-// what guests send or get: a rule of ours can close a door, not open one that
-// somebody else's closes.
+// Obstacles describes other programs' firewall chains on this machine that may drop guests'
+// packets. Our rules cannot override them.
 func Obstacles() []string {
 	conn, err := nftables.New()
 	if err != nil {
@@ -33,14 +32,14 @@ func Obstacles() []string {
 			continue
 		}
 		if c.Policy != nil && *c.Policy == nftables.ChainPolicyDrop || endsInDrop(conn, c) {
-			found = append(found, fmt.Sprintf("the firewall's chain %s %s %s drops what it forwards unless a rule there accepts it: accept what comes in from %s*, and replies to it", family, c.Table.Name, c.Name, linkPrefix))
+			found = append(found, fmt.Sprintf("the firewall's chain %s %s %s drops forwarded packets by default: add rules that accept packets from %s* and replies to them", family, c.Table.Name, c.Name, linkPrefix))
 		}
 	}
 	return found
 }
 
-// endsInDrop tells whether the last rule of a chain drops or rejects whatever
-// comes to it, as firewalld's does.
+// endsInDrop reports whether the last rule of a chain drops or rejects every packet, as
+// firewalld's does.
 func endsInDrop(conn *nftables.Conn, c *nftables.Chain) bool {
 	rules, err := conn.GetRules(c.Table, c)
 	if err != nil || len(rules) == 0 {
@@ -55,22 +54,22 @@ func endsInDrop(conn *nftables.Conn, c *nftables.Chain) bool {
 		case *expr.Verdict:
 			drops = e.Kind == expr.VerdictDrop
 		default:
-			return false // it matches some packets only
+			return false // it matches only some packets
 		}
 	}
 	return drops
 }
 
-// dockerRules let guests' packets pass Docker's rules, which drop what they do
-// not know. DOCKER-USER is the chain that Docker leaves to others.
+// dockerRules accept guests' packets, which Docker's rules otherwise drop. DOCKER-USER is
+// Docker's chain for rules of others.
 var dockerRules = [][]string{
 	{"DOCKER-USER", "-i", linkPrefix + "+", "-j", "ACCEPT"},
 	{"DOCKER-USER", "-o", linkPrefix + "+", "-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED", "-j", "ACCEPT"},
 }
 
-// passDocker adds the rules for Docker where its chain is and they are not, and
-// says whether it added any. It runs the program that Docker itself uses: rules
-// that iptables cannot read would break all of its table.
+// passDocker adds missing rules to Docker's chain, if that exists, and reports whether it
+// added any. It runs iptables as Docker does, because native nftables rules would make the
+// table unreadable for iptables.
 func passDocker(ctx context.Context) (added bool, err error) {
 	if !iptables(ctx, "-n", "-L", "DOCKER-USER") {
 		return false, nil
@@ -80,7 +79,7 @@ func passDocker(ctx context.Context) (added bool, err error) {
 			continue
 		}
 		if !iptables(ctx, append([]string{"-I"}, r...)...) {
-			return added, fmt.Errorf("cannot add a rule: iptables -I %s", strings.Join(r, " "))
+			return added, fmt.Errorf("add rule: iptables -I %s failed", strings.Join(r, " "))
 		}
 		added = true
 	}
@@ -90,7 +89,7 @@ func passDocker(ctx context.Context) (added bool, err error) {
 // leaveDocker removes the rules for Docker.
 func leaveDocker(ctx context.Context) {
 	for _, r := range dockerRules {
-		for range 8 { // each as often as it is there
+		for range 8 { // a rule may exist several times
 			if !iptables(ctx, append([]string{"-D"}, r...)...) {
 				break
 			}
@@ -98,7 +97,7 @@ func leaveDocker(ctx context.Context) {
 	}
 }
 
-// iptables runs iptables and says whether it succeeded.
+// iptables runs iptables and reports whether it succeeded.
 func iptables(ctx context.Context, args ...string) bool {
 	ctx, cancel := context.WithTimeout(ctx, nftTimeout)
 	defer cancel()

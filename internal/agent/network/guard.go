@@ -18,22 +18,22 @@ import (
 )
 
 const (
-	// pace is the least time between two repairs, for another program may undo
-	// each at once.
+	// pace is the shortest time between two repairs, because another program may undo each
+	// at once.
 	pace = 250 * time.Millisecond
-	// lookAnyway is how often everything is looked at though nothing was heard.
+	// lookAnyway is the time between two checks of everything.
 	lookAnyway = 30 * time.Second
 )
 
-// A guard notices what other software does to a pool's part of the machine, and
-// has the pool repair it.
+// A guard notices changes that other software makes to the pool's part of the machine, and
+// makes the pool repair them.
 type guard struct {
 	pool   *Pool
 	log    *slog.Logger
 	rules  *mdnetlink.Conn // changes of nftables
 	routes *mdnetlink.Conn // changes of links, addresses, routes and their settings
 	files  *hostwatch.Watch
-	blind  sync.Once // says that folders are not watched
+	blind  sync.Once // logs that folders are not watched
 
 	closing  atomic.Bool
 	quit     chan struct{}
@@ -44,7 +44,7 @@ type guard struct {
 	look look
 }
 
-// look is what may have changed.
+// look says what may have changed and needs a check.
 type look struct {
 	rules, names, settings, allLinks bool
 	links                            map[int]bool // by index
@@ -77,22 +77,21 @@ func newGuard(p *Pool) (_ *guard, err error) {
 	return g, nil
 }
 
-// watchFolders watches the folders that there are; those that were removed are
-// made again first.
+// watchFolders watches the folders, which mend has made again if somebody removed them.
 func (g *guard) watchFolders() {
 	for _, dir := range []string{layout.Machine, layout.NetworkBlocks(), layout.Namespaces(), g.pool.config.Dir.Run()} {
 		err := g.files.Add(dir)
 		if errors.Is(err, hostwatch.ErrExhausted) {
-			g.blind.Do(func() { g.log.Warn("changes of folders are noticed twice a minute", "error", err) })
+			g.blind.Do(func() { g.log.Warn("cannot watch folders; checking them twice a minute", "error", err) })
 			return
 		}
 		if err != nil {
-			g.log.Warn("changes of a folder are noticed later", "folder", dir, "error", err)
+			g.log.Warn("cannot watch a folder; the regular check covers it", "folder", dir, "error", err)
 		}
 	}
 }
 
-// close ends the guard's watch; from then on everything can be removed.
+// close ends the guard, which would otherwise repair what the pool removes.
 func (g *guard) close() {
 	if g.closing.Swap(true) {
 		return
@@ -100,9 +99,9 @@ func (g *guard) close() {
 	close(g.quit)
 	err := g.closeConns()
 	g.watching.Wait()
-	// Last: the loop adds folders to it, whose descriptor must not be another's by then.
+	// Last, because run adds folders to it, and its descriptor could be reused.
 	if err := errors.Join(err, g.files.Close()); err != nil {
-		g.log.Warn("watch of the network does not end in order", "error", err)
+		g.log.Warn("cannot close the watch of the network", "error", err)
 	}
 }
 
@@ -116,19 +115,19 @@ func (g *guard) closeConns() error {
 	return errors.Join(errs...)
 }
 
-// notice has the guard look at what change names.
+// notice makes the guard check what change sets.
 func (g *guard) notice(change func(*look)) {
 	g.mu.Lock()
 	change(&g.look)
 	g.mu.Unlock()
 	select {
 	case g.wake <- struct{}{}:
-	default: // it knows
+	default: // a check is pending already
 	}
 }
 
-// receive hands what a connection hears to hear. Without messages it may be
-// anything: more happened than the kernel could tell.
+// receive passes the messages of a connection to hear. It passes nil after an overflow, when
+// anything may have changed.
 func (g *guard) receive(c *mdnetlink.Conn, hear func([]mdnetlink.Message)) {
 	for {
 		messages, err := c.Receive()
@@ -138,7 +137,7 @@ func (g *guard) receive(c *mdnetlink.Conn, hear func([]mdnetlink.Message)) {
 		case errors.Is(err, unix.ENOBUFS):
 			hear(nil)
 		case err != nil:
-			g.log.Error("changes of the host's network are noticed later", "error", err)
+			g.log.Error("cannot watch the host's network; the regular check covers it", "error", err)
 			return
 		default:
 			hear(messages)
@@ -148,8 +147,8 @@ func (g *guard) receive(c *mdnetlink.Conn, hear func([]mdnetlink.Message)) {
 
 func (g *guard) hearRules([]mdnetlink.Message) { g.notice(func(l *look) { l.rules = true }) }
 
-// hearRoutes notices changes of the pool's links and of the whole host's
-// settings; what happens to others' links is no concern.
+// hearRoutes notices changes of the pool's links and of settings for all links. It ignores
+// other links.
 func (g *guard) hearRoutes(messages []mdnetlink.Message) {
 	if messages == nil {
 		g.notice(func(l *look) { l.allLinks, l.settings = true, true })
@@ -171,8 +170,8 @@ func (g *guard) hearRoutes(messages []mdnetlink.Message) {
 	}
 }
 
-// subject returns the index of the link that a message of route netlink is
-// about; it is negative for settings of all links.
+// subject returns the index of the link that a route netlink message concerns. The index is
+// negative for settings of all links.
 func subject(m mdnetlink.Message) (index int, ok bool) {
 	var header, attribute int
 	switch m.Header.Type {
@@ -203,7 +202,7 @@ func subject(m mdnetlink.Message) (index int, ok bool) {
 	return index, ok && d.Err() == nil
 }
 
-// run has the pool look, and repair, whenever something was noticed.
+// run makes the pool check and repair whenever something was noticed.
 func (g *guard) run() {
 	tick := time.NewTicker(lookAnyway)
 	defer tick.Stop()
@@ -238,8 +237,8 @@ func (g *guard) run() {
 	}
 }
 
-// mend looks at what may have changed, and repairs it. What cannot be repaired
-// is a problem until it could be.
+// mend checks what may have changed, and repairs it. It reports what it cannot repair as a
+// problem, until a later check succeeds.
 func (p *Pool) mend(l look) {
 	if l.rules {
 		p.judge(problem.Firewall, "rules", p.mendRules())
@@ -259,7 +258,7 @@ func (p *Pool) mend(l look) {
 	p.retry()
 }
 
-// judge reports or clears a problem. A nil error says that there is none.
+// judge reports err as a problem, or clears the problem if err is nil.
 func (p *Pool) judge(k problem.Kind, object string, err error) {
 	if err != nil {
 		p.config.Problems.Report(k, object, err.Error())
@@ -268,8 +267,8 @@ func (p *Pool) judge(k problem.Kind, object string, err error) {
 	p.config.Problems.Clear(k, object)
 }
 
-// nextAttempt is when to try next to remove what could not be removed; zero: there
-// is nothing.
+// nextAttempt returns the time of the next attempt to remove a slot that was set aside, or
+// zero if there is none.
 func (p *Pool) nextAttempt() (at time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -281,7 +280,7 @@ func (p *Pool) nextAttempt() (at time.Time) {
 	return at
 }
 
-// retry removes what could not be removed before and has waited long enough.
+// retry tries again to remove the slots that were set aside, if their next attempt is due.
 func (p *Pool) retry() {
 	p.mu.Lock()
 	var aside []int

@@ -26,8 +26,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// fingerprint describes a table of the calling thread's namespace: equal
-// fingerprints are equal rules. It is empty if there is no such table.
+// fingerprint describes the rules of a table in the calling thread's namespace, so that
+// they can be compared. It is empty if there is no such table.
 func fingerprint(name string) (string, error) {
 	conn, err := nftables.New()
 	if err != nil {
@@ -73,7 +73,7 @@ func fingerprint(name string) (string, error) {
 		if err != nil {
 			return "", fmt.Errorf("list elements of %s: %w", s.Name, err)
 		}
-		if !s.Interval { // The kernel keeps these in no order.
+		if !s.Interval { // the kernel lists these in any order
 			slices.SortFunc(elements, func(x, y nftables.SetElement) int { return bytes.Compare(x.Key, y.Key) })
 		}
 		fmt.Fprintf(&b, "set %s", s.Name)
@@ -84,9 +84,8 @@ func fingerprint(name string) (string, error) {
 	return b.String(), nil
 }
 
-// wantedRules is the fingerprint of a block's rules as they must be. The rules
-// are written in a network namespace of a thread of its own, where nobody else
-// is.
+// wantedRules returns the fingerprint that a block's rules must have. To compute it, it
+// writes the rules in a new network namespace.
 func wantedRules(block int, upstreams []netip.Addr) (want string, err error) {
 	err = thread.Own(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
@@ -102,32 +101,32 @@ func wantedRules(block int, upstreams []netip.Addr) (want string, err error) {
 	return want, err
 }
 
-// mendRules writes the host's rules anew if anybody has changed them.
+// mendRules writes the host's rules again if somebody changed them.
 func (p *Pool) mendRules() error {
 	table := hostTable(p.block.number)
 	var have string
 	var err error
-	for range 10 { // a list that others change meanwhile is incomplete
+	for range 10 { // it fails if others change the rules during the call
 		if have, err = fingerprint(table); err == nil {
 			break
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("the firewall's rules for guests cannot be read: %w", err)
+		return fmt.Errorf("cannot read the firewall's rules for guests: %w", err)
 	}
 	if have == p.rules {
 		return nil
 	}
 	if err := p.writeRules(); err != nil {
-		return fmt.Errorf("the firewall's rules for guests cannot be restored; guests have no internet: %w", err)
+		return fmt.Errorf("cannot restore the firewall's rules for guests, which have no internet: %w", err)
 	}
 	_, _ = p.host.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, bare(blockPrefix(p.block.number)))
-	p.config.Problems.Repaired(problem.Firewall, "rules", "somebody removed or changed the table "+table+" of the firewall")
+	p.config.Problems.Repaired(problem.Firewall, "rules", "somebody removed or changed the firewall's table "+table)
 	return nil
 }
 
-// bare matches connections that guests of a block opened while nothing
-// translated their addresses; forgotten, they get a second chance.
+// bare matches connections that guests of a block opened while no rule translated their
+// addresses. After their removal, the kernel tracks and translates them anew.
 type bare netip.Prefix
 
 // MatchConntrackFlow implements [netlink.CustomConntrackFilter].
@@ -138,7 +137,7 @@ func (b bare) MatchConntrackFlow(f *netlink.ConntrackFlow) bool {
 	return netip.Prefix(b).Contains(src) && src.As4()[3]%2 == 1 && f.Forward.SrcIP.Equal(f.Reverse.DstIP)
 }
 
-// writeRules writes the block's table, and what it must be like from now on.
+// writeRules writes the block's table, and records its fingerprint for later checks.
 func (p *Pool) writeRules() error {
 	if err := hostRules(p.block.number, p.config.Upstreams); err != nil {
 		return err
@@ -160,11 +159,11 @@ func (p *Pool) mendForwarding() error {
 	}
 	p.wasOff = p.wasOff || changed
 	if err != nil {
-		return fmt.Errorf("IP forwarding is off and cannot be turned on; guests have no internet: %w", err)
+		return fmt.Errorf("cannot turn IP forwarding on; guests have no internet: %w", err)
 	}
 	if links, err := linksBefore(); err == nil && !slices.Equal(links, p.before) {
 		if err := p.writeRules(); err != nil {
-			return fmt.Errorf("this machine forwards for others than guests: %w", err)
+			return fmt.Errorf("cannot update the firewall's rules; this machine may forward packets between its other links: %w", err)
 		}
 	}
 	if changed {
@@ -173,12 +172,12 @@ func (p *Pool) mendForwarding() error {
 	return nil
 }
 
-// mendFiles restores what others may have removed below /run: the folder of
-// namespaces and the files that say whose the block is.
+// mendFiles restores files in /run that others may have removed: the folder of namespaces
+// and the files of the block.
 func (p *Pool) mendFiles() error {
 	all, err := lockBlocks()
 	if err != nil {
-		return fmt.Errorf("%s cannot be restored: %w", layout.NetworkBlocks(), err)
+		return fmt.Errorf("cannot restore %s: %w", layout.NetworkBlocks(), err)
 	}
 	defer all.Close()
 	if p.block.left {
@@ -186,27 +185,27 @@ func (p *Pool) mendFiles() error {
 	}
 	if !isMountPoint(layout.Namespaces()) {
 		if err := shareNamespaces(); err != nil {
-			return fmt.Errorf("%s cannot be restored; a restart of the agent loses the sandboxes that run: %w", layout.Namespaces(), err)
+			return fmt.Errorf("cannot restore %s; a restart of the agent would lose running sandboxes: %w", layout.Namespaces(), err)
 		}
 		p.config.Problems.Repaired(problem.Files, "network", "somebody removed or unmounted "+layout.Namespaces())
 	}
 	if _, err := os.Stat(layout.Forwarding()); errors.Is(err, os.ErrNotExist) && p.wasOff {
 		if err := writeLinksBefore(p.before); err != nil {
-			return fmt.Errorf("%s cannot be restored; IP forwarding will stay on: %w", layout.Forwarding(), err)
+			return fmt.Errorf("cannot restore %s; IP forwarding will stay on after the agent: %w", layout.Forwarding(), err)
 		}
 	}
 	lost, err := p.block.restore()
 	if err != nil {
-		return fmt.Errorf("the files of block %d of the network cannot be restored; another agent on this machine could take it: %w", p.block.number, err)
+		return fmt.Errorf("cannot restore the files of network block %d, which another agent on this machine could take: %w", p.block.number, err)
 	}
 	if lost {
-		p.config.Problems.Repaired(problem.Files, "network", fmt.Sprintf("somebody removed the files of block %d of the network", p.block.number))
+		p.config.Problems.Repaired(problem.Files, "network", fmt.Sprintf("somebody removed the files of network block %d", p.block.number))
 	}
 	return nil
 }
 
-// mendShares gives each guest its share of the connections that the machine tracks,
-// which becomes smaller if another agent comes, and larger if one goes.
+// mendShares updates each guest's share of the machine's tracked connections, which depends
+// on the number of agents.
 func (p *Pool) mendShares() error {
 	share := shareOfConnections(p.config.Guests, agents())
 	p.connections.Store(share)
@@ -223,19 +222,19 @@ func (p *Pool) mendShares() error {
 		s.mu.Unlock()
 	}
 	if err := errors.Join(errs...); err != nil {
-		return fmt.Errorf("guests keep a share of the machine's connections from when it had fewer agents: %w", err)
+		return fmt.Errorf("cannot update guests' shares of the machine's tracked connections to its number of agents: %w", err)
 	}
 	return nil
 }
 
-// slotOf returns the slot whose link on the host has the index, or nil.
+// slotOf returns the slot whose host link has the index, or nil.
 func (p *Pool) slotOf(link int) *Slot {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.linked[link]
 }
 
-// mendSlots looks at slots: at names and links, as far as those may have changed.
+// mendSlots checks and repairs the names and links of slots that may have changed.
 func (p *Pool) mendSlots(l look) {
 	p.mu.Lock()
 	slots := maps.Clone(p.linked)
@@ -271,19 +270,19 @@ func (p *Pool) mendSlots(l look) {
 	}
 }
 
-// mended reports what was repaired of a slot, and err if something could not be.
+// mended logs the repairs of a slot, and reports err as its problem.
 func (p *Pool) mended(s *Slot, repaired []string, err error) {
 	object := strconv.Itoa(s.Index)
 	if len(repaired) > 0 {
 		p.config.Problems.Repaired(problem.Slot, object, strings.Join(repaired, ", "))
 	}
 	if err != nil {
-		err = fmt.Errorf("network slot %d cannot be repaired; its sandbox has no network: %w", s.Index, err)
+		err = fmt.Errorf("cannot repair network slot %d, whose sandbox has no network: %w", s.Index, err)
 	}
 	p.judge(problem.Slot, object, err)
 }
 
-// mendName gives the slot's namespace its name again.
+// mendName restores the name of the slot's namespace.
 func (p *Pool) mendName(s *Slot) ([]string, error) {
 	if isNamespace(s.ns, s.NetNS()) {
 		return nil, nil
@@ -291,17 +290,16 @@ func (p *Pool) mendName(s *Slot) ([]string, error) {
 	if err := nameNamespace(s.ns, s.NetNS()); err != nil {
 		return nil, err
 	}
-	return []string{"its namespace had lost its name"}, nil
+	return []string{"its namespace had no name"}, nil
 }
 
-// mendLink makes the host's end of the slot's veth what it was. The caller holds
-// the slot's lock.
+// mendLink restores the host's end of the slot's veth. The caller holds the slot's lock.
 func (p *Pool) mendLink(s *Slot) (repaired []string, err error) {
 	did := func(what string) { repaired = append(repaired, what) }
 	name, h := linkName(s.Index), p.host
 	link, err := h.LinkByIndex(s.link)
 	if isMissing(err) || err == nil && (link.Type() != "veth" || link.Attrs().ParentIndex != s.inner) {
-		// Deleted, or moved into another network namespace.
+		// Somebody deleted it or moved it to another network namespace.
 		if err := p.rebuild(s); err != nil {
 			return nil, fmt.Errorf("make a new veth: %w", err)
 		}
@@ -312,7 +310,7 @@ func (p *Pool) mendLink(s *Slot) (repaired []string, err error) {
 	}
 	attrs := link.Attrs()
 	if attrs.Name != name {
-		// Older kernels rename no link that is up.
+		// Older kernels cannot rename a link that is up.
 		err := h.LinkSetDown(link)
 		if err == nil {
 			err = h.LinkSetName(link, name)
@@ -342,9 +340,9 @@ func (p *Pool) mendLink(s *Slot) (repaired []string, err error) {
 	own := netip.PrefixFrom(hostAddr(s.Index), 31)
 	if !slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.IPNet.String() == own.String() }) {
 		if err := h.AddrAdd(link, &netlink.Addr{IPNet: ipNet(own)}); err != nil {
-			return repaired, fmt.Errorf("give address %s: %w", own, err)
+			return repaired, fmt.Errorf("add address %s: %w", own, err)
 		}
-		did("its veth had lost its address")
+		did("its veth had no address")
 	}
 	for _, set := range linkSettings(name) {
 		now, err := os.ReadFile("/proc/sys/" + set[0])
@@ -354,7 +352,7 @@ func (p *Pool) mendLink(s *Slot) (repaired []string, err error) {
 		if err := sysctl(set[0], set[1]); err != nil {
 			return repaired, err
 		}
-		if !strings.HasSuffix(set[0], "/forwarding") { // that is of all links; see mendForwarding
+		if !strings.HasSuffix(set[0], "/forwarding") { // mendForwarding reports it
 			did(set[0] + " was " + strings.TrimSpace(string(now)))
 		}
 	}
@@ -366,14 +364,14 @@ func (p *Pool) mendLink(s *Slot) (repaired []string, err error) {
 	}
 	routes, err := h.RouteListFiltered(unix.AF_INET, &netlink.Route{LinkIndex: s.link, Dst: ipNet(own.Masked())}, netlink.RT_FILTER_OIF|netlink.RT_FILTER_DST)
 	if err != nil {
-		return repaired, fmt.Errorf("look for route: %w", err)
+		return repaired, fmt.Errorf("list routes: %w", err)
 	}
 	if len(routes) == 0 {
 		err := h.RouteReplace(&netlink.Route{LinkIndex: s.link, Dst: ipNet(own.Masked()), Src: own.Addr().AsSlice(), Scope: netlink.SCOPE_LINK})
 		if err != nil {
 			return repaired, fmt.Errorf("add route: %w", err)
 		}
-		did("the route to it was gone")
+		did("its route was gone")
 	}
 	return repaired, nil
 }
@@ -387,8 +385,7 @@ func isMissing(err error) bool {
 	return errors.As(err, &missing) || errors.Is(err, unix.ENODEV)
 }
 
-// rebuild makes a new veth for a slot that has lost its own. The caller holds
-// the slot's lock.
+// rebuild makes a new veth for a slot whose veth is gone. The caller holds the slot's lock.
 func (p *Pool) rebuild(s *Slot) error {
 	err := s.within(func() error {
 		h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
@@ -398,7 +395,7 @@ func (p *Pool) rebuild(s *Slot) error {
 		defer h.Close()
 		old, err := h.LinkByName(vethName)
 		if err == nil {
-			err = h.LinkDel(old) // its other end is elsewhere
+			err = h.LinkDel(old) // its other end is in another namespace
 		}
 		if err != nil && !isMissing(err) {
 			return fmt.Errorf("remove %s: %w", vethName, err)
@@ -433,18 +430,19 @@ func (p *Pool) rebuild(s *Slot) error {
 	return nil
 }
 
-// probeWait bounds the wait for a probe to pass the host's own stack, which
-// takes it microseconds unless the machine is very busy.
+// probeWait bounds the time that a probe needs to pass the host's network stack. It needs
+// microseconds unless the machine is very busy.
 const probeWait = 5 * time.Second
 
-// mendPassage sees to it that guests' packets pass the host's other firewalls.
+// mendPassage checks that other firewalls on the host let guests' packets pass, and adds
+// rules to Docker's if they do not.
 func (p *Pool) mendPassage() error {
 	err := p.probe()
 	if err == nil {
 		return nil
 	}
 	if have, err := fingerprint(hostTable(p.block.number)); err != nil || have != p.rules {
-		return nil // somebody has just changed the rules, and mendRules will hear of it
+		return nil // somebody has just changed the rules; mendRules will repair them
 	}
 	added, dockerErr := passDocker(context.Background())
 	if !added {
@@ -454,14 +452,13 @@ func (p *Pool) mendPassage() error {
 		return err
 	}
 	p.docker = true
-	p.config.Problems.Repaired(problem.Firewall, "", "Docker's rules dropped what guests send; rules in its chain DOCKER-USER accept it now")
+	p.config.Problems.Repaired(problem.Firewall, "", "Docker's rules dropped guests' packets; added rules to its chain DOCKER-USER that accept them")
 	return nil
 }
 
-// probe sends a packet from a slot towards the guests' first resolver and looks
-// whether it passes the host's firewalls, whatever they are made of. A rule of
-// ours takes it away before it would leave the host. A nil error also says that
-// it cannot be told now.
+// probe sends a packet from a slot to the guests' first resolver, and returns an error if
+// one of the host's firewalls drops it. A rule of ours drops it before it leaves the host.
+// probe also returns nil if it cannot tell.
 func (p *Pool) probe() error {
 	s := p.anySlot()
 	if s == nil {
@@ -469,7 +466,7 @@ func (p *Pool) probe() error {
 	}
 	to := p.config.Upstreams[0]
 	if routes, err := p.host.RouteGet(to.AsSlice()); err != nil || len(routes) == 0 {
-		return nil // it has no way to anywhere
+		return nil // the host has no route
 	}
 	before, err := p.probes()
 	if err != nil {
@@ -492,7 +489,7 @@ func (p *Pool) probe() error {
 	})
 	s.mu.Unlock()
 	if err != nil {
-		return nil // mendSlots reports what is wrong with the slot
+		return nil // the slot is broken, which mendSlots reports
 	}
 	for deadline := time.Now().Add(probeWait); ; time.Sleep(time.Millisecond) {
 		now, err := p.probes()
@@ -503,15 +500,15 @@ func (p *Pool) probe() error {
 			break
 		}
 	}
-	why := "find the rule that drops what comes in from " + linkPrefix + "*, and accept it and the replies to it"
+	why := "find the rule that drops packets from " + linkPrefix + "*, and accept them and the replies to them"
 	if o := Obstacles(); len(o) > 0 {
 		why = strings.Join(o, "; ")
 	}
-	return fmt.Errorf("another program's firewall drops what guests send to the internet: %s", why)
+	return fmt.Errorf("another program's firewall drops guests' packets to the internet: %s", why)
 }
 
-// probeInside sends a packet from the host to a slot and reports a firewall that
-// drops it: the kernel tells the sender. The packet ends at the slot's router.
+// probeInside sends a packet from the host to a slot, and returns an error if a firewall of
+// the host drops it, which the kernel tells the sender. The slot's router drops the packet.
 func (p *Pool) probeInside() error {
 	s := p.anySlot()
 	if s == nil {
@@ -523,16 +520,16 @@ func (p *Pool) probeInside() error {
 	}}
 	c, err := d.DialContext(context.Background(), "udp4", netip.AddrPortFrom(s.Address, probePort).String())
 	if err != nil {
-		return nil // mendSlots reports what is wrong with the slot
+		return nil // the slot is broken, which mendSlots reports
 	}
 	defer c.Close()
 	if _, err := c.Write([]byte("probe")); errors.Is(err, unix.EPERM) {
-		return errors.New("another program's firewall drops what the host sends to sandboxes, so nobody can use them: find the rule, and accept what goes out to " + linkPrefix + "* and the replies to it")
+		return errors.New("another program's firewall drops the host's packets to sandboxes, so nobody can use them: find the rule, and accept packets to " + linkPrefix + "* and the replies to them")
 	}
 	return nil
 }
 
-// anySlot returns a slot that is whole, rather one that nobody uses.
+// anySlot returns a prepared slot, preferably an unused one, or nil.
 func (p *Pool) anySlot() *Slot {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -545,7 +542,7 @@ func (p *Pool) anySlot() *Slot {
 	return nil
 }
 
-// probes is how many probes have passed.
+// probes returns the number of probes that passed the host's firewalls.
 func (p *Pool) probes() (uint64, error) {
 	conn, err := nftables.New()
 	if err != nil {

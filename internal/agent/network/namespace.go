@@ -15,9 +15,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// createNamespace makes a network namespace, names it by a bind mount on
-// path, and runs setup on a thread inside it. When anything fails nothing of
-// it stays.
+// createNamespace makes a network namespace, mounts it on path, and runs setup on a thread
+// in it. If a step fails, it undoes the steps before.
 func createNamespace(path string, setup func(ns *os.File) error) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return fmt.Errorf("make folder of namespaces: %w", err)
@@ -47,9 +46,9 @@ func createNamespace(path string, setup func(ns *os.File) error) error {
 	return nil
 }
 
-// shareNamespaces makes the folder of namespaces' names a shared mount of its
-// own, as iproute2 does with its own: then names come and go in every mount
-// namespace alike. The caller holds lockBlocks, and there is no name yet.
+// shareNamespaces makes the folder of namespaces a shared mount, as iproute2 does with its
+// folder, so that every mount namespace sees new names. The caller holds lockBlocks, and
+// the folder must be empty.
 func shareNamespaces() error {
 	dir := layout.Namespaces()
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -83,7 +82,7 @@ func unshareNamespaces() error {
 	return ignore(os.Remove(dir), os.ErrNotExist)
 }
 
-// nameNamespace gives a namespace a name that may have been lost.
+// nameNamespace mounts a namespace on path, unless it is mounted there.
 func nameNamespace(ns *os.File, path string) error {
 	if isNamespace(ns, path) {
 		return nil
@@ -102,7 +101,7 @@ func nameNamespace(ns *os.File, path string) error {
 	return nil
 }
 
-// isNamespace tells whether path is the name of ns.
+// isNamespace reports whether path names ns.
 func isNamespace(ns *os.File, path string) bool {
 	var own, there unix.Stat_t
 	return unix.Fstat(int(ns.Fd()), &own) == nil && unix.Stat(path, &there) == nil && own.Dev == there.Dev && own.Ino == there.Ino
@@ -122,11 +121,10 @@ func openNamespace(path string) (*os.File, error) {
 	return ns, nil
 }
 
-// namespaces is a set of network namespaces. The device and the inode of its file
-// identify a namespace.
+// namespaces is a set of network namespaces, identified by device and inode of their files.
 type namespaces map[[2]uint64]bool
 
-// inhabited returns the network namespaces in which processes are.
+// inhabited returns the network namespaces that have processes.
 func inhabited() (namespaces, error) {
 	processes, err := filepath.Glob("/proc/[0-9]*/ns/net")
 	if err != nil {
@@ -138,14 +136,14 @@ func inhabited() (namespaces, error) {
 	all := namespaces{}
 	for _, path := range processes {
 		var st unix.Stat_t
-		if unix.Stat(path, &st) == nil { // else it has ended
+		if unix.Stat(path, &st) == nil { // otherwise the process has ended
 			all[[2]uint64{st.Dev, st.Ino}] = true
 		}
 	}
 	return all, nil
 }
 
-// has tells whether path names one of them.
+// has reports whether path names one of the namespaces.
 func (n namespaces) has(path string) bool {
 	var st unix.Stat_t
 	return unix.Stat(path, &st) == nil && n[[2]uint64{st.Dev, st.Ino}]
@@ -155,7 +153,7 @@ func unmountAll(path string) error {
 	for {
 		err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
 		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
-			return nil // not, or no longer, a mount point
+			return nil // not a mount point
 		}
 		if err != nil {
 			return fmt.Errorf("unmount %s: %w", path, err)
@@ -163,8 +161,8 @@ func unmountAll(path string) error {
 	}
 }
 
-// removeNamespace removes a namespace's name, however far its making got. The
-// namespace itself ends with the last process in it.
+// removeNamespace removes a namespace's name, even an unfinished one. The namespace itself
+// ends with its last process.
 func removeNamespace(path string) error {
 	if err := unmountAll(path); err != nil {
 		return err
@@ -179,11 +177,10 @@ func removeNamespace(path string) error {
 	return nil
 }
 
-// removeHidden removes a name that is still mounted where nobody sees it:
-// somebody has mounted the folder, or one above, over itself. Whoever removes a
-// file removes its mounts in all other mount namespaces, so the thread does it in
-// one of its own from which it has removed every mount. The folder is opened
-// before, because its path leads elsewhere then: to another agent's /run, perhaps.
+// removeHidden removes a name whose mount is hidden, because somebody mounted the folder, or
+// one above it, over itself. Unlinking a file removes its mounts in all other mount
+// namespaces, so a thread does that in a new one without mounts. It opens the folder first,
+// because without mounts the path may lead to another folder.
 func removeHidden(path string) error {
 	dir, err := os.Open(filepath.Dir(path))
 	if err != nil {
@@ -199,13 +196,13 @@ func removeHidden(path string) error {
 		}
 		points, err := mountPoints()
 		if err != nil {
-			return fmt.Errorf("list mounts: %v", err) // what is missing is not the name
+			return fmt.Errorf("list mounts: %v", err) // %v: ErrNotExist would mean that the name is gone
 		}
-		slices.Reverse(points) // what was mounted last covers the others
+		slices.Reverse(points) // later mounts cover earlier ones
 		for {
 			less := false
 			for _, at := range points {
-				// One that is covered is tried again once what covers it is gone.
+				// If another mount covers this one, the next round tries it again.
 				less = unix.Unmount(at, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW) == nil || less
 			}
 			err := unix.Unlinkat(int(dir.Fd()), filepath.Base(path), 0)
@@ -219,8 +216,8 @@ func removeHidden(path string) error {
 	})
 }
 
-// mountPoints returns those of the calling thread's mount namespace, in the order
-// in which they were mounted.
+// mountPoints returns the mount points in the calling thread's mount namespace, oldest
+// first.
 func mountPoints() ([]string, error) {
 	b, err := os.ReadFile("/proc/thread-self/mountinfo")
 	if err != nil {
@@ -237,8 +234,8 @@ func mountPoints() ([]string, error) {
 	return points, nil
 }
 
-// inNamespace runs f on a thread inside the namespace at path. Only what f
-// does itself, not goroutines that it starts, happens there.
+// inNamespace runs f on a thread in the namespace at path. Goroutines that f starts run
+// outside of it.
 func inNamespace(path string, f func() error) error {
 	ns, err := openNamespace(path)
 	if err != nil {
@@ -260,9 +257,9 @@ func inside(ns *os.File, f func() error) error {
 
 const threadNamespace = "/proc/thread-self/ns/net"
 
-// onThread runs f on a thread that f may move to another network namespace.
-// The thread goes back afterwards; one that cannot ends with its goroutine,
-// so that no other goroutine ever runs in the wrong namespace.
+// onThread runs f on a thread that f may move to another network namespace. Afterwards the
+// thread returns to its old namespace. If that fails, the thread ends with its goroutine, so
+// no other goroutine can run in the wrong namespace.
 func onThread(f func() error) error {
 	done := make(chan error, 1)
 	go func() {

@@ -1,6 +1,6 @@
-// Package network prepares networks for guests: each slot is a namespace with
-// a tap device for the guest, a veth to the host, and rules that let the guest
-// reach the internet and nothing nearer.
+// Package network prepares networks for guests. Each slot is a namespace with a tap device
+// for the guest, a veth to the host, and rules that let the guest reach the internet, but no
+// private network.
 package network
 
 import (
@@ -30,33 +30,32 @@ import (
 )
 
 var (
-	// ErrExhausted says that every slot of the agent is in use.
+	// ErrExhausted means that all slots of the agent are in use.
 	ErrExhausted = errors.New("no network slot is free")
-	// ErrClosed says that the pool was closed.
+	// ErrClosed means that the pool is closed.
 	ErrClosed = errors.New("the network pool is closed")
 )
 
-// Config is how a pool is opened.
+// Config configures a [Pool].
 type Config struct {
-	// Dir is the installation whose agent owns the pool.
+	// Dir is the data directory of the agent that owns the pool.
 	Dir layout.Dir
-	// Ready is the number of slots kept prepared; 4 when it is 0.
+	// Ready is the number of slots to keep prepared (0: 4).
 	Ready int
-	// Unknown says that VMs may run whose slots are not known: then a slot is not
-	// removed while a process is in its namespace.
+	// Unknown says that VMs in unknown slots may run. The pool then removes no slot with a
+	// process in its namespace.
 	Unknown bool
-	// Upstreams are the IPv4 DNS resolvers for guests, usually [Upstreams]();
-	// that is taken when there are none.
+	// Upstreams are the IPv4 DNS resolvers for guests (empty: those of [Upstreams]).
 	Upstreams []netip.Addr
-	// Guests is how many guests there can be at once, who share this agent's part of
-	// half of the connections that the machine tracks; 0: one a slot.
+	// Guests is the maximum number of guests at once (0: one per slot). They share this
+	// agent's part of half of the connections that the machine can track.
 	Guests int
 	// Rates limit each guest's network, unless [Slot.Limit] sets others.
 	Rates rates.Rates
-	// Problems gets what is wrong with the machine's network and cannot be
-	// repaired; it may be nil.
+	// Problems receives problems of the machine's network that the pool cannot repair. It
+	// may be nil.
 	Problems *problem.List
-	// Log is slog's default when it is nil.
+	// Log is the logger (nil: slog's default).
 	Log *slog.Logger
 }
 
@@ -66,52 +65,51 @@ type Pool struct {
 	config Config
 	log    *slog.Logger
 	block  *block
-	host   *netlink.Handle // in the host's namespace, whoever calls
+	host   *netlink.Handle // in the host's namespace, whatever the caller's
 
 	wake   chan struct{} // the refiller may have something to do
 	cancel context.CancelFunc
 	refill sync.WaitGroup
 	guard  *guard
-	// connections is how many a guest may have tracked at once. The guard sets it.
+	// connections is the number of connections that a guest may have tracked at once.
 	connections atomic.Uint32
-	rules       string   // the fingerprint of the block's table on the host
-	docker      bool     // rules for Docker were added; the guard's alone until it is closed
-	wasOff      bool     // an agent turned IP forwarding on; the guard's alone
-	before      []string // the links that were there then; the guard's alone
-	probed      sync.Once
+	// Only the guard uses these while it runs.
+	rules  string   // the fingerprint of the block's table on the host
+	docker bool     // the guard added rules for Docker
+	wasOff bool     // an agent turned IP forwarding on
+	before []string // linksBefore
+	probed sync.Once
 	forgetter
 
-	// Where both are held, a slot's lock is taken before mu, but for that of a
-	// slot that nobody else knows yet.
+	// A slot's lock is locked before mu, except that of a slot that nobody else knows yet.
 	mu     sync.Mutex
 	closed bool
 	free   []int             // indexes of slots that do not exist, longest unused first
 	ready  []*Slot           // prepared, unused
-	used   map[int]*Slot     // acquired; nil for one kept and not reclaimed
-	aside  map[int]*attempts // indexes of slots that could not be removed
-	linked map[int]*Slot     // slots that are whole, by their link's index on the host
+	used   map[int]*Slot     // acquired; nil for a kept slot that is not reclaimed yet
+	aside  map[int]*attempts // slots that could not be removed, by index
+	linked map[int]*Slot     // prepared and acquired slots, by the index of their host link
 }
 
-// attempts are those to remove a slot.
+// attempts schedules attempts to remove a slot.
 type attempts struct {
 	waits *backoff.Backoff
 	next  time.Time
 }
 
 const (
-	// firstAttempt and lastAttempt are how long a slot that could not be removed is
-	// left alone after the first attempt, and after many.
+	// firstAttempt and lastAttempt are the bounds of the backoff between attempts to remove
+	// a slot.
 	firstAttempt = time.Second
 	lastAttempt  = time.Minute
 )
 
-// Share is which of the machine's blocks of slots is the pool's, and how many
-// slots are in it.
+// Share returns the number of the pool's block, and the number of slots in it.
 func (p *Pool) Share() (block, slots int) { return p.block.number, blockSlots }
 
-// Open takes a block of slots for c.Dir, removes what an earlier agent left of
-// it except the slots in keep, whose VMs still run, and starts to prepare
-// slots. A slot in keep that cannot be the pool's is for Reclaim to report.
+// Open takes a block of slots for c.Dir, removes the slots that an earlier agent left in it,
+// except those in keep, whose VMs still run, and starts to prepare slots. If a slot in keep
+// is not of the block, Reclaim returns an error for it.
 func Open(ctx context.Context, c Config, keep []int) (*Pool, error) {
 	if c.Ready == 0 {
 		c.Ready = 4
@@ -150,7 +148,7 @@ func Open(ctx context.Context, c Config, keep []int) (*Pool, error) {
 			p.free = append(p.free, i)
 		}
 	}
-	// A VM whose slot cannot be right may be in any.
+	// A VM whose record names a slot of another block may be in any slot.
 	p.config.Unknown = c.Unknown || kept < len(keep)
 	if err := p.setUp(ctx); err != nil {
 		return nil, errors.Join(err, p.tearDown(keep))
@@ -166,7 +164,7 @@ func (p *Pool) slotConfig() slotConfig {
 	return slotConfig{upstreams: p.config.Upstreams, connections: p.connections.Load(), rates: p.config.Rates}
 }
 
-// indexes are the slots of the pool's block.
+// indexes yields the slots of the pool's block.
 func (p *Pool) indexes() func(yield func(int) bool) {
 	return func(yield func(int) bool) {
 		for i := range blockSlots {
@@ -181,15 +179,16 @@ func (p *Pool) setUp(ctx context.Context) error {
 	if err := noteForwarding(); err != nil {
 		return err
 	}
-	// The rules first: no slot, not even a kept one, is ever without them.
+	// The rules first, so that no slot is without them.
 	if err := p.writeRules(); err != nil {
 		return err
 	}
-	// Not before: the rules make the kernel track, and only then it says how much.
+	// After the rules, because they make the kernel track connections, and only then it has
+	// a maximum.
 	p.connections.Store(shareOfConnections(p.config.Guests, agents()))
 	for i := range p.used {
 		if err := adoptNamespace(i); err != nil {
-			p.log.WarnContext(ctx, "a network namespace cannot be taken over from an earlier version", "slot", i, "error", err)
+			p.log.WarnContext(ctx, "cannot adopt a network namespace of an earlier release", "slot", i, "error", err)
 		}
 	}
 	p.judge(problem.Slot, "stale", p.removeStale(ctx))
@@ -206,8 +205,8 @@ func (p *Pool) setUp(ctx context.Context) error {
 	return err
 }
 
-// adoptNamespace moves the name that an earlier version gave to a slot's
-// namespace to where names are now.
+// adoptNamespace moves the name that an earlier release gave to a slot's namespace to the
+// present folder.
 func adoptNamespace(i int) error {
 	ns, err := openNamespace(oldNamespace(i))
 	if errors.Is(err, os.ErrNotExist) {
@@ -223,12 +222,12 @@ func adoptNamespace(i int) error {
 	return removeNamespace(oldNamespace(i))
 }
 
-// nameForEarlier gives a slot's namespace the name that an agent of the version
-// before looks for, in case that is the next one. adoptNamespace takes it away.
+// nameForEarlier gives a slot's namespace a name in the earlier release's folder, in case
+// the next agent is of that release. adoptNamespace removes it.
 func nameForEarlier(i int) error {
 	ns, err := openNamespace(layout.Namespace(i))
 	if err != nil {
-		return ignore(err, os.ErrNotExist) // nothing of it is left
+		return ignore(err, os.ErrNotExist)
 	}
 	defer ns.Close()
 	if err := os.MkdirAll(layout.OldNamespaces, 0o755); err != nil {
@@ -237,7 +236,8 @@ func nameForEarlier(i int) error {
 	return nameNamespace(ns, oldNamespace(i))
 }
 
-// removeStale removes what there is of slots that are not in use.
+// removeStale removes slots of the pool's block that an earlier agent left and that are not
+// in use.
 func (p *Pool) removeStale(ctx context.Context) error {
 	found := map[int]bool{}
 	add := func(i int) {
@@ -247,7 +247,7 @@ func (p *Pool) removeStale(ctx context.Context) error {
 	}
 	links, err := linkNames(p.host)
 	if err != nil {
-		return fmt.Errorf("network slots that an earlier agent left cannot be looked for: %w", err)
+		return fmt.Errorf("cannot find the network slots that an earlier agent left: %w", err)
 	}
 	for _, name := range links {
 		if i, ok := linkSlot(name); ok {
@@ -282,8 +282,7 @@ func (p *Pool) removeStale(ctx context.Context) error {
 	return nil
 }
 
-// spare keeps those of the stale slots in which processes are, and takes them out
-// of stale.
+// spare removes slots that have processes from stale, and keeps them as used.
 func (p *Pool) spare(stale map[int]bool) error {
 	inside, err := inhabited()
 	if err != nil {
@@ -293,7 +292,7 @@ func (p *Pool) spare(stale map[int]bool) error {
 		if !inside.has(layout.Namespace(i)) {
 			continue
 		}
-		p.log.Warn("a network slot that no known machine has is kept, because a process is in it", "slot", i)
+		p.log.Warn("keeping a network slot that no known machine uses, because it has a process", "slot", i)
 		delete(stale, i)
 		p.mu.Lock()
 		p.used[i] = nil
@@ -304,7 +303,7 @@ func (p *Pool) spare(stale map[int]bool) error {
 }
 
 func linkNames(h *netlink.Handle) ([]string, error) {
-	// A dump during which others add and remove links is incomplete.
+	// The kernel interrupts the dump if others add or remove links.
 	for range 20 {
 		links, err := h.LinkList()
 		if errors.Is(err, netlink.ErrDumpInterrupted) {
@@ -322,8 +321,8 @@ func linkNames(h *netlink.Handle) ([]string, error) {
 	return nil, fmt.Errorf("list links: %w", netlink.ErrDumpInterrupted)
 }
 
-// destroyAll removes slots side by side, for most of each removal is waiting. It
-// returns an error for each that is still there.
+// destroyAll removes slots in parallel, because a removal mostly waits. It returns the
+// errors by slot.
 func (p *Pool) destroyAll(indexes []int) map[int]error {
 	if len(indexes) == 0 {
 		return nil
@@ -348,14 +347,14 @@ func (p *Pool) destroyAll(indexes []int) map[int]error {
 	return failed
 }
 
-// discard removes slots that nobody uses any more, and makes their indexes free.
-// What cannot be removed is set aside and tried again.
+// discard removes unused slots and frees their indexes. It sets aside those that it cannot
+// remove, and retry tries them again.
 func (p *Pool) discard(indexes ...int) {
 	failed := p.destroyAll(indexes)
 	for _, i := range indexes {
 		err := failed[i]
 		if err != nil {
-			err = fmt.Errorf("network slot %d cannot be removed; it is set aside and tried again: %w", i, err)
+			err = fmt.Errorf("cannot remove network slot %d; the agent retries: %w", i, err)
 		}
 		p.judge(problem.Slot, "remove "+strconv.Itoa(i), err)
 		p.mu.Lock()
@@ -375,7 +374,7 @@ func (p *Pool) discard(indexes ...int) {
 		p.mu.Unlock()
 	}
 	if len(failed) > 0 && p.guard != nil {
-		p.guard.notice(func(*look) {}) // it waits for the next attempt
+		p.guard.notice(func(*look) {}) // so that it waits for the next attempt
 	}
 }
 
@@ -398,7 +397,7 @@ func (p *Pool) Count() map[string]int64 {
 	return map[string]int64{slotFree: int64(len(p.free)), slotReady: int64(len(p.ready)), slotUsed: int64(len(p.used)), slotStuck: int64(len(p.aside))}
 }
 
-// Acquire hands out a slot that no guest has used; its services run.
+// Acquire returns a fresh slot with running services. The caller must Release it.
 func (p *Pool) Acquire(ctx context.Context) (*Slot, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -421,7 +420,7 @@ func (p *Pool) Acquire(ctx context.Context) (*Slot, error) {
 	p.used[s.Index] = s
 	p.mu.Unlock()
 	defer p.refillSoon()
-	s.mu.Lock() // not to be taken down before it is up
+	s.mu.Lock() // so that tearDown waits until the slot is prepared
 	defer s.mu.Unlock()
 	if s.down {
 		return nil, ErrClosed
@@ -441,8 +440,8 @@ func (p *Pool) Acquire(ctx context.Context) (*Slot, error) {
 	return s, nil
 }
 
-// prepare makes all there is of a slot, or nothing. The caller holds the slot's
-// lock, or is the only one that knows it.
+// prepare makes a slot. After an error, nothing of it is left. The caller holds the slot's
+// lock, or nobody else knows the slot.
 func (p *Pool) prepare(s *Slot) error {
 	err := p.create(s.Index)
 	if err == nil {
@@ -454,13 +453,13 @@ func (p *Pool) prepare(s *Slot) error {
 	return nil
 }
 
-// adopt takes a slot that there is into the pool's care. The caller holds the
-// slot's lock, or is the only one that knows it.
+// adopt opens an existing slot's namespace, finds its links, and adds it to linked. The
+// caller holds the slot's lock, or nobody else knows the slot.
 func (p *Pool) adopt(s *Slot) (err error) {
 	if s.ns, err = openNamespace(s.NetNS()); err != nil {
 		return err
 	}
-	// Its name may have been changed, its index never is.
+	// By index, because somebody may have renamed the host's end.
 	err = s.within(func() error {
 		h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 		if err != nil {
@@ -502,13 +501,13 @@ func (p *Pool) create(i int) error {
 	return nil
 }
 
-// drop ends a slot and removes it. The caller holds the slot's lock.
+// drop ends a slot's services and removes it. The caller holds the slot's lock.
 func (p *Pool) drop(s *Slot) {
 	p.silence(s)
 	p.discard(s.Index)
 }
 
-// silence ends what the agent does in a slot. The caller holds the slot's lock.
+// silence ends a slot's services, but leaves it to its VM. The caller holds the slot's lock.
 func (p *Pool) silence(s *Slot) {
 	s.down = true
 	s.silence()
@@ -520,10 +519,9 @@ func (p *Pool) silence(s *Slot) {
 	}
 }
 
-// Reclaim takes back a slot that was given to [Open] to keep, with its
-// services. Its name is made again from the network namespace of the process
-// pid, its VM's, if it was lost. After an error the slot stays kept, and Reclaim
-// can be called again. A veth that cannot be repaired is a problem and no error.
+// Reclaim adopts a slot that [Open] kept, and starts its services. If the namespace's name
+// is lost, Reclaim restores it from the process pid of the VM. After an error, the slot
+// stays kept, and the caller can try again. A broken veth is a problem, but not an error.
 func (p *Pool) Reclaim(ctx context.Context, index, pid int) (*Slot, error) {
 	p.mu.Lock()
 	held, kept := p.used[index]
@@ -532,7 +530,7 @@ func (p *Pool) Reclaim(ctx context.Context, index, pid int) (*Slot, error) {
 		if p.closed {
 			return nil, ErrClosed
 		}
-		return nil, fmt.Errorf("slot %d is not one that this agent keeps", index)
+		return nil, fmt.Errorf("slot %d is not a slot that this agent keeps", index)
 	}
 	s := p.newSlot(index)
 	p.used[index] = s
@@ -551,7 +549,7 @@ func (p *Pool) Reclaim(ctx context.Context, index, pid int) (*Slot, error) {
 		err = s.within(func() error { return slotRules(s.Address, s.config, false) })
 	}
 	if err == nil {
-		// A VM without a way out still has its memory, and the guard tries again.
+		// Not an error: without network, the VM still has its memory, and the guard retries.
 		repaired, broken := p.mendLink(s)
 		p.mended(s, repaired, broken)
 		err = s.serve(ctx)
@@ -561,13 +559,13 @@ func (p *Pool) Reclaim(ctx context.Context, index, pid int) (*Slot, error) {
 		p.mu.Lock()
 		p.used[index] = nil
 		p.mu.Unlock()
-		return nil, fmt.Errorf("take back slot %d: %w", index, err)
+		return nil, fmt.Errorf("reclaim slot %d: %w", index, err)
 	}
 	return s, nil
 }
 
-// Forget removes a slot that was given to [Open] to keep and that nobody has
-// reclaimed. Its VM has ended. A slot that the pool does not keep is no error.
+// Forget removes a slot that [Open] kept and nobody reclaimed. Its VM must have ended. It
+// does nothing for other slots.
 func (p *Pool) Forget(index int) {
 	p.mu.Lock()
 	held, kept := p.used[index]
@@ -578,8 +576,7 @@ func (p *Pool) Forget(index int) {
 	}
 }
 
-// rename gives the namespace of a slot its name again, if a process in it is
-// known.
+// rename restores the name of a slot's namespace, if pid is a process in it.
 func (p *Pool) rename(s *Slot, pid int) error {
 	ns, err := openNamespace(s.NetNS())
 	if err == nil {
@@ -602,28 +599,27 @@ func (p *Pool) rename(s *Slot, pid int) error {
 	if err := nameNamespace(ns, s.NetNS()); err != nil {
 		return err
 	}
-	p.config.Problems.Repaired(problem.Slot, strconv.Itoa(s.Index), "its namespace had lost its name")
+	p.config.Problems.Repaired(problem.Slot, strconv.Itoa(s.Index), "its namespace had no name")
 	return nil
 }
 
-// Release removes a slot with all that its guest left in it; a fresh one is
-// prepared in its place. The guest's VM has ended. What cannot be removed is
-// set aside, so that its index is not used, and tried again.
+// Release removes a slot, whose VM must have ended, and prepares a fresh one in its place.
+// If it cannot remove the slot, it sets it aside and retries later. It is idempotent.
 func (p *Pool) Release(_ context.Context, s *Slot) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	p.mu.Lock()
 	mine := p.used[s.Index] == s
 	p.mu.Unlock()
-	if mine && !s.down { // else it was released before
+	if mine && !s.down { // otherwise it was released before
 		p.drop(s)
 		p.refillSoon()
 	}
 	return nil
 }
 
-// Close ends all services and removes every slot but those in keep, whose VMs
-// go on without the agent. When none is kept nothing of the pool is left.
+// Close ends all services and removes all slots except those in keep, whose VMs keep
+// running. If it keeps none, it removes the rules and the block too.
 func (p *Pool) Close(_ context.Context, keep []int) error {
 	p.mu.Lock()
 	if p.closed {
@@ -639,7 +635,7 @@ func (p *Pool) Close(_ context.Context, keep []int) error {
 
 func (p *Pool) tearDown(keep []int) error {
 	if p.guard != nil {
-		p.guard.close() // it would repair what is removed
+		p.guard.close() // first, because it would repair what tearDown removes
 	}
 	p.mu.Lock()
 	p.closed = true
@@ -652,7 +648,7 @@ func (p *Pool) tearDown(keep []int) error {
 	if p.config.Unknown {
 		var err error
 		if inside, err = inhabited(); err != nil {
-			p.log.Warn("network slots of machines that are not known may be removed", "error", err)
+			p.log.Warn("cannot find processes; network slots of unknown machines may be removed", "error", err)
 		}
 	}
 	for i, s := range p.used {
@@ -688,7 +684,7 @@ func (p *Pool) tearDown(keep []int) error {
 	for _, f := range failed {
 		err = errors.Join(err, f)
 	}
-	// Whoever has the block next removes what is left of it.
+	// The block's next agent removes what is left.
 	kept := len(p.used)+len(failed) > 0
 	if !kept {
 		err = errors.Join(err, removeHostRules(p.block.number))
@@ -703,7 +699,7 @@ func (p *Pool) tearDown(keep []int) error {
 func (p *Pool) refillSoon() {
 	select {
 	case p.wake <- struct{}{}:
-	default: // it knows
+	default: // a refill is pending already
 	}
 }
 
@@ -720,7 +716,7 @@ func (p *Pool) keepReady(ctx context.Context) {
 	}
 }
 
-// prepareOne prepares a slot and says whether to go on with another.
+// prepareOne prepares a slot, if there are too few, and reports whether to continue.
 func (p *Pool) prepareOne(ctx context.Context) bool {
 	p.mu.Lock()
 	if ctx.Err() != nil || len(p.ready) >= p.config.Ready || len(p.free) == 0 {
@@ -733,7 +729,7 @@ func (p *Pool) prepareOne(ctx context.Context) bool {
 
 	slot := p.newSlot(i)
 	if err := p.prepare(slot); err != nil {
-		// No retry by itself: whoever needs a slot meets the error.
+		// No retry: the next Acquire without a prepared slot tries again.
 		p.log.ErrorContext(ctx, "cannot prepare a network slot", "slot", i, "error", err)
 		p.drop(slot)
 		return false

@@ -19,43 +19,43 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
-// Limits on what one guest can make the host's kernel and agent do.
+// Limits of one guest's use of the host's kernel and agent.
 const (
 	maxConnections = 8192 // tracked at once; see shareOfConnections
 	minConnections = 32
 	ntpPerSecond   = 16
-	// largestPacket is one that a card with offloads takes: a lower burst would let
-	// none of them pass.
+	// largestPacket is the size of the largest packet with offloads, in bytes. A lower burst
+	// would never let it pass.
 	largestPacket = 64 << 10
 )
 
-// Packets from probePort, the discard service's, go no further than probeChain:
-// they tell whether the host's firewalls let guests' packets pass.
+// probeChain drops packets from probePort (the discard service) and counts them. They show
+// whether the host's firewalls let guests' packets pass.
 const (
 	probePort  = 9
 	probeChain = "probe"
 )
 
-// nftTimeout bounds one transaction with nftables, which other programs'
-// transactions may hold up.
+// nftTimeout bounds one transaction with nftables, which may wait for those of other
+// programs.
 const nftTimeout = 30 * time.Second
 
-// shareOfConnections returns how many connections each of an agent's guests may have
-// tracked at once: those of all agents together at most half of what the machine
-// tracks. There are no more guests than slots; 0: one a slot.
+// shareOfConnections returns the number of connections that each of an agent's guests may
+// have tracked at once, so that all agents' guests together have at most half of the
+// machine's. guests is the maximum number of guests (0: one per slot).
 func shareOfConnections(guests, agents int) uint32 {
 	if guests <= 0 || guests > blockSlots {
 		guests = blockSlots
 	}
 	table, err := trackedAtMost()
 	if err != nil {
-		table = 65536 // the kernel's file is there once it tracks anything
+		table = 65536 // the kernel does not track yet
 	}
 	return uint32(min(max(table/2/uint64(max(1, agents))/uint64(guests), minConnections), maxConnections))
 }
 
-// trackedAtMost returns how many connections this machine tracks at most. Until
-// something makes the kernel track, it does not say. Tests replace it.
+// trackedAtMost returns the maximum number of connections that this machine tracks. It fails
+// until the kernel tracks connections. Tests replace it.
 var trackedAtMost = func() (uint64, error) {
 	b, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_max")
 	if err != nil {
@@ -64,7 +64,7 @@ var trackedAtMost = func() (uint64, error) {
 	return strconv.ParseUint(strings.TrimSpace(string(b)), 10, 32)
 }
 
-// A rule is what a packet must match and what then happens to it.
+// A rule is a list of expressions that match packets and act on them.
 type rule []expr.Any
 
 func when(parts ...rule) rule {
@@ -96,7 +96,7 @@ func outGroup(op expr.CmpOp, g uint32) rule {
 	return rule{&expr.Meta{Key: expr.MetaKeyOIFGROUP, Register: 1}, cmp(op, binaryutil.NativeEndian.PutUint32(g))}
 }
 
-// byUser matches packets of a socket that a user's process made.
+// byUser matches packets of a user's sockets.
 func byUser(uid uint32) rule {
 	return rule{&expr.Meta{Key: expr.MetaKeySKUID, Register: 1}, cmp(expr.CmpOpEq, binaryutil.NativeEndian.PutUint32(uid))}
 }
@@ -105,7 +105,7 @@ func family(op expr.CmpOp, proto byte) rule {
 	return rule{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, cmp(op, []byte{proto})}
 }
 
-// ip loads an address field of an IPv4 header and compares it.
+// ip compares the address at offset in an IPv4 header with p.
 func ip(offset uint32, op expr.CmpOp, p netip.Prefix) rule {
 	r := when(family(expr.CmpOpEq, unix.NFPROTO_IPV4), rule{
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4},
@@ -123,7 +123,7 @@ func from(p netip.Prefix) rule    { return ip(12, expr.CmpOpEq, p) }
 func notFrom(p netip.Prefix) rule { return ip(12, expr.CmpOpNeq, p) }
 func to(a netip.Addr) rule        { return ip(16, expr.CmpOpEq, host(a)) }
 
-// linkIn matches a link's name, which key loads, that is in a set.
+// linkIn matches if the link that key loads is in the set.
 func linkIn(key expr.MetaKey, s *nftables.Set) rule {
 	return rule{&expr.Meta{Key: key, Register: 1}, &expr.Lookup{SourceRegister: 1, SetName: s.Name, SetID: s.ID}}
 }
@@ -163,7 +163,7 @@ func ctBits(key expr.CtKey, bits uint32) rule {
 
 func state(bits uint32) rule { return ctBits(expr.CtKeySTATE, bits) }
 
-// dnatted matches connections whose destination a rule of ours has changed.
+// dnatted matches connections whose destination address was translated.
 func dnatted() rule { return ctBits(expr.CtKeySTATUS, 1<<5 /* IPS_DST_NAT */) }
 
 func over(connections uint32) rule {
@@ -174,14 +174,14 @@ func perSecond(n uint64) rule {
 	return rule{&expr.Limit{Type: expr.LimitTypePkts, Rate: n, Unit: expr.LimitTimeSecond, Burst: uint32(n)}}
 }
 
-// faster matches what comes faster than rate, after a burst of atOnce. Each rule has
-// its own bucket.
+// faster matches packets above rate per second, after a burst of atOnce. Each rule has its
+// own bucket.
 func faster(kind expr.LimitType, rate, atOnce int64) rule {
 	const most = 1<<32 - 1
 	return rule{&expr.Limit{Type: kind, Rate: uint64(rate), Unit: expr.LimitTimeSecond, Burst: uint32(min(atOnce, most)), Over: true}}
 }
 
-// limits returns the rules that drop a guest's packets, in each direction, above its rates.
+// limits returns the rules that drop a guest's packets above its rates, in each direction.
 func limits(r rates.Rates) []rule {
 	var all []rule
 	for _, way := range []rule{in(tapName), in(vethName)} {
@@ -189,7 +189,7 @@ func limits(r rates.Rates) []rule {
 			all = append(all, when(way, faster(expr.LimitTypePkts, r.NetPackets, r.AtOnce(r.NetPackets)), drop))
 		}
 		if r.NetBytes > 0 {
-			// The kernel adds what comes in a second to a burst of bytes.
+			// The kernel adds the bytes of a second to the burst.
 			atOnce := max(r.AtOnce(r.NetBytes), largestPacket) - r.NetBytes
 			all = append(all, when(way, faster(expr.LimitTypePktBytes, r.NetBytes, max(atOnce, 0)), drop))
 		}
@@ -197,7 +197,7 @@ func limits(r rates.Rates) []rule {
 	return all
 }
 
-// turn is true for one of n packets in a row, each i another.
+// turn matches every n-th packet: packet i of each n.
 func turn(i, n int) rule {
 	return rule{
 		&expr.Numgen{Register: 1, Modulus: uint32(n), Type: unix.NFT_NG_INCREMENTAL},
@@ -208,13 +208,13 @@ func turn(i, n int) rule {
 var (
 	accept = rule{&expr.Verdict{Kind: expr.VerdictAccept}}
 	drop   = rule{&expr.Verdict{Kind: expr.VerdictDrop}}
-	// reject answers "administratively prohibited": the guest's program fails
-	// at once and does not wait.
+	// reject responds "administratively prohibited", so that the guest's program fails at
+	// once.
 	reject     = rule{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}}
 	masquerade = rule{&expr.Masq{}}
 
-	// clampMSS lets no side of a TCP connection count on larger packets than the
-	// path beyond the host takes.
+	// clampMSS limits the segment size of TCP connections to what the path beyond the host
+	// supports.
 	clampMSS = when(protocol(unix.IPPROTO_TCP), rule{
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{0x06}, Xor: []byte{0}},
@@ -225,8 +225,7 @@ var (
 	})
 
 	established = state(expr.CtStateBitESTABLISHED)
-	// related lets errors about a connection through, and nothing that some
-	// protocol's helper expects.
+	// related matches ICMP errors about a connection, but not what protocol helpers expect.
 	related = when(protocol(unix.IPPROTO_ICMP), state(expr.CtStateBitRELATED))
 	invalid = state(expr.CtStateBitINVALID)
 )
@@ -238,20 +237,20 @@ func dnat(a netip.Addr) rule {
 	}
 }
 
-// A ruleset writes one table in one transaction: the old one stays in force
-// until all of the new one is.
+// A ruleset replaces a table in one transaction, so that the old rules are in force until
+// all new ones are.
 type ruleset struct {
 	conn  *nftables.Conn
 	table *nftables.Table
 	err   error
 }
 
-// newRuleset writes a table of the calling thread's namespace; with fresh, the
-// caller knows that there is none of that name, which saves the kernel a wait
-// of some 10 ms for the packets that might still see the old one.
+// newRuleset starts a ruleset in the calling thread's namespace. With fresh, no table of
+// that name may exist, which saves the kernel a wait of some 10 ms for packets that still
+// use the old one.
 func newRuleset(table string, fresh bool) (*ruleset, error) {
 	conn, err := nftables.New(nftables.WithSockOptions(func(c *mdnetlink.Conn) error {
-		// The kernel answers at once; a wait without end would be a bug's.
+		// The kernel responds at once. The deadline guards against bugs.
 		return c.SetDeadline(time.Now().Add(nftTimeout))
 	}))
 	if err != nil {
@@ -274,7 +273,7 @@ func (r *ruleset) chain(name string, kind nftables.ChainType, hook *nftables.Cha
 }
 
 func (r *ruleset) closedSet() *nftables.Set {
-	// The ID is the transaction's alone.
+	// The ID matters only in this transaction.
 	s := &nftables.Set{Table: r.table, ID: 1, Name: "closed", Interval: true, Constant: true, KeyType: nftables.TypeIPAddr}
 	var elements []nftables.SetElement
 	for _, p := range netaddr.Closed() {
@@ -290,7 +289,7 @@ func (r *ruleset) closedSet() *nftables.Set {
 	return s
 }
 
-// linkSet is a set of links' names.
+// linkSet adds a set of link names.
 func (r *ruleset) linkSet(names []string) *nftables.Set {
 	s := &nftables.Set{Table: r.table, ID: 2, Name: "others", Constant: true, KeyType: nftables.TypeIFName}
 	var elements []nftables.SetElement
@@ -315,7 +314,7 @@ func (r *ruleset) commit() error {
 	return nil
 }
 
-// hostTable is the name of a block's table on the host.
+// hostTable returns the name of a block's table on the host.
 func hostTable(block int) string {
 	if block == 0 {
 		return "wrenn"
@@ -323,9 +322,9 @@ func hostTable(block int) string {
 	return fmt.Sprintf("wrenn-%d", block)
 }
 
-// hostRules closes the host to a block's guests, and the guests to everything
-// but the host's root. The block's interfaces are known by their group, which each
-// has from its first moment.
+// hostRules writes the host's rules for a block: its guests cannot reach the host, and only
+// root on the host can reach the guests. The rules match links by group, which a link has
+// from its creation on.
 func hostRules(block int, upstreams []netip.Addr) error {
 	r, err := newRuleset(hostTable(block), false)
 	if err != nil {
@@ -334,7 +333,7 @@ func hostRules(block int, upstreams []netip.Addr) error {
 	group, ours := linkGroup(block), blockPrefix(block)
 	closedNets := r.closedSet()
 
-	// This machine forwards for guests alone where it forwarded for nobody before.
+	// If this machine did not forward before, it must now forward only for guests.
 	var forward []rule
 	links, err := linksBefore()
 	if err != nil {
@@ -374,8 +373,8 @@ func hostRules(block int, upstreams []netip.Addr) error {
 		when(inGroup(group), related, accept),
 		when(inGroup(group), drop),
 	)
-	// The agent runs as root. Other users of the machine reach guests' ports as clients
-	// do, through the proxy. Some packets of a connection have no socket, and so no user.
+	// Only the agent, which is root, reaches guests directly; other local users need the
+	// proxy. "established" is for packets of root's connections without a socket.
 	r.chain("output", nftables.ChainTypeFilter, nftables.ChainHookOutput, nftables.ChainPriorityFilter, nftables.ChainPolicyAccept,
 		when(outGroup(expr.CmpOpEq, group), protocol(unix.IPPROTO_TCP), established, accept),
 		when(outGroup(expr.CmpOpEq, group), related, accept),
@@ -391,7 +390,7 @@ func hostRules(block int, upstreams []netip.Addr) error {
 	return r.commit()
 }
 
-// removeHostRules removes a block's table, if it is there.
+// removeHostRules removes a block's table. It is idempotent.
 func removeHostRules(block int) error {
 	r, err := newRuleset(hostTable(block), false)
 	if err != nil {
@@ -401,16 +400,16 @@ func removeHostRules(block int) error {
 	return r.commit()
 }
 
-// slotConfig is what the rules of slots depend on.
+// slotConfig configures the rules of a slot.
 type slotConfig struct {
 	upstreams   []netip.Addr
-	connections uint32 // how many a guest may have tracked at once
+	connections uint32 // maximum number of tracked connections
 	rates       rates.Rates
 }
 
-// slotRules are the rules inside a slot's namespace, the calling thread's. The
-// same networks are closed here as on the host, so that a guest stays shut in
-// while someone reloads the host's firewall.
+// slotRules writes the rules of a slot to its namespace, the calling thread's. They close
+// the same networks as the host's, so that a guest cannot reach them while somebody reloads
+// the host's firewall.
 func slotRules(outside netip.Addr, c slotConfig, fresh bool) error {
 	upstreams, connections := c.upstreams, c.connections
 	r, err := newRuleset("wrenn", fresh)
@@ -419,7 +418,7 @@ func slotRules(outside netip.Addr, c slotConfig, fresh bool) error {
 	}
 	closedNets := r.closedSet()
 
-	// Before the kernel does more with a packet, such as to track its connection.
+	// Before the kernel does any other work for a packet, such as connection tracking.
 	r.chain("raw", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw, nftables.ChainPolicyAccept,
 		append(limits(c.rates),
 			when(family(expr.CmpOpNeq, unix.NFPROTO_IPV4), drop),
@@ -471,7 +470,7 @@ func slotRules(outside netip.Addr, c slotConfig, fresh bool) error {
 
 	r.chain("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource, nftables.ChainPolicyAccept,
 		when(out(vethName), masquerade),
-		// The guest sees every caller as its gateway, in whatever slot it wakes.
+		// The guest sees every client at its gateway's address, whatever slot it is in.
 		when(out(tapName), masquerade),
 	)
 	return r.commit()

@@ -398,7 +398,7 @@ func TestFirewallOfTheHost(t *testing.T) {
 	clearRules(t)
 	for _, verdict := range []string{"drop", "reject"} {
 		feed(t, "table ip egress { chain out { type filter hook output priority 0; ip daddr 10.0.0.0/8 "+verdict+"; }; }", "nft", "-f", "-")
-		eventually(t, verdict, func() error { return has(p, problem.Firewall, "what the host sends") })
+		eventually(t, verdict, func() error { return has(p, problem.Firewall, "drops the host's packets") })
 		run(t, "nft", "delete table ip egress")
 		eventually(t, "without the rules", func() error { return errors.Join(problems(p), g.online(s)) })
 	}
@@ -634,7 +634,7 @@ func TestLinkIsTakenWithoutAgent(t *testing.T) {
 	p = openPool(t, dir, 1, s.Index)
 	back, err := p.Reclaim(context.Background(), s.Index, 0)
 	must(t, err)
-	must(t, has(p, problem.Slot, "cannot be repaired"))
+	must(t, has(p, problem.Slot, "cannot repair network slot"))
 	run(t, "ip", "link", "del", name)
 	p.guard.notice(func(l *look) { l.allLinks = true })
 	eventually(t, "afterwards", func() error { return errors.Join(problems(p), g.online(back)) })
@@ -656,20 +656,20 @@ func TestSetAside(t *testing.T) {
 	}
 	stale := obstacle(first + 300)
 	p = openPool(t, dir, 1)
-	must(t, has(p, problem.Slot, "network slot 300 cannot be removed"))
+	must(t, has(p, problem.Slot, "cannot remove network slot 300"))
 	// The guard retries by itself.
 	must(t, os.Remove(stale))
 	eventually(t, "the obstacle has been removed", func() error { return problems(p) })
 	stale = obstacle(first + 300)
 	p.discard(first + 300)
-	must(t, has(p, problem.Slot, "network slot 300 cannot be removed"))
+	must(t, has(p, problem.Slot, "cannot remove network slot 300"))
 
 	s := acquire(t, p)
 	p.guard.close() // it would restore the namespace's name
 	must(t, removeNamespace(s.NetNS()))
 	released := obstacle(s.Index)
 	must(t, p.Release(context.Background(), s))
-	must(t, has(p, problem.Slot, fmt.Sprintf("network slot %d cannot be removed", s.Index)))
+	must(t, has(p, problem.Slot, fmt.Sprintf("cannot remove network slot %d", s.Index)))
 	for range 3 {
 		if next := acquire(t, p); next.Index == s.Index || next.Index == first+300 {
 			t.Errorf("slot %d is used though it was not removed", next.Index)
@@ -714,7 +714,7 @@ func TestSetAside(t *testing.T) {
 	}
 	must(t, os.Remove(stale))
 	retry()
-	must(t, has(p, problem.Slot, fmt.Sprintf("network slot %d cannot be removed", s.Index)))
+	must(t, has(p, problem.Slot, fmt.Sprintf("cannot remove network slot %d", s.Index)))
 	must(t, os.Remove(released))
 	retry()
 	must(t, problems(p))

@@ -25,13 +25,13 @@ import (
 )
 
 const (
-	tapName  = "tap0"  // the guest's side of a namespace
-	vethName = "veth0" // its way out
+	tapName  = "tap0"  // leads to the guest
+	vethName = "veth0" // leads to the host
 
 	linkPrefix = "wrenn-veth-"
 )
 
-// Every guest lives at the same address, so that a snapshot wakes in any slot.
+// Every guest has the same address, so that a snapshot can be restored in any slot.
 var (
 	guestAddr    = netip.MustParseAddr("169.254.0.21")
 	gatewayAddr  = netip.MustParseAddr("169.254.0.22")
@@ -41,8 +41,7 @@ var (
 )
 
 // linkName returns the name of the host's end of slot i's veth. The kernel allows 15
-// characters: the last four are the decimal number below 10000, and from there on an
-// "a" and the number in base 36.
+// characters, so from 10000 on the last four are an "a" and the number in base 36.
 func linkName(i int) string {
 	if i < 10000 {
 		return linkPrefix + strconv.Itoa(i)
@@ -63,12 +62,12 @@ func linkSlot(name string) (i int, ok bool) {
 	return int(n), err == nil && n >= 0 && linkName(int(n)) == name
 }
 
-// oldNamespace is the name of a slot's namespace in earlier versions.
+// oldNamespace returns the path of a slot's namespace in earlier releases.
 func oldNamespace(i int) string {
 	return filepath.Join(layout.OldNamespaces, filepath.Base(layout.Namespace(i)))
 }
 
-// hostAddr and outsideAddr are the two ends of slot i's veth, a /31.
+// hostAddr and outsideAddr return the addresses of the two ends of slot i's veth, a /31.
 func hostAddr(i int) netip.Addr {
 	all := netaddr.Slots.Addr().As4()
 	return netip.AddrFrom4([4]byte{all[0], all[1], byte(i >> 7), byte(i << 1)})
@@ -76,33 +75,33 @@ func hostAddr(i int) netip.Addr {
 
 func outsideAddr(i int) netip.Addr { return hostAddr(i).Next() }
 
-// blockPrefix holds all addresses of a block's slots.
+// blockPrefix returns the prefix of all addresses of a block's slots.
 func blockPrefix(block int) netip.Prefix {
 	return netip.PrefixFrom(hostAddr(block*blockSlots), 22)
 }
 
-// linkGroup is the interface group of a block's host links ("WR" and the
-// block's number).
+// linkGroup returns the interface group of a block's host links: "WR" and the block's
+// number.
 func linkGroup(block int) uint32 { return 'W'<<24 | 'R'<<16 | uint32(block) }
 
-// A Slot is one prepared network for one guest.
+// A Slot is a network for one guest.
 type Slot struct {
 	// Index is the slot's number on this machine.
 	Index int
-	// Address is where the host reaches the guest, every port of it.
+	// Address is the address at which the host reaches all ports of the guest.
 	Address netip.Addr
-	// Metadata answers the guest at 169.254.169.254.
+	// Metadata serves the guest at 169.254.169.254.
 	Metadata *metadata.Server
 
-	ns *os.File // its namespace, whatever becomes of the name
+	ns *os.File // its namespace, even if the name is lost
 
-	config slotConfig // of its rules; mu guards the rates and the connections
+	config slotConfig // mu guards its rates and connections
 
-	mu      sync.Mutex // held while the slot is made, repaired and taken down
-	down    bool       // it is being taken down
+	mu      sync.Mutex // held while the slot is made, repaired or taken down
+	down    bool       // it is taken down
 	link    int        // the index of the host's end of its veth
 	inner   int        // the index of the other end, in its namespace
-	closers []func()   // what ends its services
+	closers []func()   // end its services
 	serving sync.WaitGroup
 }
 
@@ -110,8 +109,8 @@ func (p *Pool) newSlot(i int) *Slot {
 	return &Slot{Index: i, Address: outsideAddr(i), Metadata: metadata.New(), config: p.slotConfig()}
 }
 
-// Limit sets the guest's rates in place of those in the pool's [Config]. After an
-// error the former rates stay in force.
+// Limit sets the guest's rates in place of those in the pool's [Config]. After an error, the
+// earlier rates stay in force.
 func (s *Slot) Limit(r rates.Rates) error {
 	if err := r.Check(); err != nil {
 		return fmt.Errorf("limit slot %d: %w", s.Index, err)
@@ -126,8 +125,7 @@ func (s *Slot) Limit(r rates.Rates) error {
 	return s.configure(next)
 }
 
-// configure writes the slot's rules anew if they are to be others. The caller holds
-// the slot's lock.
+// configure writes the slot's rules again if next differs. The caller holds the slot's lock.
 func (s *Slot) configure(next slotConfig) error {
 	if next.rates == s.config.rates && next.connections == s.config.connections {
 		return nil
@@ -139,14 +137,14 @@ func (s *Slot) configure(next slotConfig) error {
 	return nil
 }
 
-// NetNS is the path of the slot's network namespace.
+// NetNS returns the path of the slot's network namespace.
 func (s *Slot) NetNS() string { return layout.Namespace(s.Index) }
 
 // within runs f on a thread in the slot's namespace.
 func (s *Slot) within(f func() error) error { return inside(s.ns, f) }
 
-// OpenTap opens the guest's network device, with virtio headers. The caller
-// closes it; one at a time can be open.
+// OpenTap opens the guest's network device, with virtio headers. The caller must close it.
+// Only one can be open at a time.
 func (s *Slot) OpenTap() (*os.File, error) {
 	var tap *os.File
 	err := s.within(func() (err error) {
@@ -169,13 +167,12 @@ func (s *Slot) OpenTap() (*os.File, error) {
 	return tap, nil
 }
 
-// carrierTimeout bounds the wait for the kernel to see that a cable is
-// plugged, which takes it some milliseconds on a busy machine.
+// carrierTimeout bounds the wait for the kernel to notice that a link is up, which takes
+// some milliseconds on a busy machine.
 const carrierTimeout = time.Second
 
-// awaitCarrier waits until links of the calling thread's namespace carry
-// packets: the kernel drops what it sends through a tap from the moment that
-// somebody attaches until a worker of its own has taken note.
+// awaitCarrier waits until links of the calling thread's namespace carry packets. After
+// somebody attaches to a tap, the kernel drops packets until one of its workers has noticed.
 func awaitCarrier(changes *nl.NetlinkSocket, names ...string) error {
 	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
@@ -195,13 +192,13 @@ func awaitCarrier(changes *nl.NetlinkSocket, names ...string) error {
 		}
 		left := time.Until(deadline)
 		if up == len(names) || left <= 0 {
-			return nil // if the kernel needs longer still, so do packets
+			return nil // after the timeout, packets may get lost for a while
 		}
 		timeout := unix.NsecToTimeval(left.Nanoseconds())
 		if err := changes.SetReceiveTimeout(&timeout); err != nil {
 			return fmt.Errorf("watch links: %w", err)
 		}
-		_, _, _ = changes.Receive() // some change, or none in time
+		_, _, _ = changes.Receive() // any change, or the timeout
 	}
 }
 
@@ -222,7 +219,7 @@ func openTap(name string, flags uint16) (*os.File, error) {
 	return os.NewFile(uintptr(fd), name), nil
 }
 
-// Listen listens on an address inside the slot's namespace, a numeric one.
+// Listen listens on a numeric address in the slot's namespace.
 func (s *Slot) Listen(ctx context.Context, network, address string) (net.Listener, error) {
 	var l net.Listener
 	err := s.within(func() (err error) {
@@ -242,7 +239,7 @@ func (s *Slot) ListenPacket(ctx context.Context, network, address string) (net.P
 	return c, err
 }
 
-// serve starts what the guest finds at its gateway: the time and its metadata.
+// serve starts the slot's services for the guest: NTP and metadata.
 func (s *Slot) serve(ctx context.Context) error {
 	var clock net.PacketConn
 	var docs net.Listener
@@ -260,7 +257,7 @@ func (s *Slot) serve(ctx context.Context) error {
 		return fmt.Errorf("listen in slot %d: %w", s.Index, err)
 	}
 	s.closers = []func(){func() { clock.Close() }, func() { s.Metadata.Close() }}
-	// Both end when their sockets close, and have nothing else to say.
+	// Both end without an error when their sockets close.
 	s.serving.Go(func() { _ = ntp.Serve(clock) })
 	s.serving.Go(func() { _ = s.Metadata.Serve(docs) })
 	return nil
@@ -275,11 +272,11 @@ func (s *Slot) silence() {
 	s.serving.Wait()
 }
 
-// create makes slot i's namespace, links and rules, or nothing.
+// create makes slot i's namespace, links and rules. After an error, nothing of it is left.
 func create(h *netlink.Handle, i int, c slotConfig) error {
 	err := createNamespace(layout.Namespace(i), func(ns *os.File) error {
-		// Before there is any link: none ever has an IPv6 address, none is
-		// led astray by a redirect.
+		// Before there is any link, so that none ever has an IPv6 address or accepts a
+		// redirect.
 		for _, set := range [][2]string{
 			{"net/ipv6/conf/all/disable_ipv6", "1"},
 			{"net/ipv6/conf/default/disable_ipv6", "1"},
@@ -314,7 +311,7 @@ func create(h *netlink.Handle, i int, c slotConfig) error {
 	return nil
 }
 
-// createHostLink makes slot i's veth and sets up the host's end of it.
+// createHostLink makes slot i's veth, with its other end in ns.
 func createHostLink(h *netlink.Handle, i int, ns *os.File) error {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = linkName(i)
@@ -326,8 +323,7 @@ func createHostLink(h *netlink.Handle, i int, ns *os.File) error {
 	return nil
 }
 
-// linkSettings are the kernel's settings of a host link, in the order to write
-// them.
+// linkSettings returns the kernel's settings for a host link, in the order to write them.
 func linkSettings(name string) [][2]string {
 	return [][2]string{
 		{"net/ipv6/conf/" + name + "/disable_ipv6", "1"},
@@ -338,8 +334,8 @@ func linkSettings(name string) [][2]string {
 	}
 }
 
-// raiseHostLink gives the host's end of slot i's veth its address. It runs on a
-// thread in the host's namespace.
+// raiseHostLink configures the host's end of slot i's veth and turns it on. It must run in
+// the host's namespace.
 func raiseHostLink(h *netlink.Handle, i int) error {
 	link, err := h.LinkByName(linkName(i))
 	if err != nil {
@@ -353,7 +349,7 @@ func raiseHostLink(h *netlink.Handle, i int) error {
 	return raise(h, link, netip.PrefixFrom(hostAddr(i), 31))
 }
 
-// createLinks sets up the inside of slot i's namespace.
+// createLinks sets up the links in slot i's namespace, which is the calling thread's.
 func createLinks(h *netlink.Handle, i int) error {
 	lo, err := h.LinkByName("lo")
 	if err != nil {
@@ -375,8 +371,7 @@ func createLinks(h *netlink.Handle, i int) error {
 	if err != nil {
 		return fmt.Errorf("find %s: %w", tapName, err)
 	}
-	// The same in every slot: a guest that goes on in another one than it was
-	// saved in still knows its gateway by the address that it had there.
+	// The same in every slot, because a restored guest remembers its gateway's address.
 	if err := h.LinkSetHardwareAddr(tap, gatewayMAC); err != nil {
 		return fmt.Errorf("set hardware address of %s: %w", tapName, err)
 	}
@@ -410,12 +405,12 @@ func createWayOut(h *netlink.Handle, i int) error {
 	return nil
 }
 
-// raise gives a link its addresses and turns it on.
+// raise adds addresses to a link and turns it on.
 func raise(h *netlink.Handle, link netlink.Link, addrs ...netip.Prefix) error {
 	for _, a := range addrs {
 		n := &net.IPNet{IP: a.Addr().AsSlice(), Mask: net.CIDRMask(a.Bits(), 32)}
 		if err := h.AddrAdd(link, &netlink.Addr{IPNet: n}); err != nil {
-			return fmt.Errorf("give %s address %s: %w", link.Attrs().Name, a, err)
+			return fmt.Errorf("add address %s to %s: %w", a, link.Attrs().Name, err)
 		}
 	}
 	if err := h.LinkSetUp(link); err != nil {
@@ -424,8 +419,7 @@ func raise(h *netlink.Handle, link netlink.Link, addrs ...netip.Prefix) error {
 	return nil
 }
 
-// destroy removes all there is of slot i on this machine but the kernel's
-// memory of its connections.
+// destroy removes slot i's link and namespace. It leaves tracked connections to forget.
 func destroy(h *netlink.Handle, i int) error {
 	var missing netlink.LinkNotFoundError
 	link, err := h.LinkByName(linkName(i))
@@ -441,8 +435,8 @@ func destroy(h *netlink.Handle, i int) error {
 	return errors.Join(err, removeNamespace(layout.Namespace(i)), removeNamespace(oldNamespace(i)))
 }
 
-// destroyGroup removes all host links of a block at once, which takes as long
-// as removing one. Whatever it misses is left to [destroy].
+// destroyGroup removes all host links of a block at once, which takes as long as removing
+// one. It ignores errors, because [destroy] removes what is left.
 func destroyGroup(block int) {
 	req := nl.NewNetlinkRequest(unix.RTM_DELLINK, unix.NLM_F_ACK)
 	req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
@@ -450,19 +444,17 @@ func destroyGroup(block int) {
 	_, _ = req.Execute(unix.NETLINK_ROUTE, 0)
 }
 
-// A forgetter makes the host forget the tracked connections of slots that
-// ended. Each pass reads the whole machine's table, so slots that end at the
-// same time share one.
+// A forgetter deletes the tracked connections of removed slots. Each pass reads the whole
+// machine's table, so slots that end at the same time share one.
 type forgetter struct {
 	pass sync.Mutex // held during a pass
 
 	mu    sync.Mutex
-	ended map[netip.Addr]bool // slots whose connections are to be forgotten
+	ended map[netip.Addr]bool // addresses of slots for the next pass
 }
 
-// forget returns when nothing is remembered of slots any more. A kernel
-// without the interface lets connections time out, which harms nobody: the
-// next guest's namespace does not know them.
+// forget deletes the tracked connections of slots. It ignores errors: without it, the
+// connections time out, and a slot's next namespace does not know them.
 func (f *forgetter) forget(h *netlink.Handle, slots ...int) {
 	f.mu.Lock()
 	if f.ended == nil {
@@ -479,12 +471,12 @@ func (f *forgetter) forget(h *netlink.Handle, slots ...int) {
 	ended := f.ended
 	f.ended = nil
 	f.mu.Unlock()
-	if len(ended) > 0 { // else another's pass has done it
+	if len(ended) > 0 { // otherwise another caller's pass has done it
 		_, _ = h.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, connectionsOf(ended))
 	}
 }
 
-// connectionsOf matches tracked connections from and to some slots.
+// connectionsOf matches tracked connections from and to slots with these addresses.
 type connectionsOf map[netip.Addr]bool
 
 // MatchConntrackFlow implements [netlink.CustomConntrackFilter].
