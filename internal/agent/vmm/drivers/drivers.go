@@ -1,5 +1,4 @@
-// Package drivers lists the virtual machine monitors that Wrenn can run guests
-// with, and chooses one.
+// Package drivers lists the virtual machine monitors that Wrenn supports, and chooses one.
 package drivers
 
 import (
@@ -13,11 +12,11 @@ import (
 // Auto stands for any accelerator.
 const Auto = "auto"
 
-// all are the monitors, the preferred ones first. A new driver adds its own here.
+// all lists the monitors, preferred ones first. A new driver adds its own here.
 var all = qemu.Monitors()
 
-// Open opens the first driver that has the accelerator, or, for [Auto], the first
-// one that works on this host.
+// Open opens the first driver with the accelerator or, for [Auto], the first one that works
+// on this host.
 func Open(ctx context.Context, accel string, c vmm.Config) (vmm.Driver, error) {
 	return open(ctx, all, accel, c)
 }
@@ -33,7 +32,7 @@ func open(ctx context.Context, all []vmm.Monitor, accel string, c vmm.Config) (v
 				return nil, ctx.Err()
 			}
 			if err != nil {
-				c.Log.Warn("guests do not run with this", "vmm", m.Name(), "accelerator", m.Accelerator(), "reason", err)
+				c.Log.Warn("cannot run guests with this accelerator", "vmm", m.Name(), "accelerator", m.Accelerator(), "reason", err)
 				continue
 			}
 			if m.Accelerator() == vmm.TCG {
@@ -45,8 +44,8 @@ func open(ctx context.Context, all []vmm.Monitor, accel string, c vmm.Config) (v
 	return nil, fmt.Errorf("no virtual machine monitor runs guests with accelerator %q", accel)
 }
 
-// Probe finds out anew which monitor runs guests with the accelerator on this
-// host. It returns the name of the first one, or why none does.
+// Probe finds out which monitor can run guests with the accelerator on this host, without
+// using earlier results. It returns the name of the first one, or the reason why none can.
 func Probe(ctx context.Context, accel string, c vmm.Config) (name string, err error) {
 	return probe(ctx, all, accel, c)
 }

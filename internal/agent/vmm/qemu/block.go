@@ -18,45 +18,45 @@ import (
 // object is one of QEMU's JSON objects.
 type object = map[string]any
 
-// The nodes of QEMU's block graph: overlay-0, the one that it started with,
-// overlay-1 above it, and so on.
+// overlayNode is the prefix of nodes of QEMU's block graph: overlay-0 is the overlay with
+// which QEMU started, overlay-1 the one above it, and so on.
 const overlayNode = "overlay-"
 
-// fdset is the name by which QEMU opens a descriptor of a set.
+// fdset returns the name under which QEMU opens a descriptor of a set.
 func fdset(set int) string { return "/dev/fdset/" + strconv.Itoa(set) }
 
-// file is a file that QEMU opens from a set. Who may have which file is the
-// agent's to say: locks would be the descriptors', which several QEMUs share.
+// file returns the node of a file that QEMU opens from a set. QEMU must not lock it, because
+// several QEMUs share a descriptor. The agent decides who may open a file.
 func file(set int) object {
 	return object{"driver": "file", "filename": fdset(set), "locking": "off"}
 }
 
-// readOnly is an image that is never written to.
+// readOnly makes an image's node read-only.
 func readOnly(image object) object {
 	image["read-only"] = true
 	return image
 }
 
-// overlay is a qcow2 node that is written to. Whether its file is follows it:
-// once it is not the top any more, QEMU opens the file for reading instead.
+// overlay returns a writable qcow2 node. When another overlay is put above it, QEMU reopens
+// its file for reading only.
 func overlay(node string, set int, backing any) object {
 	return object{"driver": "qcow2", "node-name": node, "discard": "unmap", "file": file(set), "backing": backing}
 }
 
-// writableFD says what the descriptor is for by which a node is written to.
-// It is dropped once the node is not the top any more.
+// writableFD is the purpose of the descriptor for writing to a node. The driver removes it
+// from QEMU when another overlay is above the node.
 func writableFD(node string) string { return "write " + node }
 
 func isWritableFD(opaque string) bool { return strings.HasPrefix(opaque, writableFD("")) }
 
-// fdsets are the sets of descriptors that a QEMU starts with.
+// fdsets are the sets of descriptors with which a QEMU starts.
 type fdsets struct {
 	h    *handed
 	n    int
-	args []string // of QEMU
+	args []string // QEMU's arguments
 }
 
-// add makes a set of descriptors of one file, by what they are opened for.
+// add makes a set of descriptors of one file, one for each of the flags of open(2).
 func (f *fdsets) add(name string, flags ...int) (set int, err error) {
 	f.n++
 	for _, flag := range flags {
@@ -73,8 +73,7 @@ func (f *fdsets) add(name string, flags ...int) (set int, err error) {
 	return f.n, nil
 }
 
-// chain hands over the files of a machine's disk and returns the node that
-// they make up.
+// chain passes the files of a machine's disk to QEMU and returns the node of its overlay.
 func chain(s vmm.Spec, f *fdsets) (object, error) {
 	set, err := f.add(s.Base, os.O_RDONLY)
 	if err != nil {
@@ -87,25 +86,25 @@ func chain(s vmm.Spec, f *fdsets) (object, error) {
 		}
 		below = readOnly(object{"driver": "qcow2", "file": readOnly(file(set)), "backing": below})
 	}
-	// The second is for when it is diverted.
+	// The read-only descriptor is for the time after Divert.
 	if set, err = f.add(s.Overlay, os.O_RDWR, os.O_RDONLY); err != nil {
 		return nil, err
 	}
 	return overlay(overlayNode+"0", set, below), nil
 }
 
-// rawImage is a raw image that is never written to.
+// rawImage returns the node of a read-only raw image.
 func rawImage(set int) object { return readOnly(object{"driver": "raw", "file": readOnly(file(set))}) }
 
-// modulesNode is the disk with the kernel's modules.
+// modulesNode is the node of the disk with the kernel's modules.
 const modulesNode = "modules"
 
-// modulesQueue is how many requests that disk's queue holds. The guest allocates memory
-// for each.
+// modulesQueue is the length of that disk's queue. The guest allocates memory for each
+// request.
 const modulesQueue = 32
 
-// diskArguments are QEMU's for the disks of a machine of the model: the guest's own
-// first, which is /dev/vda.
+// diskArguments returns QEMU's arguments for the disks of a machine of the model. The
+// guest's own disk comes first, so that it is /dev/vda.
 func diskArguments(s vmm.Spec, as model, h *handed) ([]string, error) {
 	f := &fdsets{h: h}
 	var args []string
@@ -137,13 +136,13 @@ func diskArguments(s vmm.Spec, as model, h *handed) ([]string, error) {
 	return append(f.args, args...), nil
 }
 
-// opBytes is the size up to which a request counts as one operation (256 KiB).
+// opBytes is the size in bytes up to which a request counts as one operation.
 const opBytes = 256 << 10
 
 // node is a node of QEMU's block graph.
 type node struct {
 	Name   string `json:"node-name"`
-	Active *bool  `json:"active"` // nil: this QEMU does not tell, and it is
+	Active *bool  `json:"active"` // nil: yes, in a QEMU without this field
 	Image  struct {
 		Bytes int64 `json:"virtual-size"`
 	} `json:"image"`
@@ -151,7 +150,7 @@ type node struct {
 
 var errNoDisk = errors.New("the machine has no disk")
 
-// guestDisk is the guest's disk and the node that it writes to.
+// guestDisk is a disk of the guest and the node to which it writes.
 type guestDisk struct {
 	Device   string `json:"qdev"`
 	Inserted node   `json:"inserted"`
@@ -174,22 +173,22 @@ func (m *machine) disk(ctx context.Context) (guestDisk, error) {
 		return guestDisk{}, errNoDisk
 	}
 	if len(disks) > 1 || !strings.HasPrefix(disks[0].Inserted.Name, overlayNode) {
-		return guestDisk{}, errors.New("query-block: not the disk that it was given")
+		return guestDisk{}, errors.New("query-block: QEMU has other disks than the agent gave it")
 	}
 	return disks[0], nil
 }
 
-// top returns the node that the guest's disk writes to.
+// top returns the node to which the guest's disk writes.
 func (m *machine) top(ctx context.Context) (node, error) {
 	d, err := m.disk(ctx)
 	return d.Inserted, err
 }
 
-// limitGroup is QEMU's name for what the rates hold for: all disks of a guest together.
+// limitGroup is QEMU's throttle group, with which all disks of a guest share the rates.
 const limitGroup = "guest"
 
-// limit makes QEMU delay the guest's reads and writes above the rates. The limits are
-// the devices', so they stay when the disk is diverted.
+// limit makes QEMU delay the guest's reads and writes above the rates. The limits belong to
+// the devices, so they survive Divert.
 func (m *machine) limit(ctx context.Context, r rates.Rates) error {
 	if r.DiskBytes == 0 && r.DiskOps == 0 {
 		return nil
@@ -199,7 +198,7 @@ func (m *machine) limit(ctx context.Context, r rates.Rates) error {
 		return fmt.Errorf("limit disk: %w", err)
 	}
 	args := object{"group": limitGroup, "bps": r.DiskBytes, "bps_rd": 0, "bps_wr": 0, "iops": r.DiskOps, "iops_rd": 0, "iops_wr": 0}
-	// The maximum is the burst. QEMU accepts none below the rate; without one the
+	// bps_max and iops_max are the bursts. QEMU accepts none below the rate; without one, the
 	// burst is a tenth of the rate.
 	if n := r.AtOnce(r.DiskBytes); r.DiskBytes > 0 && n >= r.DiskBytes {
 		args["bps_max"] = n
@@ -221,9 +220,8 @@ func (m *machine) limit(ctx context.Context, r rates.Rates) error {
 
 // Divert implements vmm.VM.
 //
-// A QEMU that its guest has taken over may keep the descriptor by which it
-// wrote to the former overlay. Whoever shares that with others must make a copy of
-// it first, or end the machine.
+// A QEMU that its guest has taken over may keep its writable descriptor of the earlier
+// overlay. So the caller must copy that overlay before it shares it, or end the machine.
 func (m *machine) Divert(ctx context.Context, path string) (err error) {
 	ctx, cancel := unbroken(ctx)
 	defer cancel()
@@ -250,15 +248,15 @@ func (m *machine) Divert(ctx context.Context, path string) (err error) {
 	if err := m.qmp.Execute(ctx, "blockdev-add", overlay(name, set, nil), nil); err != nil {
 		return errors.Join(err, m.removeSet(ctx, set))
 	}
-	// It flushes what is below from then on, or fails.
+	// It flushes the earlier overlay, or fails.
 	if err := m.qmp.Execute(ctx, "blockdev-snapshot", object{"node": now.Name, "overlay": name}, nil); err != nil {
 		return errors.Join(err, m.qmp.Execute(ctx, "blockdev-del", object{"node-name": name}, nil), m.removeSet(ctx, set))
 	}
 	return nil
 }
 
-// passOverlay gives QEMU an overlay's file, for writing, and for reading once
-// it is not the top any more.
+// passOverlay passes an overlay's file to QEMU: for writing, and for reading when another
+// overlay is above it.
 func (m *machine) passOverlay(ctx context.Context, path, name string) (set int, err error) {
 	set = -1
 	defer func() {
@@ -281,7 +279,7 @@ func (m *machine) passOverlay(ctx context.Context, path, name string) (set int, 
 	return set, nil
 }
 
-// removeSet takes a set of descriptors back from QEMU.
+// removeSet makes QEMU close a set of descriptors.
 func (m *machine) removeSet(ctx context.Context, set int) error {
 	return m.qmp.Execute(ctx, "remove-fd", object{"fdset-id": set}, nil)
 }
@@ -295,10 +293,9 @@ func (m *machine) Grow(ctx context.Context, bytes int64) error {
 		return fmt.Errorf("grow disk: %w", err)
 	}
 	if bytes < now.Image.Bytes {
-		return fmt.Errorf("grow disk: it has %d bytes, more than %d", now.Image.Bytes, bytes)
+		return fmt.Errorf("grow disk: it has %d bytes already, more than %d", now.Image.Bytes, bytes)
 	}
-	// The disk of a restored machine that never ran is not QEMU's to change yet,
-	// since QEMU 10.
+	// Since QEMU 10, the disk of a restored machine is inactive until it first runs.
 	if now.Active != nil && !*now.Active {
 		if err := m.qmp.Execute(ctx, "blockdev-set-active", object{"active": true}, nil); err != nil {
 			return fmt.Errorf("grow disk: %w", err)

@@ -6,9 +6,9 @@ import (
 	"slices"
 )
 
-// The state of a machine's devices is a migration stream (QEMU's
-// docs/devel/migration.rst): per device a header, its fields in big-endian order
-// and a footer. These are the parts of it that [redeliver] reads.
+// The state of a machine's devices is a migration stream (QEMU's docs/devel/migration.rst):
+// for each device a header, its fields in big-endian order and a footer. [redeliver] reads
+// these parts.
 const (
 	sectionFull   = 0x04 // QEMU_VM_SECTION_FULL
 	sectionFooter = 0x7e // QEMU_VM_SECTION_FOOTER
@@ -35,26 +35,25 @@ const (
 // An entry of the I/O APIC's redirection table (Intel 82093AA, 3.2.4).
 const (
 	entryLogical   = 1 << 11 // the destination is a mask
-	entryRemoteIRR = 1 << 14 // delivered, and its end is awaited
+	entryRemoteIRR = 1 << 14 // delivered, but not ended yet
 	entryLevel     = 1 << 15
 	entryMasked    = 1 << 16
 	entryDest      = 56
 )
 
-// lost is an interrupt whose end was lost: the I/O APIC awaits it and delivers
-// none before, but no processor knows of the interrupt.
+// lost is an interrupt whose end was lost: the I/O APIC waits for the end before it delivers
+// another, but no processor has the interrupt.
 type lost struct {
 	vector uint8
-	dest   []byte // the local APIC that it was for
+	dest   []byte // the local APIC to which it was delivered
 }
 
-// redeliver repairs the state of devices that a machine with a split irqchip
-// was saved with. There the end of a level-triggered interrupt leaves the kernel
-// as an exit of the processor (KVM_EXIT_IOAPIC_EOI). A stop that comes first
-// leaves the exit pending in the kernel, which no state includes, so the restored
-// device never interrupts again. redeliver has the processor take such an
-// interrupt once more: the driver finds nothing to do and ends it. It returns
-// the state, copied if it changed, and how many interrupts it repaired.
+// redeliver repairs the saved state of a machine with a split irqchip. There, KVM reports
+// the end of a level-triggered interrupt to QEMU as an exit (KVM_EXIT_IOAPIC_EOI). If QEMU
+// stops the machine before it handles the exit, the exit is lost, because it is not part of
+// the state, and the restored device never interrupts again. redeliver delivers such an
+// interrupt once more, so that the guest ends it. It returns the state, copied if changed,
+// and the number of repaired interrupts.
 func redeliver(state []byte) ([]byte, int) {
 	if len(lostInterrupts(state)) == 0 {
 		return state, 0
@@ -68,7 +67,7 @@ func redeliver(state []byte) ([]byte, int) {
 	return state, len(all)
 }
 
-// lostInterrupts finds the interrupts of a state whose end was lost.
+// lostInterrupts returns the interrupts in a state whose end was lost.
 func lostInterrupts(state []byte) (all []lost) {
 	apics := sections(state, "apic", apicVersion, apicBytes, false)
 	if len(apics) == 0 {
@@ -93,7 +92,7 @@ func lostInterrupts(state []byte) (all []lost) {
 	return all
 }
 
-// destination is the local APIC that an entry's interrupts go to.
+// destination returns the local APIC to which an entry's interrupts go.
 func destination(apics [][]byte, entry uint64) []byte {
 	dest := byte(entry >> entryDest)
 	for _, apic := range apics {
@@ -104,8 +103,8 @@ func destination(apics [][]byte, entry uint64) []byte {
 	return apics[0]
 }
 
-// sections returns the first size bytes of each device of the name and version
-// in a state. whole: a device has no more than these, so a footer must follow.
+// sections returns the first size bytes of each device in a state with the name and version.
+// whole says that devices have exactly these bytes, so that a footer must follow.
 func sections(state []byte, name string, version uint32, size int, whole bool) (all [][]byte) {
 	mark := append([]byte{byte(len(name))}, name...)
 	for at := 0; ; {

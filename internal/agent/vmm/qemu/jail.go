@@ -12,15 +12,15 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/jail"
 )
 
-// cell is the jail that QEMUs are started in.
+// cell is the jail of all QEMUs.
 type cell struct {
 	*jail.Jail
-	mu    sync.Mutex // one start at a time: it changes what the thread is in
-	hostN *os.File   // the agent's own network namespace
+	mu    sync.Mutex // held during a start, which changes the thread's namespace and group
+	hostN *os.File   // the agent's network namespace
 }
 
-// newCell makes a jail. mountPoint is an empty folder that it is built on.
-// The devices are the few that QEMU opens by name: all else it is handed.
+// newCell makes a jail on the empty folder mountPoint. It has only the devices that QEMU
+// opens by name. All other files are passed to QEMU as descriptors.
 func newCell(mountPoint string) (*cell, error) {
 	if err := os.MkdirAll(mountPoint, 0o700); err != nil {
 		return nil, fmt.Errorf("make jail: %w", err)
@@ -53,7 +53,7 @@ func (c *cell) do(netNS string, g cgroup.Group, start func() error) (err error) 
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	// The thread itself cannot: it does not see the control groups' files.
+	// From this thread, because the jail's thread does not see the control groups' files.
 	if err := g.AddThread(c.Thread()); err != nil {
 		return err
 	}

@@ -19,40 +19,38 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
-// model is a version of the machine that guests see: what QEMU's arguments make
-// of it, as far as a guest or the state of its devices can notice. A model never
-// changes, because saved machines depend on it.
+// model is a version of the virtual hardware, in terms of QEMU's arguments that a guest or
+// its saved state depends on. A model never changes, because saved machines depend on it.
 type model struct {
 	version  int
-	machine  string // options of -machine beside those that all models have
+	machine  string // options of -machine besides those of all models
 	accel    string
 	cpu      string // the processor, unless the kind names another
-	hidden   string // features of any processor that guests do not get
-	nesting  string // features that only guests which may run virtual machines get
+	hidden   string // options that hide features from all guests
+	nesting  string // options that hide features from guests that may not run virtual machines
 	repaired bool   // see [redeliver]
 	modules  bool   // guests have the kernel's modules as a second disk
 }
 
-// nesting hides the features with which a guest can run virtual machines of its own.
+// nesting hides the features with which a guest can run virtual machines itself.
 const nesting = ",svm=off,vmx=off"
 
-// hidden are performance counters, by which guests could observe one another, and
-// transactional memory, with which they could do it better.
+// hidden hides performance counters and transactional memory, with which guests could spy on
+// one another.
 const hidden = ",pmu=off,perfctr-core=off,perfctr-nb=off,hle=off,rtm=off"
 
-// models are each accelerator's: machines boot as the first; the others restore
-// what an earlier release saved.
+// models has the models of each accelerator. Machines boot as the first one. The others are
+// for restoring machines that an earlier release saved.
 var models = map[string][]model{
 	TCG: {
 		{version: 4, accel: tcgOption, cpu: "max", nesting: nesting, modules: true},
 		{version: 3, accel: tcgOption, cpu: "max", nesting: nesting},
-		// Its guests could use the SVM that TCG emulates.
+		// It let all guests use the SVM that TCG emulates.
 		{version: 2, accel: tcgOption, cpu: "max"},
 	},
 	KVM: {
 		// With a split irqchip, microvm's default, a stop can lose the end of a
-		// level-triggered interrupt: see [redeliver]. The kernel's I/O APIC cannot.
-		//
+		// level-triggered interrupt (see [redeliver]). With the kernel's I/O APIC it cannot.
 		{
 			version: 5, machine: ",ioapic2=off", accel: "kvm,kernel-irqchip=on", cpu: "host,migratable=on",
 			hidden: hidden, nesting: nesting, modules: true,
@@ -68,8 +66,8 @@ var models = map[string][]model{
 
 var tcgOption = fmt.Sprintf("tcg,tb-size=%d", translationMiB)
 
-// cpuOption returns the value of -cpu. QEMU does not start if this host lacks
-// something of a processor that has a name.
+// cpuOption returns the value of -cpu. If p has a name, QEMU fails to start on a host that
+// lacks one of its features.
 func (m model) cpuOption(p processor) string {
 	cpu := m.cpu
 	if p.name != "" {
@@ -85,8 +83,7 @@ func (m model) cpuOption(p processor) string {
 	return cpu
 }
 
-// model returns the model that a machine of the kind was saved as, and its
-// processor.
+// model returns the model and the processor of a machine of the kind.
 func (d *Driver) model(kind string) (model, processor, error) {
 	saved, ok := parseKind(kind)
 	for _, m := range models[d.accel] {
@@ -99,15 +96,15 @@ func (d *Driver) model(kind string) (model, processor, error) {
 	return model{}, processor{}, fmt.Errorf("it was saved as %q, a machine that this release does not have", kind)
 }
 
-// name is the first part of the model's kind.
+// name returns the first word of the model's kinds.
 func (m model) name() string { return fmt.Sprintf("qemu-%d", m.version) }
 
-// kindAs is the kind of a machine of the model with the processor.
+// kindAs returns the kind of a machine of the model with the processor.
 func (d *Driver) kindAs(m model, p processor) string {
 	return strings.Join(strings.Fields(fmt.Sprintf("%s %s %s %s", m.name(), d.version, d.accel, p)), " ")
 }
 
-// commands are those of QEMU's that the driver cannot do without.
+// commands are the QMP commands that the driver needs.
 var commands = []string{
 	"add-fd", "block_resize", "block_set_io_throttle", "blockdev-add", "blockdev-del", "blockdev-snapshot", "cont", "migrate-incoming",
 	"migrate-set-capabilities", "query-block", "query-fdsets", "query-status", "quit", "remove-fd", "ringbuf-read",
@@ -131,19 +128,18 @@ func (d *Driver) Nested(kind string) bool {
 	return ok && k.cpu.nested
 }
 
-// about is what QEMU says of itself.
+// about describes a QEMU.
 type about struct {
 	version string
-	// processors are those that it can give guests on this host, by each name that
-	// they have: the name of the version that it stands for.
+	// processors has the processors that guests can have on this host. It maps each name and
+	// alias to the name of a version.
 	processors map[string]string
-	// others are the processors that this host cannot give guests, with the features
-	// that it lacks.
+	// others has the features that this host lacks for each of the other processors.
 	others map[string][]string
 }
 
-// ask asks QEMU for its version and its processors, and whether it can do all
-// that the driver needs: distributions build it with more or less.
+// ask runs QEMU to find out its version and its processors. It fails if QEMU lacks a command
+// that the driver needs, because distributions build it differently.
 func ask(accel string) (a about, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
@@ -168,7 +164,7 @@ func ask(accel string) (a about, err error) {
 	if err := cmd.Start(); err != nil {
 		return a, fmt.Errorf("ask QEMU: %w", err)
 	}
-	theirs.Close() // so that QEMU's end ends the wait for its answers
+	theirs.Close() // so that NewConn fails when QEMU ends
 	defer func() {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
@@ -221,7 +217,7 @@ func ask(accel string) (a about, err error) {
 	for _, p := range definitions {
 		lacks := slices.DeleteFunc(p.Lacks, needless)
 		switch {
-		case !p.Safe: // what it is depends on the host
+		case !p.Safe: // its features depend on the host
 		case len(lacks) > 0:
 			a.others[p.Name] = lacks
 		default:
@@ -231,25 +227,24 @@ func ask(accel string) (a about, err error) {
 	return a, nil
 }
 
-// processor is what a guest has for a processor.
+// processor is a guest's processor.
 type processor struct {
-	// host is a digest of what a guest sees of the host's processor; empty where
-	// it sees nothing that depends on it.
+	// host is a digest of what the guest sees of the host's processor (empty: nothing).
 	host string
-	// name is QEMU's name for it; empty: it is the host's own, or, under emulation,
-	// all that QEMU can emulate.
+	// name is QEMU's name for it. It is empty for the host's processor and, under emulation,
+	// for one with everything that QEMU can emulate.
 	name string
-	// nested: the guest can run virtual machines of its own.
+	// nested says that the guest can run virtual machines itself.
 	nested bool
-	// extension are the features for that, of a processor that has a name. It is not
-	// part of a kind.
+	// extension has the option for nested if the processor has a name. It is not part of a
+	// kind.
 	extension string
 }
 
 const nestedMark = "+nested"
 
-// String is a word of a [Driver]'s kinds: the digest, or the name, or both with a
-// colon between them.
+// String returns the processor's word in kinds: the digest, the name, or both with a colon
+// in between.
 func (p processor) String() string {
 	s := p.name
 	switch {
@@ -280,39 +275,38 @@ func parseProcessor(s string) (p processor) {
 	return p
 }
 
-// newProcessor returns the processor that guests have: the one that QEMU knows by
-// the name, or host for an empty name.
+// newProcessor returns the guests' processor: QEMU's of that name, or host if name is empty.
 func newProcessor(accel, name string, a about, host processor) (processor, error) {
 	if name == "" {
 		return host, nil
 	}
 	version, ok := a.processors[name]
 	if lacks := a.others[name]; !ok && len(lacks) > 0 {
-		return processor{}, fmt.Errorf("this host's processor lacks what %s has: %s", name, strings.Join(lacks, ", "))
+		return processor{}, fmt.Errorf("this host's processor lacks features of %s: %s", name, strings.Join(lacks, ", "))
 	}
 	if !ok {
-		return processor{}, fmt.Errorf("QEMU knows no processor %q that is the same on each host; \"qemu-system-x86_64 -cpu help\" lists them", name)
+		return processor{}, fmt.Errorf("QEMU has no processor %q that is the same on each host; \"qemu-system-x86_64 -cpu help\" lists its processors", name)
 	}
 	p := host
 	p.name = version
 	if accel == KVM {
-		p.host = "" // nothing else of the host shows
+		p.host = "" // guests see nothing else of the host's processor
 	}
 	return p, nil
 }
 
-// svmFeatures are those of a processor that has SVM.
+// svmFeatures are the features that only processors with SVM have.
 var svmFeatures = strings.Fields("npt lbrv svm-lock nrip-save tsc-scale vmcb-clean flushbyasid decodeassists " +
 	"pause-filter pfthreshold avic v-vmsave-vmload vgif svme-addr-chk vnmi")
 
-// needless reports whether a host may lack a feature of the processor that its guests
-// have, because guests do not get it, or only those that may nest.
+// needless reports whether a host may lack a feature of its guests' processor, because no
+// guests get it, or only those that may run virtual machines.
 func needless(feature string) bool {
 	return strings.HasPrefix(feature, "vmx") || slices.Contains(svmFeatures, feature) ||
 		slices.ContainsFunc(models[KVM], func(m model) bool { return strings.Contains(m.hidden+m.nesting, ","+feature+"=off") })
 }
 
-// kindOf are the parts of a kind that matter to a restore.
+// kindOf has the parts of a kind that matter for a restore.
 type kindOf struct {
 	machine      string
 	major, minor int
@@ -330,37 +324,37 @@ func parseKind(kind string) (k kindOf, ok bool) {
 	return k, n == 2
 }
 
-// Restores implements vmm.Driver. QEMU reads what an older one has saved of
-// these devices; what a newer one has it may not know.
+// Restores implements vmm.Driver. QEMU reads the state that an older QEMU saved, but not
+// always that of a newer one.
 func (d *Driver) Restores(kind string) error {
 	if kind == d.Kind(false) {
 		return nil
 	}
 	saved, ok := parseKind(kind)
 	if !ok {
-		return fmt.Errorf("it was saved as %q, which is no kind of machine", kind)
+		return fmt.Errorf("it was saved as %q, which is not a kind of machine", kind)
 	}
 	here, _ := parseKind(d.Kind(false))
 	if saved.accel != here.accel {
-		return fmt.Errorf("it ran by %s, and machines here by %s", saved.accel, here.accel)
+		return fmt.Errorf("it ran on %s, but this host uses %s", saved.accel, here.accel)
 	}
 	if _, _, err := d.model(kind); err != nil {
 		return err
 	}
 	switch {
 	case saved.cpu.host != "" && saved.cpu.host != d.host:
-		return errors.New("it ran on another model of processor, or one that has other features")
+		return errors.New("it ran on a processor of another model or with other features")
 	case saved.cpu.name != "" && d.processors[saved.cpu.name] == "":
-		return fmt.Errorf("it ran on a processor %s, which this host does not have", saved.cpu.name)
+		return fmt.Errorf("it ran on the processor %s, which this host does not have", saved.cpu.name)
 	case saved.major > here.major || saved.major == here.major && saved.minor > here.minor:
-		return fmt.Errorf("it was saved by QEMU %d.%d, which is newer than %d.%d here", saved.major, saved.minor, here.major, here.minor)
+		return fmt.Errorf("it was saved by QEMU %d.%d, which is newer than %d.%d on this host", saved.major, saved.minor, here.major, here.minor)
 	}
 	return nil
 }
 
-// hostProcessor returns the host's own processor. Its digest is of what a guest sees
-// of it: under KVM all its features; under emulation the rate of its time stamp
-// counter, which goes with its model.
+// hostProcessor returns the host's processor. Its digest covers what a guest sees: under KVM
+// all features, under emulation the rate of the time stamp counter, which the model
+// determines.
 func hostProcessor(accel string) (p processor, err error) {
 	f, err := os.Open("/proc/cpuinfo")
 	if err != nil {
@@ -376,7 +370,7 @@ func hostProcessor(accel string) (p processor, err error) {
 	found := 0
 	s := bufio.NewScanner(f)
 	s.Buffer(nil, 1<<20)
-	for s.Scan() && s.Text() != "" { // the first processor's: they are alike
+	for s.Scan() && s.Text() != "" { // only the first processor, because all are alike
 		key, value, _ := strings.Cut(s.Text(), ":")
 		if key = strings.TrimSpace(key); slices.Contains(keys, key) {
 			fmt.Fprintf(sum, "%s:%s\n", key, value)

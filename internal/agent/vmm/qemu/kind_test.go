@@ -36,13 +36,13 @@ func TestRestores(t *testing.T) {
 		{emulated, "qemu-3 6.9.1 tcg " + host, ""},
 		{emulated, "qemu-3 7.10.0 tcg " + host, "newer than 7.2"},
 		{emulated, "qemu-3 10.0.2 tcg " + host, "newer than 7.2"},
-		{emulated, "qemu-3 7.2.22 kvm " + host, "it ran by kvm"},
+		{emulated, "qemu-3 7.2.22 kvm " + host, "it ran on kvm"},
 		{emulated, "qemu-3 7.2.22 tcg fedcba9876543210", "another model"},
 		{emulated, "qemu-1 7.2.22 tcg " + host, "this release does not have"},
 		{emulated, "qemu-5 7.2.22 tcg " + host, "this release does not have"},
-		{emulated, "qemu-3 seven tcg " + host, "no kind of machine"},
-		{emulated, "firecracker", "no kind of machine"},
-		{emulated, "", "no kind of machine"},
+		{emulated, "qemu-3 seven tcg " + host, "not a kind of machine"},
+		{emulated, "firecracker", "not a kind of machine"},
+		{emulated, "", "not a kind of machine"},
 		{real, real.Kind(false), ""},
 		{real, real.Kind(true), ""},
 		// A machine saved by an earlier release can be restored.
@@ -62,7 +62,7 @@ func TestRestores(t *testing.T) {
 		{named, "qemu-4 7.2.22 kvm " + host, ""},
 		{named, "qemu-4 7.2.22 kvm fedcba9876543210", "another model"},
 		{real, "qemu-4 7.2.22 kvm EPYC-v3", ""},
-		{real, "qemu-4 7.2.22 kvm EPYC-Milan-v1", "a processor EPYC-Milan-v1, which this host does not have"},
+		{real, "qemu-4 7.2.22 kvm EPYC-Milan-v1", "the processor EPYC-Milan-v1, which this host does not have"},
 		{emulated, "qemu-3 7.2.22 tcg EPYC-v1:" + host, ""},
 		{emulated, "qemu-3 7.2.22 tcg EPYC-v1:fedcba9876543210", "another model"},
 		{emulated, "qemu-3 7.2.22 tcg EPYC-Milan-v1:" + host, "does not have"},
@@ -92,9 +92,9 @@ func TestNewProcessor(t *testing.T) {
 	for _, c := range []struct{ accel, name, want, err string }{
 		{KVM, "EPYC", "EPYC-v1", ""},
 		{KVM, "EPYC-v3", "EPYC-v3", ""},
-		{KVM, "EPYC-Milan-v1", "", "lacks what EPYC-Milan-v1 has: pku, vaes"},
-		{KVM, "EPYC,svm=on", "", "knows no processor"},
-		{KVM, "host", "", "knows no processor"},
+		{KVM, "EPYC-Milan-v1", "", "lacks features of EPYC-Milan-v1: pku, vaes"},
+		{KVM, "EPYC,svm=on", "", "has no processor"},
+		{KVM, "host", "", "has no processor"},
 	} {
 		p, err := newProcessor(c.accel, c.name, known, host)
 		if p.String() != c.want || (err == nil) != (c.err == "") || err != nil && !strings.Contains(err.Error(), c.err) {

@@ -21,11 +21,11 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qmp"
 )
 
-// consoleBytes is how much of the console's end is kept, a power of two.
+// consoleBytes is the number of bytes kept of the console's end, a power of two.
 const consoleBytes = 64 << 10
 
-// spaceInterval is how often a machine that was stopped because its host's disk
-// is full tries again to write: nothing tells when there is space.
+// spaceInterval is the time between two attempts of a machine to write to a full disk.
+// Nothing reports when the disk has space again.
 const spaceInterval = time.Second
 
 // machine implements vmm.VM.
@@ -34,22 +34,22 @@ type machine struct {
 	group cgroup.Group
 	qmp   *qmp.Conn
 	done  chan struct{} // closed when the process has ended
-	// endings is the driver's.
+	// endings belongs to the driver.
 	endings *endings
 	log     *slog.Logger
 
-	// running is held by what makes the guest run or stop: one that is held must
-	// not be made to go on because there is space on its disk.
+	// running is held while the guest is made to run or stop, so that retry does not continue
+	// a held machine.
 	running sync.Mutex
 
 	mu      sync.Mutex
-	stale   bool // QEMU may hold descriptors that it does not need
+	stale   bool // QEMU may have descriptors that it does not need
 	console []byte
 	reason  error
-	// forbidden: QEMU made a forbidden system call. A QEMU that the agent attached to is
-	// not its child, so only newer kernels tell the agent.
+	// forbidden says that QEMU made a forbidden system call. If the agent attached to QEMU,
+	// which is then not its child, the agent knows that only from newer kernels.
 	forbidden bool
-	signal    syscall.Signal // what killed QEMU; 0: nothing, or it is not known
+	signal    syscall.Signal // the signal that killed QEMU; 0: none or unknown
 }
 
 // State implements vmm.VM.
@@ -80,10 +80,11 @@ func (m *machine) Err() error {
 	return errors.New("QEMU ended")
 }
 
-// errForbidden is why a machine ended: its guest may have taken over QEMU.
-var errForbidden = errors.New("the jail ended QEMU: it made a system call that is forbidden")
+// errForbidden means that QEMU made a forbidden system call. Its guest may have taken it
+// over.
+var errForbidden = errors.New("the jail ended QEMU because of a forbidden system call")
 
-// ended notes how QEMU ended.
+// ended records how QEMU ended.
 func (m *machine) ended(s syscall.WaitStatus) {
 	m.mu.Lock()
 	if s.Signaled() {
@@ -98,7 +99,7 @@ func (m *machine) ended(s syscall.WaitStatus) {
 	m.log.Error("the guest may have taken over its QEMU; the kernel's log has the call", "sandbox", m.state.ID, "pid", m.state.PID, "error", errForbidden)
 }
 
-// stopped returns [errForbidden] if that is known to have ended QEMU.
+// stopped returns [errForbidden] if that ended QEMU.
 func (m *machine) stopped() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -108,17 +109,17 @@ func (m *machine) stopped() error {
 	return nil
 }
 
-// reported is why the guest ended, if QEMU has said so.
+// reported returns why the guest ended, if QEMU reported it.
 func (m *machine) reported() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.reason
 }
 
-// watch follows what QEMU tells until its end. A guest that has shut down or
-// crashed is held by QEMU: its console is read, and it is ended. One whose write
-// found no space is stopped by QEMU, and goes on when there is some; waits says
-// that it has been already.
+// watch handles QEMU's events until its end. QEMU keeps a guest that has shut down or
+// crashed; watch reads its console and ends QEMU. QEMU stops a guest that cannot write to
+// a full disk; watch retries until the disk has space. waits says that the guest is in this
+// state already.
 func (m *machine) watch(waits bool) {
 	var retry <-chan time.Time
 	if waits {
@@ -145,9 +146,8 @@ func (m *machine) watch(waits bool) {
 	}
 }
 
-// retry makes a machine that is stopped for want of space go on, to be stopped
-// again by its next write if there still is none. It says whether that is to be
-// looked at again.
+// retry continues a machine that QEMU stopped on a full disk. If the disk is still full, the
+// next write stops it again. retry reports whether the caller must retry again.
 func (m *machine) retry() (again bool) {
 	ctx, cancel := context.WithTimeout(context.Background(), commandTimeout)
 	defer cancel()
@@ -155,7 +155,7 @@ func (m *machine) retry() (again bool) {
 	defer m.running.Unlock()
 	status, err := m.status(ctx)
 	if err == nil && status != stateNoSpace {
-		m.log.Info("the guest waits for space no more", "sandbox", m.state.ID)
+		m.log.Info("the guest no longer waits for space on the host's disk", "sandbox", m.state.ID)
 		return false
 	}
 	if err == nil {
@@ -165,7 +165,7 @@ func (m *machine) retry() (again bool) {
 		return false
 	}
 	if err != nil {
-		m.log.Warn("make the guest write again", "sandbox", m.state.ID, "error", err)
+		m.log.Warn("cannot continue a guest that waits for disk space", "sandbox", m.state.ID, "error", err)
 	}
 	return true
 }
@@ -173,14 +173,14 @@ func (m *machine) retry() (again bool) {
 // guestShutdown is QEMU's reason for the end of a guest that shut down.
 const guestShutdown = "guest-shutdown"
 
-// shutdown reads the console of a guest that has ended, then ends QEMU. Only
-// the first SHUTDOWN event says why the guest ended.
+// shutdown reads the console of an ended guest, and then ends QEMU. Only the first SHUTDOWN
+// event says why the guest ended.
 func (m *machine) shutdown(e qmp.Event) {
 	var data struct {
 		Guest  bool   `json:"guest"`
 		Reason string `json:"reason"`
 	}
-	_ = json.Unmarshal(e.Data, &data) // the reason is for people
+	_ = json.Unmarshal(e.Data, &data) // the reason is only informative
 	m.mu.Lock()
 	first := m.reason == nil
 	if first {
@@ -188,15 +188,15 @@ func (m *machine) shutdown(e qmp.Event) {
 	}
 	m.mu.Unlock()
 	if !first {
-		return // QEMU reports our own "quit" as a shutdown too (host-qmp-quit)
+		return // our own "quit" (host-qmp-quit)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
 	if _, err := m.Console(ctx); err != nil {
-		m.log.Warn("read the console of an ended guest", "sandbox", m.state.ID, "error", err)
+		m.log.Warn("cannot read the console of an ended guest", "sandbox", m.state.ID, "error", err)
 	}
 	if err := m.qmp.Execute(ctx, "quit", nil, nil); err != nil && !errors.Is(err, qmp.ErrClosed) {
-		m.log.Warn("ended guest does not quit", "sandbox", m.state.ID, "error", err)
+		m.log.Warn("cannot end the QEMU of an ended guest", "sandbox", m.state.ID, "error", err)
 	}
 }
 
@@ -209,7 +209,7 @@ func (m *machine) Console(ctx context.Context) ([]byte, error) {
 	if err != nil && !errors.Is(err, qmp.ErrClosed) {
 		return nil, fmt.Errorf("read console: %w", err)
 	}
-	// QEMU forgets what was read.
+	// Keep it, because QEMU returns each byte once.
 	m.console = append(m.console, fresh...)
 	m.console = m.console[max(0, len(m.console)-consoleBytes):]
 	return append([]byte(nil), m.console...), nil
@@ -226,7 +226,7 @@ func (m *machine) Kill(ctx context.Context) error {
 		return fmt.Errorf("kill QEMU: %w", ctx.Err())
 	}
 	if m.qmp != nil {
-		_ = m.qmp.Close() // its peer is gone
+		_ = m.qmp.Close() // QEMU is gone
 	}
 	return removeSocket(m.state.Socket)
 }
@@ -239,11 +239,11 @@ func (d *Driver) Attach(ctx context.Context, st vmm.State) (_ vmm.VM, err error)
 		return fail(err)
 	}
 	m := &machine{state: st, group: cgroup.Group{Name: st.ID.String()}, done: make(chan struct{}), endings: &d.endings, log: d.log, stale: true}
-	go func() { // ends with QEMU, or when the attempt fails
+	go func() { // ends with QEMU, or if Attach fails
 		defer close(m.done)
 		defer pidfd.Close()
 		if err := awaitEnd(pidfd); err != nil && !errors.Is(err, os.ErrClosed) {
-			d.log.Error("wait for QEMU's end", "sandbox", st.ID, "error", err)
+			d.log.Error("cannot wait for QEMU's end", "sandbox", st.ID, "error", err)
 		} else if err == nil {
 			m.ended(exitStatus(pidfd))
 		}
@@ -252,7 +252,7 @@ func (d *Driver) Attach(ctx context.Context, st vmm.State) (_ vmm.VM, err error)
 		if err == nil {
 			return
 		}
-		// A QEMU that does not answer is there all the same, unless it has ended.
+		// Not ErrGone for a QEMU that is merely silent.
 		if hasEnded(pidfd) {
 			err = errors.Join(vmm.ErrGone, err)
 		}
@@ -270,16 +270,16 @@ func (d *Driver) Attach(ctx context.Context, st vmm.State) (_ vmm.VM, err error)
 	}
 	switch status {
 	case stateRunning, statePaused, stateNoSpace:
-	case "prelaunch", "inmigrate": // the agent died before it was started or restored
-		return fail(errors.Join(vmm.ErrGone, errors.New("it never ran"), m.qmp.Close()))
+	case "prelaunch", "inmigrate": // the agent died during its start or restore
+		return fail(errors.Join(vmm.ErrGone, errors.New("the machine never ran"), m.qmp.Close()))
 	default:
-		return fail(errors.Join(vmm.ErrGone, fmt.Errorf("its state is %q", status), m.qmp.Close()))
+		return fail(errors.Join(vmm.ErrGone, fmt.Errorf("the machine's state is %q", status), m.qmp.Close()))
 	}
 	go m.watch(status == stateNoSpace)
 	return m, nil
 }
 
-// openProcess returns a descriptor of the process that st names, or ErrGone.
+// openProcess returns a pidfd of the process that st names, or ErrGone.
 func openProcess(st vmm.State, bootID string) (*os.File, error) {
 	if st.BootID != bootID || st.PID <= 1 {
 		return nil, vmm.ErrGone
@@ -292,7 +292,7 @@ func openProcess(st vmm.State, bootID string) (*os.File, error) {
 		return nil, fmt.Errorf("open process: %w", err)
 	}
 	f := os.NewFile(uintptr(fd), "pidfd")
-	// Asked after the process was opened, so that the answer is about it.
+	// After PidfdOpen, so that the start time is that of the opened process.
 	start, err := startTime(st.PID)
 	switch {
 	case err == nil && start == st.StartTime:
@@ -304,7 +304,7 @@ func openProcess(st vmm.State, bootID string) (*os.File, error) {
 	return nil, err
 }
 
-// awaitEnd returns when the process behind a pidfd has ended.
+// awaitEnd waits until the process behind a pidfd has ended.
 func awaitEnd(pidfd *os.File) error {
 	c, err := pidfd.SyscallConn()
 	if err != nil {
@@ -319,9 +319,9 @@ func awaitEnd(pidfd *os.File) error {
 // reapTime bounds the wait until a dead process's parent has reaped it.
 const reapTime = time.Second
 
-// exitStatus returns how the process behind a pidfd ended, or 0 if the kernel does not
-// say. Only kernels since 6.15 do, once the parent has reaped the process. The file may
-// be closed meanwhile.
+// exitStatus returns how the process behind a pidfd ended, or 0 if the kernel does not tell.
+// Kernels since 6.15 do, after the parent has reaped the process. Another goroutine may close
+// the file during the call.
 func exitStatus(pidfd *os.File) syscall.WaitStatus {
 	c, err := pidfd.SyscallConn()
 	if err != nil {
@@ -356,15 +356,14 @@ func (d *Driver) Reap(ctx context.Context, st vmm.State) error {
 	return removeSocket(st.Socket)
 }
 
-// endings are the machines that are being ended. None of them is confined: the
-// kernel takes a dying process into a control group without a word, and nobody
-// would remove the group.
+// endings tracks machines that are being ended. Confine must leave them alone, because the
+// kernel accepts a dying process in a new control group, which nobody would remove.
 type endings struct {
-	mu sync.Mutex // held for some writes to files of control groups at most
+	mu sync.Mutex // held for a few system calls only
 	of map[uuid.UUID]int
 }
 
-// begin marks a machine as being ended until done is called.
+// begin marks a machine as being ended until the caller calls done.
 func (e *endings) begin(machine uuid.UUID) (done func()) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -381,9 +380,9 @@ func (e *endings) begin(machine uuid.UUID) (done func()) {
 	}
 }
 
-// end kills the process that st names, and all that is in its group: an agent
-// that was killed may not have recorded the one, and other software may have
-// moved it out of the other.
+// end kills the process that st names and all processes in its group. It does both, because
+// a killed agent may not have recorded the process, and other software may have moved it out
+// of the group.
 func (e *endings) end(ctx context.Context, st vmm.State, bootID string) error {
 	defer e.begin(st.ID)()
 	pidfd, err := openProcess(st, bootID)
@@ -413,8 +412,8 @@ func (e *endings) end(ctx context.Context, st vmm.State, bootID string) error {
 	return nil
 }
 
-// hasEnded reports whether the process behind a pidfd has ended. It has if the file is
-// closed: whoever waits for the end closes it then.
+// hasEnded reports whether the process behind a pidfd has ended. A closed file means that it
+// has, because Attach's goroutine closes it then.
 func hasEnded(pidfd *os.File) (ended bool) {
 	c, err := pidfd.SyscallConn()
 	if err != nil {
@@ -436,7 +435,7 @@ func (d *Driver) Confine(st vmm.State, s vmm.Spec) (repaired bool, err error) {
 	if err != nil {
 		return false, fmt.Errorf("confine QEMU: %w", err)
 	}
-	defer pidfd.Close() // the pid is of no other process until then, even after its end
+	defer pidfd.Close() // the pidfd keeps the pid from being reused
 	d.endings.mu.Lock()
 	defer d.endings.mu.Unlock()
 	if d.endings.of[st.ID] > 0 || hasEnded(pidfd) {

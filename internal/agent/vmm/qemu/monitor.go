@@ -6,10 +6,10 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 )
 
-// monitor implements vmm.Monitor: QEMU with an accelerator.
+// monitor implements vmm.Monitor for QEMU with an accelerator.
 type monitor struct{ accel string }
 
-// Monitors returns QEMU with each accelerator, the faster one first.
+// Monitors returns a monitor for each accelerator, the faster one first.
 func Monitors() []vmm.Monitor { return []vmm.Monitor{monitor{KVM}, monitor{TCG}} }
 
 // Name implements vmm.Monitor.
@@ -18,7 +18,7 @@ func (monitor) Name() string { return name }
 // Accelerator implements vmm.Monitor.
 func (m monitor) Accelerator() string { return m.accel }
 
-// Works implements vmm.Monitor. Emulation needs nothing of the host.
+// Works implements vmm.Monitor. Emulation works on every host.
 func (m monitor) Works(ctx context.Context, c vmm.Config, again bool) error {
 	if m.accel != KVM {
 		return nil
@@ -34,7 +34,7 @@ func (m monitor) Works(ctx context.Context, c vmm.Config, again bool) error {
 func (m monitor) Open(c vmm.Config) (vmm.Driver, error) {
 	d, err := Open(m.accel, c)
 	if err != nil {
-		return nil, err // not a nil *Driver
+		return nil, err // not d, because a nil *Driver is not a nil interface
 	}
 	return d, nil
 }

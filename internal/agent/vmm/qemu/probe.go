@@ -19,39 +19,38 @@ import (
 )
 
 const (
-	// probeStall is how long a probe's guest may print nothing (10 s). A kernel
-	// that KVM cannot run prints nothing at all; a slow one keeps printing.
+	// probeStall is the time without output after which a probe gives up. A kernel that KVM
+	// cannot run prints nothing, while a slow one keeps printing.
 	probeStall = 10 * time.Second
-	// probeTimeout bounds a whole probe (60 s).
+	// probeTimeout bounds a whole probe.
 	probeTimeout = 60 * time.Second
-	// probeInterval is how often the guest's console is read: QEMU sends no
+	// probeInterval is the time between two reads of the guest's console, because QEMU has no
 	// event for new output.
 	probeInterval = 200 * time.Millisecond
 )
 
-// probeMarker is what the initrd prints when a kernel has reached user space.
+// probeMarker is the initrd's output when the kernel has reached user space.
 const probeMarker = "wrenn-init:"
 
 // probeUID is the user that a probe's QEMU runs as.
 const probeUID = 1_999_999
 
-// verdict is the outcome of a probe and the host that it holds for.
+// verdict is the result of a probe, with the key for which it is valid.
 type verdict struct {
 	Key string `json:"key"`
-	Why string `json:"why"` // why KVM does not work; empty: it works
+	Why string `json:"why"` // why KVM does not work (empty: it works)
 }
 
-// brokenError is a reason against KVM that QEMU or the guest reported, so it
-// holds until the host, QEMU or the kernel changes. A time-out is none.
+// brokenError is a reason against KVM that QEMU or the guest reported, unlike a timeout. It
+// stays valid until the host, QEMU or the kernel changes.
 type brokenError struct{ err error }
 
 func (e brokenError) Error() string { return e.err.Error() }
 func (e brokenError) Unwrap() error { return e.err }
 
-// KVMWorks reports whether a kernel boots under KVM, as nil or the reason why
-// not: a host can have /dev/kvm and still be unable to boot one. c.Dir keeps the
-// answer until the host boots again or QEMU or the kernel changes; an answer
-// that is there is used.
+// KVMWorks returns nil if a kernel boots under KVM, or the reason why not. A host can have
+// /dev/kvm and still be unable to boot one. KVMWorks keeps the result in c.Dir, and uses it
+// again until the host reboots or QEMU or the kernel changes.
 func KVMWorks(ctx context.Context, c vmm.Config) error {
 	if err := haveKVM(); err != nil {
 		return err
@@ -69,8 +68,8 @@ func KVMWorks(ctx context.Context, c vmm.Config) error {
 	return probeKVM(ctx, c)
 }
 
-// probeKVM is [KVMWorks], but boots a kernel even if the answer is known, and
-// replaces it. It forgets an answer that it could neither confirm nor refute.
+// probeKVM is [KVMWorks] without using an earlier result. It replaces that result, or removes
+// it if the probe is inconclusive.
 func probeKVM(ctx context.Context, c vmm.Config) error {
 	if err := haveKVM(); err != nil {
 		return err
@@ -106,8 +105,8 @@ func readVerdict(dir string) (v verdict, err error) {
 	return v, json.Unmarshal(b, &v)
 }
 
-// remember keeps what a probe found out. A probe that was merely too slow, or
-// failed for a reason of its own, found out nothing.
+// remember stores the result of a probe. If the probe was inconclusive, because it was too
+// slow or failed itself, remember removes the stored result.
 func remember(dir, key string, why error) error {
 	v := verdict{Key: key}
 	if why != nil {
@@ -127,7 +126,7 @@ func remember(dir, key string, why error) error {
 	return os.WriteFile(verdictFile(dir), b, 0o600)
 }
 
-// probeKey changes when the answer may.
+// probeKey returns a key that changes whenever the result of a probe may change.
 func probeKey(kernel, initrd string) (string, error) {
 	key, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
@@ -143,8 +142,7 @@ func probeKey(kernel, initrd string) (string, error) {
 	return string(key), nil
 }
 
-// bootKVM boots a machine without a disk, whose guest says so when it reaches
-// user space.
+// bootKVM boots a machine without a disk, and waits until its guest prints probeMarker.
 func bootKVM(ctx context.Context, c vmm.Config) (err error) {
 	tmp, err := os.MkdirTemp(c.Dir, "probe-")
 	if err != nil {
@@ -166,7 +164,7 @@ func bootKVM(ctx context.Context, c vmm.Config) (err error) {
 	if err != nil {
 		var said complaintError
 		if deadline.Err() == nil && !errors.Is(err, context.DeadlineExceeded) && errors.As(err, &said) {
-			return brokenError{fmt.Errorf("KVM is there, but no machine starts with it: %s", strings.Join(strings.Fields(said.Error()), " "))}
+			return brokenError{fmt.Errorf("KVM is available, but no machine starts with it: %s", strings.Join(strings.Fields(said.Error()), " "))}
 		}
 		return err
 	}
@@ -178,7 +176,7 @@ func bootKVM(ctx context.Context, c vmm.Config) (err error) {
 	return awaitUserSpace(deadline, vm.(*machine))
 }
 
-// awaitUserSpace returns nil when the guest has reached user space.
+// awaitUserSpace waits until the guest has reached user space.
 func awaitUserSpace(ctx context.Context, m *machine) error {
 	tick := time.NewTicker(probeInterval)
 	defer tick.Stop()
@@ -186,7 +184,7 @@ func awaitUserSpace(ctx context.Context, m *machine) error {
 	for {
 		ended := false
 		select {
-		case <-m.Done(): // without a disk the guest reboots, which ends the machine
+		case <-m.Done(): // without a disk, the guest reboots in the end, which ends the machine
 			ended = true
 		case <-tick.C:
 		case <-ctx.Done():
@@ -201,12 +199,12 @@ func awaitUserSpace(ctx context.Context, m *machine) error {
 		}
 		if ended {
 			if err := m.reported(); err != nil {
-				return brokenError{fmt.Errorf("KVM is there, but a kernel does not reach user space: %w", err)}
+				return brokenError{fmt.Errorf("KVM is available, but a kernel does not reach user space: %w", err)}
 			}
 			return m.Err()
 		}
 		if status, err := m.status(ctx); err == nil && status == stateInternalError {
-			return brokenError{errors.New("KVM is there, but cannot run a kernel (QEMU stopped with an internal error)")}
+			return brokenError{errors.New("KVM is available, but cannot run a kernel (QEMU stopped with an internal error)")}
 		}
 		if len(console) > printed {
 			printed, at = len(console), time.Now()

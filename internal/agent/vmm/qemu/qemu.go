@@ -1,9 +1,8 @@
-// Package qemu runs virtual machines with QEMU, on KVM where that works and
-// by emulation elsewhere.
+// Package qemu runs virtual machines with QEMU, with KVM or by emulation.
 //
-// Each QEMU is a process that owns nothing: it runs in its sandbox's network
-// namespace, in a jail, as a user of its own without capabilities, and is
-// handed every file it needs as an open descriptor.
+// Each QEMU is a process without rights: it runs in its sandbox's network namespace, in a
+// jail, as a user of its own without capabilities, and receives every file that it needs as
+// an open descriptor.
 package qemu
 
 import (
@@ -39,23 +38,22 @@ const (
 	TCG = vmm.TCG
 )
 
-// name is the driver's.
+// name is the name of the driver.
 const name = "qemu"
 
 const (
-	// overheadBytes is what QEMU takes beside the guest's memory: its own code
-	// and heap, block and network buffers.
+	// overheadBytes is the memory that QEMU needs besides the guest's, for code, heap, and
+	// buffers of disks and network.
 	overheadBytes = 192 << 20
-	// translationMiB bounds what TCG keeps of translated code; it takes about
-	// as much again to find its way in it.
+	// translationMiB bounds TCG's cache of translated code. TCG needs about as much again to
+	// manage it.
 	translationMiB = 64
-	// maxFiles bounds QEMU's descriptors: a few for each layer of the disk.
+	// maxFiles bounds QEMU's descriptors. It needs a few for each layer of the disk.
 	maxFiles = 1024
-	// maxThreads bounds QEMU's threads: processors, input and output, and the
-	// pool that does blocking file operations.
+	// maxThreads bounds QEMU's threads for input, output and blocking file operations.
 	maxThreads = 96
 	socketName = "qmp.sock"
-	// startTimeout bounds the time from QEMU's start to its first answer (30 s).
+	// startTimeout bounds the time from QEMU's start to its first response.
 	startTimeout = 30 * time.Second
 )
 
@@ -64,14 +62,13 @@ type Driver struct {
 	accel  string
 	jail   *cell
 	bootID string
-	tscKHz int // of an emulated guest's time stamp counter
+	tscKHz int // rate of an emulated guest's time stamp counter
 	about
 	host      string    // digest of the host's processor
-	processor processor // of guests that boot
-	// launcher starts QEMU with the limits that a process must set for itself.
+	processor processor // the processor of booting guests
+	// launcher starts QEMU with limits that a process can only set for itself.
 	launcher *launcher.Launcher
-	// standIn is not empty in tests that run this program in QEMU's place, with
-	// this as its last argument.
+	// standIn is set by tests that run this program instead of QEMU. It is the last argument.
 	standIn string
 	// starts bounds the time from QEMU's start until its machine is ready.
 	starts time.Duration
@@ -80,8 +77,8 @@ type Driver struct {
 	log     *slog.Logger
 }
 
-// Open returns a driver for QEMU, which runs guests with accel: [KVM] or [TCG]. It does not
-// try whether a guest boots: [KVMWorks] does.
+// Open returns a driver for QEMU with the accelerator [KVM] or [TCG]. It does not check
+// whether a guest boots; see [KVMWorks].
 func Open(accel string, c vmm.Config) (*Driver, error) {
 	if accel != KVM && accel != TCG {
 		return nil, fmt.Errorf("open QEMU driver: unknown accelerator %q", accel)
@@ -143,13 +140,12 @@ func (d *Driver) Close() error {
 	return errors.Join(d.launcher.Close(), d.jail.close(), cgroup.RemoveParent())
 }
 
-// limits are what a machine's process may take.
+// limits returns the limits of a machine's control group.
 func (d *Driver) limits(s vmm.Spec) cgroup.Limits {
 	l := cgroup.Limits{
-		// Twice: where the guest first touches a hole of the file that its
-		// memory is mapped from, the kernel fills the hole with a page of zeros,
-		// and where it writes it makes the guest's own copy besides. Both count
-		// as this process's, though the former is shared by all that map the file.
+		// Twice the guest's memory: when the guest touches a hole of the mapped file, the
+		// kernel fills the hole with a page, and when it writes, the kernel copies that page.
+		// Both count for this group, although all machines share the former.
 		MemoryBytes: 2*int64(s.MemoryMiB)<<20 + overheadBytes,
 		CPUs:        float64(s.VCPUs),
 		PIDs:        int64(maxThreads + s.VCPUs),
@@ -157,7 +153,7 @@ func (d *Driver) limits(s vmm.Spec) cgroup.Limits {
 	}
 	if d.accel == TCG {
 		l.MemoryBytes += 2 * translationMiB << 20
-		l.CPUs++ // its own work is done on other threads than the guest's
+		l.CPUs++ // for QEMU's threads besides those of the guest's processors
 	}
 	return l
 }
@@ -180,9 +176,9 @@ func (d *Driver) Start(ctx context.Context, s vmm.Spec) (vmm.VM, error) {
 	return vm, nil
 }
 
-// launch starts a QEMU of the model with the processor. QEMU maps its guest's memory
-// from ram, and reads the state of its devices from incoming unless that is nil.
-// launch returns once ready has, and leaves nothing if it fails.
+// launch starts a QEMU with the model and the processor. QEMU maps ram as its guest's memory
+// and, unless incoming is nil, reads the state of its devices from there. launch calls ready
+// when QEMU accepts commands. After an error, nothing is left.
 func (d *Driver) launch(ctx context.Context, s vmm.Spec, as model, cpu processor, ram, incoming *os.File, ready func(context.Context, *machine) error) (_ *machine, err error) {
 	var undo []func() error
 	defer func() {
@@ -195,7 +191,7 @@ func (d *Driver) launch(ctx context.Context, s vmm.Spec, as model, cpu processor
 	}()
 
 	if s.Overlay != "" && s.DiskBytes <= 0 {
-		return nil, errors.New("the disk's size is not known")
+		return nil, errors.New("the size of the disk is not set")
 	}
 	memoryBytes := int64(s.MemoryMiB) << 20
 	mapped, err := checkMemory(ram, memoryBytes)
@@ -281,19 +277,19 @@ func closedToCancel(done <-chan struct{}, cancel func()) (stop func()) {
 	return func() { close(stopped) }
 }
 
-// handed collects the files that a QEMU inherits.
+// handed collects the files that a QEMU inherits as descriptors.
 type handed struct {
 	files  []*os.File
 	opened []*os.File
 }
 
-// add hands over f, which stays its owner's, and returns its number in QEMU.
+// add adds f and returns its number in QEMU. The caller still owns f.
 func (h *handed) add(f *os.File) int {
 	h.files = append(h.files, f)
 	return 2 + len(h.files)
 }
 
-// open opens a file, hands it over and returns its number in QEMU.
+// open opens a file, adds it and returns its number in QEMU.
 func (h *handed) open(name string, flag int) (int, error) {
 	f, err := os.OpenFile(name, flag|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -309,36 +305,35 @@ func (h *handed) close() {
 	}
 }
 
-// arguments are QEMU's, with the files that they speak of in h.
+// arguments returns QEMU's arguments, and adds the files that they refer to, to h.
 //
-// What the guest sees of the machine must be the same when it is restored from
-// incoming as when it was started: whoever changes that adds a [model].
+// A restored guest must see the same hardware as before. To change what guests see, add a
+// [model].
 func (d *Driver) arguments(s vmm.Spec, as model, cpu processor, control, ram, incoming *os.File, h *handed) ([]string, error) {
 	if incoming != nil {
-		h.add(incoming) // the first, as incomingFD
+		h.add(incoming) // first, so that it is incomingFD
 	}
 	args := []string{
 		"-name", "wrenn-" + s.ID.String(),
 		"-nodefaults", "-no-user-config", "-display", "none",
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-		"-S", // nothing of the guest's runs before it is in all its bounds
-		// Merging equal pages (mem-merge) would tell guests of one another, and a core
-		// dump would contain the guest's memory (dump-guest-core).
+		"-S", // the guest must not run before all its limits apply
+		// mem-merge=off, because merged pages let guests spy on one another.
+		// dump-guest-core=off keeps the guest's memory out of core dumps.
 		"-machine", "microvm,x-option-roms=off,rtc=on,isa-serial=on,memory-backend=ram,mem-merge=off,dump-guest-core=off" + as.machine,
-		// Named, as newer ones have SeaBIOS for this machine, which starts no
-		// kernel without an option ROM.
+		// Newer QEMUs default to SeaBIOS, which does not start a kernel without an option ROM.
 		"-bios", "qboot.rom",
 		"-accel", as.accel, "-cpu", as.cpuOption(cpu),
 		"-smp", processors(as, s.VCPUs), "-m", fmt.Sprintf("%dM", s.MemoryMiB),
 		"-object", fmt.Sprintf("memory-backend-file,id=ram,size=%dM,share=off,mem-path=/proc/self/fd/%d", s.MemoryMiB, h.add(ram)),
-		// A guest that ends, by a panic too, is held until its console was read.
+		// QEMU keeps a guest that ends, also by a panic, until watch has read its console.
 		"-action", "reboot=shutdown,shutdown=pause",
 		"-chardev", fmt.Sprintf("socket,id=control,fd=%d,server=on,wait=off", h.add(control)), "-mon", "chardev=control,mode=control",
 		"-chardev", fmt.Sprintf("ringbuf,id=console,size=%d", consoleBytes), "-serial", "chardev:console",
 		"-object", "rng-builtin,id=rng", "-device", "virtio-rng-device,rng=rng",
 	}
 	if incoming != nil {
-		// The kernel is in the guest's memory already.
+		// No kernel, because the guest's memory has it already.
 		args = append(args, "-incoming", "defer", "-global", "migration.send-configuration=off")
 	} else {
 		kernel, err := h.open(s.Kernel, os.O_RDONLY)
@@ -351,8 +346,7 @@ func (d *Driver) arguments(s vmm.Spec, as model, cpu processor, control, ram, in
 		}
 		cmdline := s.Cmdline
 		if d.accel == TCG {
-			// What a kernel does against speculation protects nothing where its
-			// code is translated to other code, and costs.
+			// Mitigations of speculation cost time, and do not protect translated code.
 			cmdline += fmt.Sprintf(" tsc_early_khz=%d mitigations=off possible_cpus=%d", d.tscKHz, s.VCPUs)
 		}
 		args = append(args,
@@ -373,11 +367,10 @@ func (d *Driver) arguments(s vmm.Spec, as model, cpu processor, control, ram, in
 	return args, nil
 }
 
-// processors is the value of -smp. Where QEMU translates code for a machine that
-// can never have a second processor, it leaves the guest's memory barriers out,
-// although its own threads read and write the queues of virtio devices at the
-// same time: then a notification can be lost, and the device stands still for
-// good. So an emulated machine has room for a second one, which it never gets.
+// processors returns the value of -smp. If an emulated machine cannot have a second
+// processor, QEMU leaves out the guest's memory barriers. But its own threads access the
+// queues of virtio devices concurrently, so a notification can get lost, which stops the
+// device for good. So an emulated machine has room for a second processor.
 func processors(as model, n int) string {
 	if strings.HasPrefix(as.accel, TCG) {
 		return fmt.Sprintf("%d,maxcpus=%d", n, max(n, 2))
@@ -385,7 +378,7 @@ func processors(as model, n int) string {
 	return strconv.Itoa(n)
 }
 
-// exec starts QEMU in its bounds.
+// exec starts QEMU in its jail, with its limits.
 func (d *Driver) exec(s vmm.Spec, group cgroup.Group, args []string, files []*os.File, stderr *os.File) (*exec.Cmd, error) {
 	groupDir, err := group.Open()
 	if err != nil {
@@ -401,19 +394,19 @@ func (d *Driver) exec(s vmm.Spec, group cgroup.Group, args []string, files []*os
 	d.launcher.Wrap(cmd, launcher.Limits{FileBytes: fileBytes(s.DiskBytes), Files: maxFiles, Tasks: uint64(d.limits(s).PIDs)})
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Credential: &syscall.Credential{Uid: uint32(s.UID), Gid: uint32(s.UID)},
-		Setsid:     true, // it outlives the agent
+		Setsid:     true, // so that it outlives the agent
 		Cloneflags: unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWPID,
 	}
 	if groupDir != nil {
 		defer groupDir.Close()
 		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(groupDir.Fd())
 	}
-	// What this process was itself started with is not for a guest's QEMU.
+	// QEMU must not inherit descriptors that this process inherited.
 	if err := unix.CloseRange(3, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		return nil, fmt.Errorf("keep descriptors from QEMU: %w", err)
 	}
 	if err := d.jail.do(s.NetNS, group, cmd.Start); err != nil {
-		if cmd.Process != nil { // it runs, but not where it should
+		if cmd.Process != nil { // it runs, but the thread could not leave its namespace or group
 			_ = cmd.Process.Kill()
 			_ = cmd.Wait()
 		}
@@ -422,12 +415,12 @@ func (d *Driver) exec(s vmm.Spec, group cgroup.Group, args []string, files []*os
 	return cmd, nil
 }
 
-// fileBytes bounds a file that a machine with such a disk writes: an overlay with all
-// of the disk, qcow2's tables and some to spare.
+// fileBytes returns the maximum size of a file that a machine with such a disk writes: an
+// overlay with the whole disk, qcow2's tables and a margin.
 func fileBytes(disk int64) int64 { return disk + disk>>8 + 64<<20 }
 
-// listen makes the control socket, which only root may connect to, and
-// returns its descriptor. The path may be longer than a socket's address.
+// listen makes the control socket, to which only root can connect, and returns its
+// descriptor. The path may be longer than a socket's address.
 func listen(path string) (*os.File, error) {
 	dir, err := unix.Open(filepath.Dir(path), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -453,7 +446,7 @@ func removeSocket(path string) error {
 	return nil
 }
 
-// memfd makes a file in memory. What a QEMU writes to it counts as its memory.
+// memfd makes a file in memory. What QEMU writes to it counts as QEMU's memory.
 func memfd(name string) (*os.File, error) {
 	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
 	if err != nil {
@@ -465,7 +458,7 @@ func memfd(name string) (*os.File, error) {
 // complaintError is the end of what QEMU wrote to its standard error.
 type complaintError string
 
-func (e complaintError) Error() string { return "QEMU says: " + string(e) }
+func (e complaintError) Error() string { return "QEMU's error output: " + string(e) }
 
 // complaint returns a [complaintError], or nil if QEMU wrote nothing.
 func complaint(stderr *os.File) error {
@@ -485,8 +478,8 @@ func complaint(stderr *os.File) error {
 	return nil
 }
 
-// startTime is when a process was started, in clock ticks since the host's
-// boot: field 22 of /proc/PID/stat (proc(5)).
+// startTime returns the start time of a process in clock ticks since the host's boot: field
+// 22 of /proc/PID/stat (proc(5)).
 func startTime(pid int) (uint64, error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
@@ -496,7 +489,7 @@ func startTime(pid int) (uint64, error) {
 }
 
 func parseStartTime(stat string) (uint64, error) {
-	// The second field is a name in parentheses, which may hold anything.
+	// The second field is a name in parentheses, which may contain anything.
 	i := strings.LastIndexByte(stat, ')')
 	if i < 0 {
 		return 0, errors.New("read start time of process: no name")

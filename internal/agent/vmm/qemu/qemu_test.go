@@ -25,7 +25,7 @@ var subject = vmmtest.Subject{
 		"forbidden call": {New: opener(forbidden), Starts: true},
 	},
 	Forget:    func(vm vmm.VM) { _ = vm.(*machine).qmp.Close() },
-	Complains: "QEMU says",
+	Complains: "QEMU's error output",
 	// The guest's own reason, not "host-qmp-quit", which is the driver's way to end QEMU.
 	Rebooted: "the guest shut down (guest-reset)",
 	Devices:  checkDevices,

@@ -17,30 +17,28 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 )
 
-// A guest's memory is a private mapping, in QEMU's process, of a file that
-// nobody can write to. Pages that the guest only reads are the file's, and
-// shared by all that map it; a page that it writes to becomes its own: in the
-// kernel's words anonymous. So those that changed need no dirty log, no second
-// copy and no help from QEMU: they are the anonymous ones.
+// A guest's memory is a private mapping, in QEMU's process, of a file that nobody can write
+// to. All machines that map the file share the pages that they only read. When a guest
+// writes to a page, the kernel gives it an anonymous copy. So the changed pages are exactly
+// the anonymous ones, and need neither a dirty log nor help from QEMU.
 //
-// A machine that is restored has anonymous pages from the beginning, those that
-// differ from the file. Where the kernel has soft-dirty bits (its
-// Documentation/admin-guide/mm/soft-dirty.rst; Debian's has) they tell which of
-// them were written to since; where it has none all of them may have been.
+// A restored machine begins with anonymous pages, which differ from the file. If the kernel
+// has soft-dirty bits (its Documentation/admin-guide/mm/soft-dirty.rst; Debian's kernel has
+// them), they show which of these pages the guest has written to since. Otherwise it may
+// have written to all.
 
-// seals keep a memory's file as it is, even from those who open it for
-// writing. That is why QEMU, which insists on doing that, may.
+// seals make a memory's file immutable, even for QEMU, which insists on opening it for
+// writing.
 const seals = unix.F_SEAL_WRITE | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_SEAL
 
 const (
-	// mapChunk is for how many pages the kernel is asked at a time.
+	// mapChunk is the number of pages whose entries are read from the pagemap at a time.
 	mapChunk = 64 << 10
-	// runPages is how many pages are copied at a time.
+	// runPages is the number of pages that are copied at a time.
 	runPages = 256
 )
 
-// emptyMemory makes the file that the memory of a machine which boots is
-// mapped from: it reads as zeros.
+// emptyMemory makes the file of zeros that a booting machine maps as its memory.
 func emptyMemory(bytes int64) (*os.File, error) {
 	fd, err := unix.MemfdCreate("ram", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
 	if err != nil {
@@ -57,21 +55,22 @@ func emptyMemory(bytes int64) (*os.File, error) {
 	return f, nil
 }
 
-// checkMemory refuses a file that is not bytes long or that could change.
+// checkMemory returns an error for a file that does not have the given length or is not
+// sealed.
 func checkMemory(f *os.File, bytes int64) (*unix.Stat_t, error) {
 	var st unix.Stat_t
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-		return nil, fmt.Errorf("memory: %w", err)
+		return nil, fmt.Errorf("check memory file: %w", err)
 	}
 	if st.Size != bytes {
-		return nil, fmt.Errorf("memory: its file has %d bytes, the machine %d", st.Size, bytes)
+		return nil, fmt.Errorf("memory file has %d bytes, but the machine %d", st.Size, bytes)
 	}
 	got, err := unix.FcntlInt(f.Fd(), unix.F_GET_SEALS, 0)
 	if err != nil {
-		return nil, fmt.Errorf("memory: its file has no seals: %w", err)
+		return nil, fmt.Errorf("memory file cannot be sealed: %w", err)
 	}
 	if got&seals != seals {
-		return nil, errors.New("memory: its file is not sealed: a virtual machine could change it under all others")
+		return nil, errors.New("memory file is not sealed, so one VM could modify it for all others")
 	}
 	return &st, nil
 }
@@ -80,14 +79,14 @@ func checkMemory(f *os.File, bytes int64) (*unix.Stat_t, error) {
 type ram struct {
 	start   int64 // its address there
 	blocks  uint64
-	tracked bool // what was not written to since [ram.track] is not marked
+	tracked bool // only pages written to since [ram.track] are soft-dirty
 	pagemap *os.File
 	mem     *os.File
-	refs    *os.File // nil: only read
+	refs    *os.File // nil: read-only
 }
 
-// openRAM finds the guest's memory in the process that st names. A QEMU that
-// its guest has taken over may have moved it: then there is none.
+// openRAM opens the guest's memory in the process that st names. It fails if a QEMU that its
+// guest has taken over has moved the mapping.
 func openRAM(st vmm.State, flag int) (_ *ram, err error) {
 	proc := fmt.Sprintf("/proc/%d/", st.PID)
 	maps, err := os.Open(proc + "maps")
@@ -112,7 +111,7 @@ func openRAM(st vmm.State, flag int) (_ *ram, err error) {
 			return nil, err
 		}
 	}
-	// Asked after all were opened, so that they are of this process.
+	// After all files are open, so that they belong to this process.
 	if start, err := startTime(st.PID); err != nil || start != st.StartTime {
 		return nil, vmm.ErrGone
 	}
@@ -128,9 +127,9 @@ func (r *ram) close() {
 	}
 }
 
-// findMapping returns the address of the one mapping, in the format of
-// /proc/PID/maps (proc(5)), that is private, writable, and of the whole of the
-// memory's file and no more.
+// findMapping returns the address of the mapping of the memory's file, from /proc/PID/maps
+// (proc(5)). It fails unless there is exactly one, which is private, writable and covers the
+// whole file.
 func findMapping(maps io.Reader, st vmm.State) (start int64, err error) {
 	found := false
 	s := bufio.NewScanner(maps)
@@ -155,7 +154,7 @@ func findMapping(maps io.Reader, st vmm.State) (start int64, err error) {
 			return 0, fmt.Errorf("find memory: %w", err)
 		}
 		if found || f[1] != "rw-p" || offset != 0 || end-first != st.MemoryBytes {
-			return 0, fmt.Errorf("find memory: QEMU does not map it as it should: %s", s.Text())
+			return 0, fmt.Errorf("find memory: QEMU has an unexpected mapping: %s", s.Text())
 		}
 		start, found = first, true
 	}
@@ -168,15 +167,15 @@ func findMapping(maps io.Reader, st vmm.State) (start int64, err error) {
 	return start, nil
 }
 
-// changed tells of an entry of /proc/PID/pagemap whether the page is the
-// process's own (Linux's Documentation/admin-guide/mm/pagemap.rst).
+// changed reports whether an entry of /proc/PID/pagemap (Linux's
+// Documentation/admin-guide/mm/pagemap.rst) is for an anonymous page.
 func changed(entry uint64) bool {
 	const present, swapped, file = 1 << 63, 1 << 62, 1 << 61
 	return entry&(present|swapped) != 0 && entry&file == 0
 }
 
-// softDirty is set in an entry of /proc/PID/pagemap for what was written to
-// since it was cleared, and for all of a mapping that was made since.
+// softDirty is the bit of an entry of /proc/PID/pagemap for pages written to, and mappings
+// made, since the bits were cleared.
 const softDirty = 1 << 55
 
 // TracksMemory implements vmm.Driver.
@@ -197,15 +196,15 @@ func (d *Driver) TracksMemory() bool {
 	return err == nil && binary.NativeEndian.Uint64(entry[:])&softDirty != 0
 }
 
-// track has the kernel mark what is written to from now on, and tells whether
-// it does. The process stands still.
+// track clears the soft-dirty bits, so that the kernel marks pages written to from now on.
+// It reports whether the kernel supports that. The guest must not run.
 func (r *ram) track() (bool, error) {
 	marked := func() (bool, error) {
 		var entry [8]byte
 		_, err := r.pagemap.ReadAt(entry[:], r.start/memory.BlockSize*8)
 		return binary.NativeEndian.Uint64(entry[:])&softDirty != 0, err
 	}
-	// All of a new mapping is marked, by a kernel that does mark.
+	// A kernel with soft-dirty bits has marked the whole new mapping.
 	if can, err := marked(); err != nil || !can {
 		return false, err
 	}
@@ -216,8 +215,7 @@ func (r *ram) track() (bool, error) {
 	return !still, err
 }
 
-// pages yields the pages that are no longer the file's; those of them that
-// were written to since, where that is known.
+// pages yields the anonymous pages or, if tracked, those written to since track.
 func (r *ram) pages(yield func(memory.Page, error) bool) {
 	fail := func(err error) { yield(memory.Page{}, fmt.Errorf("read memory: %w", err)) }
 	entries := make([]byte, 8*mapChunk)
@@ -256,10 +254,10 @@ func (r *ram) pages(yield func(memory.Page, error) bool) {
 	}
 }
 
-// write lays pages over the memory.
+// write writes pages to the memory.
 func (r *ram) write(pages memory.Pages) error {
 	run := make([]byte, 0, runPages*memory.BlockSize)
-	var first, next uint64 // of the pages in run, and after them
+	var first, next uint64 // block of the first page in run, and of the one after the last
 	flush := func() error {
 		if len(run) == 0 {
 			return nil
@@ -273,7 +271,7 @@ func (r *ram) write(pages memory.Pages) error {
 			return err
 		}
 		if p.Block >= r.blocks || len(p.Data) != memory.BlockSize {
-			return fmt.Errorf("write memory: page %d of %d bytes in a memory of %d pages", p.Block, len(p.Data), r.blocks)
+			return fmt.Errorf("write memory: invalid page %d with %d bytes, of %d pages", p.Block, len(p.Data), r.blocks)
 		}
 		if p.Block != next || len(run) == cap(run) {
 			if err := flush(); err != nil {

@@ -12,15 +12,15 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qmp"
 )
 
-// incomingFD is the number that a QEMU which is restored has for the pipe with
-// its devices' state.
+// incomingFD is the descriptor, in a restored QEMU, of the pipe with the state of its
+// devices.
 const incomingFD = 3
 
 // Restore implements vmm.Driver.
 func (d *Driver) Restore(ctx context.Context, s vmm.Spec, from vmm.Saved) (vmm.VM, error) {
 	fail := func(err error) (vmm.VM, error) { return nil, fmt.Errorf("restore QEMU: %w", err) }
 	if len(from.Devices) == 0 {
-		return fail(errors.New("there is no state of devices")) // QEMU would wait for it
+		return fail(errors.New("the state of devices is empty")) // QEMU would wait for it
 	}
 	as, cpu, err := d.model(cmp.Or(from.Kind, d.Kind(false)))
 	if err != nil {
@@ -30,10 +30,10 @@ func (d *Driver) Restore(ctx context.Context, s vmm.Spec, from vmm.Saved) (vmm.V
 	if as.repaired {
 		var lost int
 		if devices, lost = redeliver(devices); lost > 0 {
-			d.log.Warn("the saved machine had lost the end of an interrupt, which is delivered again", "sandbox", s.ID, "interrupts", lost)
+			d.log.Warn("the saved machine lost the end of an interrupt; delivering the interrupt again", "sandbox", s.ID, "interrupts", lost)
 		}
 	}
-	// A pipe: of what a migration may come from, all versions take that.
+	// A pipe, because all versions of QEMU can read a migration from one.
 	r, w, err := os.Pipe()
 	if err != nil {
 		return fail(err)
@@ -41,8 +41,8 @@ func (d *Driver) Restore(ctx context.Context, s vmm.Spec, from vmm.Saved) (vmm.V
 	defer r.Close()
 	defer w.Close()
 	vm, err := d.launch(ctx, s, as, cpu, from.Memory, r, func(ctx context.Context, m *machine) error {
-		// The memory first: the devices look at it as they are restored, and
-		// a machine that has its devices is taken for one that has all.
+		// The memory first, because devices read it when they are restored, and Attach takes
+		// a machine with its devices for a complete one.
 		if err := m.restoreMemory(from); err != nil {
 			return err
 		}
@@ -71,8 +71,8 @@ func (m *machine) restoreMemory(from vmm.Saved) error {
 	return nil
 }
 
-// restoreDevices writes state to w, the other end of the pipe that QEMU was
-// handed as incoming, and waits until QEMU has taken it.
+// restoreDevices writes state to w, the other end of QEMU's incoming pipe, and waits until
+// QEMU has restored it.
 func (m *machine) restoreDevices(ctx context.Context, state []byte, w *os.File) error {
 	events := object{"capabilities": []object{{"capability": "events", "state": true}}}
 	if err := m.qmp.Execute(ctx, "migrate-set-capabilities", events, nil); err != nil {
@@ -108,7 +108,7 @@ func (m *machine) restoreDevices(ctx context.Context, state []byte, w *os.File) 
 			case "completed":
 				return m.restored(ctx)
 			case "failed":
-				return errors.New("restore devices: QEMU does not take their state")
+				return errors.New("restore devices: QEMU rejected their state")
 			}
 		case <-ctx.Done():
 			return fmt.Errorf("restore devices: %w", ctx.Err())
@@ -116,14 +116,14 @@ func (m *machine) restoreDevices(ctx context.Context, state []byte, w *os.File) 
 	}
 }
 
-// restored checks that a machine which has all its state is held.
+// restored checks that a machine is held after its restore.
 func (m *machine) restored(ctx context.Context) error {
 	status, err := m.status(ctx)
 	if err != nil {
 		return err
 	}
 	if status != statePaused {
-		return fmt.Errorf("restore devices: the machine is %q", status)
+		return fmt.Errorf("restore devices: the machine's state is %q", status)
 	}
 	return nil
 }

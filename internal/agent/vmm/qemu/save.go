@@ -12,32 +12,32 @@ import (
 )
 
 const (
-	// maxDevices bounds the state of a machine's devices, in bytes: it has a
-	// few kilobytes, and comes from a QEMU that may be its guest's.
+	// maxDevices bounds the state of a machine's devices, in bytes. It needs a few kilobytes,
+	// but the guest may have taken over QEMU.
 	maxDevices = 16 << 20
-	// commandTimeout bounds a command that changes what QEMU does. It is not
-	// ended half-way when whoever asked for it goes away.
+	// commandTimeout bounds a command that changes QEMU's state. Such a command does not end
+	// with its caller's context.
 	commandTimeout = 30 * time.Second
-	// devicesFD is what the descriptor that devices are written to is for.
+	// devicesFD is the purpose of the descriptor to which QEMU writes the devices' state.
 	devicesFD = "devices"
 )
 
-// LostInterrupts is what the driver logs about a saved state whose restored guest
-// might never answer: see [redeliver].
+// LostInterrupts is the driver's log message for a saved state whose restored guest might
+// hang; see [redeliver].
 const LostInterrupts = "the saved state has lost the end of an interrupt"
 
-// The states of QEMU (its RunState) that the driver tells apart.
+// The states of QEMU (its RunState) that matter to the driver.
 const (
 	stateRunning = "running"
 	statePaused  = "paused"
-	// stateNoSpace: the guest's write to its disk failed, and is tried again
-	// when the machine goes on.
+	// stateNoSpace means that a write of the guest to its disk failed. QEMU repeats it when
+	// the machine continues.
 	stateNoSpace = "io-error"
-	// stateInternalError: KVM cannot run the guest's instructions.
+	// stateInternalError means that KVM cannot run the guest's instructions.
 	stateInternalError = "internal-error"
 )
 
-// status is QEMU's state.
+// status returns QEMU's state.
 func (m *machine) status(ctx context.Context) (string, error) {
 	var s struct {
 		Status string `json:"status"`
@@ -63,7 +63,7 @@ func (m *machine) Hold(ctx context.Context) error {
 	case status == stateNoSpace:
 		return errors.New("hold: the guest waits for space on its disk")
 	default:
-		return fmt.Errorf("hold: the machine is %q", status)
+		return fmt.Errorf("hold: the machine's state is %q", status)
 	}
 }
 
@@ -78,7 +78,7 @@ func (m *machine) Run(ctx context.Context) error {
 		return fmt.Errorf("run: %w", err)
 	}
 	if err := m.dropDescriptors(ctx); err != nil {
-		m.log.Warn("QEMU keeps descriptors", "sandbox", m.state.ID, "error", err)
+		m.log.Warn("cannot make QEMU close unneeded descriptors", "sandbox", m.state.ID, "error", err)
 	}
 	return nil
 }
@@ -90,8 +90,8 @@ func unbroken(ctx context.Context) (context.Context, context.CancelFunc) {
 
 // Devices implements vmm.VM.
 //
-// The state is what QEMU's command for Xen saves: a migration stream
-// (docs/devel/migration.rst) without memory, disks and configuration.
+// QEMU's command for Xen saves a migration stream (docs/devel/migration.rst) without memory,
+// disks and configuration.
 func (m *machine) Devices(ctx context.Context) (_ []byte, err error) {
 	fail := func(err error) ([]byte, error) { return nil, fmt.Errorf("save devices: %w", err) }
 	status, err := m.status(ctx)
@@ -99,14 +99,14 @@ func (m *machine) Devices(ctx context.Context) (_ []byte, err error) {
 		return fail(err)
 	}
 	if status != statePaused {
-		return fail(fmt.Errorf("the machine is %q", status))
+		return fail(fmt.Errorf("the machine's state is %q", status))
 	}
 	f, err := memfd("devices")
 	if err != nil {
 		return fail(err)
 	}
 	defer f.Close()
-	// QEMU looks for a descriptor that can be written to and no more.
+	// QEMU needs a write-only descriptor.
 	w, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), os.O_WRONLY, 0)
 	if err != nil {
 		return fail(err)
@@ -117,7 +117,7 @@ func (m *machine) Devices(ctx context.Context) (_ []byte, err error) {
 	if err != nil {
 		return fail(err)
 	}
-	// live: the disks stay QEMU's, which may go on.
+	// Without live, QEMU keeps control of the disks, so that it can continue.
 	err = m.qmp.Execute(ctx, "xen-save-devices-state", map[string]any{"filename": fdset(added.Set), "live": false}, nil)
 	if err != nil {
 		return fail(err)
@@ -130,7 +130,7 @@ func (m *machine) Devices(ctx context.Context) (_ []byte, err error) {
 		return fail(err)
 	}
 	if len(state) == 0 || len(state) > maxDevices {
-		return fail(fmt.Errorf("QEMU gave %d bytes or more", len(state)))
+		return fail(fmt.Errorf("QEMU wrote %d bytes, which is none or too many", len(state)))
 	}
 	if lost := len(lostInterrupts(state)); lost > 0 {
 		m.log.Error(LostInterrupts, "sandbox", m.state.ID, "interrupts", lost)
@@ -138,16 +138,15 @@ func (m *machine) Devices(ctx context.Context) (_ []byte, err error) {
 	return state, nil
 }
 
-// mayDrop notes that QEMU may soon hold descriptors that it does not need.
+// mayDrop notes that QEMU may soon have descriptors that it does not need.
 func (m *machine) mayDrop() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.stale = true
 }
 
-// dropDescriptors makes a running QEMU close the descriptors that it was given
-// and does not need any more. Some versions do not close any while they hold
-// the guest.
+// dropDescriptors makes a running QEMU close descriptors that it received and no longer
+// needs. Some versions do not close any while they hold the guest.
 func (m *machine) dropDescriptors(ctx context.Context) error {
 	m.mu.Lock()
 	stale := m.stale

@@ -9,15 +9,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The system calls of a QEMU, on top of which lies QEMU's own filter (-sandbox).
-// docs/security.md says how the table was made. A call that it does not name fails
-// with ENOSYS, as on an older kernel, for which every libc has another way. So a
-// newer libc works, and a newer kernel adds nothing that a guest's QEMU can call.
+// The system calls of a QEMU. QEMU's own filter (-sandbox) applies too. docs/security.md
+// says how the table was made. A call that is not in the table fails with ENOSYS, as on an
+// older kernel, for which every libc has a fallback. So a newer libc works, and a newer
+// kernel adds no calls for a guest's QEMU.
 
-// needed are the calls that QEMU makes, and those that another libc or QEMU makes
-// instead. None reaches anything that the jail does not show.
+// needed are the calls that QEMU makes, and those that another libc or QEMU makes instead.
+// None reaches anything outside of the jail.
 var needed = []string{
-	// Files, of which the jail shows few and the agent hands over the rest.
+	// Files: the few in the jail, and descriptors from the agent.
 	"read", "write", "readv", "writev", "pread64", "pwrite64", "preadv", "pwritev", "preadv2", "pwritev2", "lseek",
 	"close", "close_range", "dup", "dup2", "dup3", "fcntl", "flock",
 	"open", "openat", "access", "faccessat", "faccessat2", "readlink", "readlinkat",
@@ -29,23 +29,23 @@ var needed = []string{
 	"futex", "set_robust_list", "get_robust_list", "rseq", "set_tid_address", "arch_prctl", "exit", "exit_group", "restart_syscall",
 	"sched_yield", "sched_getaffinity", "sched_getparam", "sched_getscheduler", "sched_get_priority_max", "sched_get_priority_min",
 	"rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "rt_sigpending", "rt_sigtimedwait", "rt_sigsuspend", "sigaltstack", "signalfd", "signalfd4", "pause",
-	"tkill", // musl's pthread_kill; the PID namespace shows no threads but QEMU's
+	"tkill", // musl's pthread_kill; the PID namespace has only QEMU's threads
 	"clock_gettime", "clock_getres", "clock_nanosleep", "nanosleep", "gettimeofday", "time", "times", "getrusage",
 	"timer_create", "timer_settime", "timer_gettime", "timer_getoverrun", "timer_delete", "timerfd_create", "timerfd_settime", "timerfd_gettime", "setitimer", "getitimer",
 	// Waiting.
 	"eventfd", "eventfd2", "poll", "ppoll", "select", "pselect6", "pipe", "pipe2",
 	"epoll_create", "epoll_create1", "epoll_ctl", "epoll_wait", "epoll_pwait", "epoll_pwait2",
-	// The control socket, which the agent hands over. QEMU cannot make another.
+	// The control socket, which the agent passes to QEMU. QEMU cannot make another.
 	"listen", "accept", "accept4", "recvmsg", "recvfrom", "sendmsg", "sendto", "shutdown", "getsockname", "getpeername", "getsockopt", "setsockopt",
-	// What the process is and what the machine has.
+	// Information about the process and the machine.
 	"getpid", "getppid", "gettid", "getuid", "geteuid", "getgid", "getegid", "getresuid", "getresgid", "getgroups", "getpgrp", "getpgid", "getsid",
 	"capget", "getrlimit", "uname", "sysinfo", "getcpu", "getrandom",
-	// A filter can only forbid more: QEMU's own.
+	// QEMU's own filter, which can only forbid more.
 	"seccomp",
 }
 
-// refused fail with EPERM: QEMU or a library of its tries some of these and goes
-// on without, and the others are answered as a process without rights would be.
+// refused are calls that fail with EPERM. QEMU or its libraries try some and continue
+// without; the others fail like for a process without rights.
 var refused = []string{
 	"socket", "socketpair", "connect", "bind", // libraries look for services of the host
 	"kill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "setrlimit",
@@ -55,8 +55,8 @@ var refused = []string{
 	"inotify_init", "inotify_init1", "setsid", "setpgid",
 }
 
-// fatal are calls that no QEMU makes: only one that its guest has taken over. The
-// kernel kills the process before they begin.
+// fatal are calls that only a QEMU makes that its guest has taken over. The kernel kills the
+// process before such a call.
 var fatal = []string{
 	"ptrace", "process_vm_readv", "process_vm_writev", "process_madvise", "process_mrelease", "kcmp", "pidfd_open", "pidfd_getfd", "pidfd_send_signal",
 	"fork", "vfork", "execveat", "unshare", "setns", "personality",
@@ -68,13 +68,13 @@ var fatal = []string{
 	"setuid", "setgid", "setreuid", "setregid", "setresuid", "setresgid", "setfsuid", "setfsgid", "setgroups", "capset",
 }
 
-// The options of prctl that QEMU and libraries use for their own thread.
+// The options of prctl that QEMU and its libraries use for their own threads.
 var prctls = []uint64{
 	unix.PR_SET_NAME, unix.PR_GET_NAME, unix.PR_SET_TIMERSLACK, unix.PR_MCE_KILL, unix.PR_GET_DUMPABLE,
 	unix.PR_SET_NO_NEW_PRIVS, unix.PR_GET_NO_NEW_PRIVS, unix.PR_GET_SECCOMP, unix.PR_CAPBSET_READ, unix.PR_SET_VMA,
 }
 
-// fionbio makes a descriptor not block.
+// fionbio makes a descriptor nonblocking.
 const fionbio = 0x5421
 
 // tapRequests are the ioctls for the guest's network card (linux/if_tun.h).
@@ -83,29 +83,29 @@ var tapRequests = []uint64{
 	unix.TUNSETVNETLE, unix.TUNGETVNETLE, unix.TUNSETVNETBE, unix.TUNGETVNETBE, fionbio,
 }
 
-// kvmCheckExtension asks KVM whether it has a feature. lastKVMFeature is the last
-// feature whose requests kvmRequests lists (Linux 6.16). The filter hides later
-// features from QEMU, so that QEMU makes no request that is not listed.
+// kvmCheckExtension asks KVM whether it has a feature. lastKVMFeature is the last feature
+// whose requests kvmRequests has (Linux 6.16). The filter hides later features from QEMU, so
+// that QEMU does not use requests that are not in kvmRequests.
 const (
 	kvmCheckExtension = 0xae03
 	lastKVMFeature    = 243
 )
 
-// kvmRequests are the ioctls that QEMU 7.2 and 10.0 make on x86 without
-// confidential guests and Xen (accel/kvm, target/i386/kvm and hw/i386/kvm in its
-// sources, the numbers from linux/kvm.h). The most frequent are first.
+// kvmRequests are the ioctls that QEMU 7.2 and 10.0 make on x86 without confidential guests
+// and Xen (from accel/kvm, target/i386/kvm and hw/i386/kvm in its sources, with numbers from
+// linux/kvm.h). The most frequent ones come first.
 var kvmRequests = []uint64{
 	0xae80,                 // RUN
 	0x4008ae61, 0xc008ae67, // IRQ_LINE, IRQ_LINE_STATUS
 	0x4020aea5, // SIGNAL_MSI
 
-	// Of KVM.
+	// For KVM.
 	0xae00, 0xae01, 0xae04, // GET_API_VERSION, CREATE_VM, GET_VCPU_MMAP_SIZE
 	0xc004ae02, 0xc004ae0a, 0xc008ae88, // GET_MSR_INDEX_LIST, GET_MSR_FEATURE_INDEX_LIST, GET_MSRS
 	0xc008ae05, 0xc008ae09, 0xc008aec1, // GET_SUPPORTED_CPUID, GET_EMULATED_CPUID, GET_SUPPORTED_HV_CPUID
 	0x8008ae9d, // X86_GET_MCE_CAP_SUPPORTED
 
-	// Of a machine.
+	// For a machine.
 	0xae41, 0xae44, 0xae47, 0x4008ae48, 0xae78, // CREATE_VCPU, SET_NR_MMU_PAGES, SET_TSS_ADDR, SET_IDENTITY_MAP_ADDR, SET_BOOT_CPU_ID
 	0x4020ae46, 0x40a0ae49, // SET_USER_MEMORY_REGION, SET_USER_MEMORY_REGION2
 	0x4010ae42, 0xc018aec0, 0xaec7, // GET_DIRTY_LOG, CLEAR_DIRTY_LOG, RESET_DIRTY_RINGS
@@ -117,7 +117,7 @@ var kvmRequests = []uint64{
 	0xc00caee0, 0x4018aee1, 0x4018aee2, 0x4018aee3, // CREATE_DEVICE, SET_, GET_ and HAS_DEVICE_ATTR
 	0xaece, // GET_STATS_FD
 
-	// Of a processor.
+	// For a processor.
 	0x8090ae81, 0x4090ae82, 0x8138ae83, 0x4138ae84, 0x8140aecc, 0x4140aecd, // GET and SET of REGS, SREGS, SREGS2
 	0x4008ae89, 0x4010aeab, 0x4010aeac, 0xc008aeb0, // SET_MSRS, GET_ONE_REG, SET_ONE_REG, GET_REG_LIST
 	0x81a0ae8c, 0x41a0ae8d, 0x8400ae8e, 0x4400ae8f, // GET and SET of FPU, LAPIC
@@ -131,14 +131,14 @@ var kvmRequests = []uint64{
 	0xc080aebe, 0x4080aebf, // GET_NESTED_STATE, SET_NESTED_STATE
 }
 
-// errno is the action that has a call fail.
+// errno returns the action that makes a call fail with e.
 func errno(e unix.Errno) seccomp.Action { return seccomp.ActionErrno | seccomp.Action(e) }
 
-// filters returns the seccomp programs of a QEMU that runs guests with the
-// accelerator. For each call the kernel applies the strictest of their answers.
+// filters returns the seccomp programs for a QEMU with the accelerator. For each call, the
+// kernel takes the strictest of their actions.
 //
-// Each call whose answer depends on its arguments has a program of its own, because
-// the library's programs take the last argument for the call's number afterwards.
+// Each call whose action depends on its arguments has a program of its own, because the
+// library's programs confuse the last argument with the call's number afterwards.
 func filters(accel string) ([][]unix.SockFilter, error) {
 	var all [][]unix.SockFilter
 	add := func(policy seccomp.Policy) error {
@@ -149,7 +149,7 @@ func filters(accel string) ([][]unix.SockFilter, error) {
 	err := add(seccomp.Policy{DefaultAction: unknown, Syscalls: []seccomp.SyscallGroup{
 		{Action: seccomp.ActionAllow, Names: slices.Concat([]string{"ioctl"}, needed, []string{"prctl", "prlimit64", "tgkill", "clone"})},
 		{Action: errno(unix.EPERM), Names: refused},
-		// The launcher answers for the one that starts QEMU.
+		// The launcher permits the one that starts QEMU.
 		{Action: seccomp.ActionUserNotify, Names: []string{"execve"}},
 		{Action: seccomp.ActionKillProcess, Names: fatal},
 	}})
@@ -164,8 +164,8 @@ func filters(accel string) ([][]unix.SockFilter, error) {
 	return all, nil
 }
 
-// unknown stands for the action on calls that no table names, as the library
-// takes no default with an error number of its own.
+// unknown is a placeholder for ENOSYS on calls that no table has, because the library does
+// not support a default action with an error number.
 const unknown = seccomp.ActionTrace
 
 func assemble(policy seccomp.Policy) ([]unix.SockFilter, error) {
@@ -189,7 +189,7 @@ func assemble(policy seccomp.Policy) ([]unix.SockFilter, error) {
 	return instructions, nil
 }
 
-// conditional returns the rules that refuse calls with certain arguments.
+// conditional returns the rules that forbid calls with certain arguments.
 func conditional(accel string) []seccomp.SyscallGroup {
 	const self = 1 // QEMU is the first process of its namespace
 	call := func(action seccomp.Action, name string, any ...seccomp.ArgumentConditions) seccomp.SyscallGroup {
@@ -205,7 +205,7 @@ func conditional(accel string) []seccomp.SyscallGroup {
 	none := func(n uint32, of []uint64) (all seccomp.ArgumentConditions) {
 		for _, v := range of {
 			all = append(all, argument(n, seccomp.NotEqual, v))
-			if v>>31 == 1 { // as an int it has a sign, which libc may extend
+			if v>>31 == 1 { // a negative int, whose sign libc may extend
 				all = append(all, argument(n, seccomp.NotEqual, v|0xffffffff<<32))
 			}
 		}

@@ -11,17 +11,16 @@ import (
 // rdtsc reads the processor's time stamp counter.
 func rdtsc() uint64
 
-// tscSpan is how long the counter is measured for. Reading clock and counter
-// together is exact to well under a microsecond, so this gives 20 ppm.
+// tscSpan is the duration of a measurement. Reading clock and counter together is accurate
+// to well under a microsecond, so the result is accurate to 20 ppm.
 const tscSpan = 50 * time.Millisecond
 
-// tscKHz measures the rate of the host's time stamp counter, which is that of
-// an emulated guest's.
+// tscKHz measures the rate of the host's time stamp counter, which an emulated guest has
+// too.
 //
-// The guest cannot find it out by itself when the host is busy: it compares
-// with a timer that an emulated machine cannot keep in time, gives up, and
-// then waits for ever for that timer's interrupts, which a microVM does not
-// deliver.
+// On a busy host, the guest cannot measure it itself: it compares the counter with a timer
+// that is late under emulation, gives up, and then waits forever for that timer's
+// interrupts, which a microVM does not deliver.
 func tscKHz() (int, error) {
 	clock0, tsc0, err := clockAndTSC()
 	if err != nil {
@@ -34,13 +33,13 @@ func tscKHz() (int, error) {
 	}
 	khz := float64(tsc1-tsc0) * 1e6 / float64(clock1-clock0)
 	if khz < 100_000 || khz > 10_000_000 {
-		return 0, fmt.Errorf("measure time stamp counter: %.0f kHz cannot be", khz)
+		return 0, fmt.Errorf("measure time stamp counter: %.0f kHz is out of range", khz)
 	}
 	return int(math.Round(khz)), nil
 }
 
-// clockAndTSC reads the clock, in nanoseconds, and the counter at the same
-// time: of several tries the one in which least time passed.
+// clockAndTSC reads the clock, in nanoseconds, and the counter at the same time. It returns
+// the fastest of several attempts.
 func clockAndTSC() (clock int64, tsc uint64, err error) {
 	best := int64(math.MaxInt64)
 	for range 32 {

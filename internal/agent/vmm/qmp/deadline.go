@@ -2,5 +2,5 @@ package qmp
 
 import "time"
 
-// deadlinePast, as a deadline, ends every read and write at once.
+// deadlinePast is a deadline that makes every read and write fail at once.
 var deadlinePast = time.Unix(1, 0)

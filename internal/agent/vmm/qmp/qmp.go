@@ -1,8 +1,8 @@
-// Package qmp speaks the QEMU Machine Protocol (QEMU's
-// docs/interop/qmp-spec.rst): commands and answers as JSON over a stream.
+// Package qmp is a client for the QEMU Machine Protocol (QEMU's docs/interop/qmp-spec.rst):
+// commands and responses as JSON over a stream.
 //
-// The peer is not trusted: a QEMU that its guest has taken over may say
-// anything, so what it sends is bounded in size and checked in form.
+// The peer is not trusted, because its guest may have taken it over. So the package bounds
+// and checks what it receives.
 package qmp
 
 import (
@@ -21,18 +21,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxMessage bounds a message from QEMU, in bytes. The largest that is asked
-// for, the console's text, stays far below.
+// maxMessage bounds a message from QEMU, in bytes. The largest expected one, the console's
+// text, is far smaller.
 const maxMessage = 4 << 20
 
-// writeTimeout bounds the time that QEMU may take to read a command. One that
-// does not read any more must not hold up the agent.
+// writeTimeout bounds the time that QEMU may take to read a command, so that a QEMU that
+// does not read cannot block the agent.
 const writeTimeout = 10 * time.Second
 
-// ErrClosed is returned for commands on a connection that has ended.
+// ErrClosed means that the connection has ended.
 var ErrClosed = errors.New("the connection to QEMU has ended")
 
-// Error is QEMU's answer to a command that it could not carry out.
+// Error is QEMU's error response to a command.
 type Error struct {
 	Class string `json:"class"`
 	Desc  string `json:"desc"`
@@ -40,13 +40,13 @@ type Error struct {
 
 func (e *Error) Error() string { return "QEMU: " + e.Desc }
 
-// Event is something that QEMU told of by itself.
+// Event is an event that QEMU reports.
 type Event struct {
 	Name string          `json:"event"`
 	Data json.RawMessage `json:"data"`
 }
 
-// message is anything that QEMU may send.
+// message is any message of QEMU.
 type message struct {
 	Greeting json.RawMessage `json:"QMP"`
 	Event    string          `json:"event"`
@@ -56,14 +56,14 @@ type message struct {
 	ID       *uint64         `json:"id"`
 }
 
-// Conn is a connection to a QEMU. Its methods may be called at the same time.
+// Conn is a connection to a QEMU. It is safe for concurrent use.
 type Conn struct {
 	conn   net.Conn
 	events chan Event
 	done   chan struct{}
 
 	writing sync.Mutex
-	passing sync.Mutex // one command with a descriptor at a time: QEMU holds on to one
+	passing sync.Mutex // one command with a descriptor at a time, because QEMU keeps only one
 
 	mu      sync.Mutex
 	next    uint64
@@ -71,11 +71,10 @@ type Conn struct {
 	err     error
 }
 
-// Dial connects to the socket at path, which may be longer than a socket's
-// address, and makes QEMU ready for commands.
+// Dial connects to the Unix socket at path, which may be longer than a socket's address, and
+// makes QEMU ready for commands.
 func Dial(ctx context.Context, path string) (*Conn, error) {
-	// A socket's address holds 107 bytes: the folder is opened and named by
-	// its descriptor instead.
+	// A socket's address has at most 107 bytes, so name the folder by its descriptor.
 	dir, err := unix.Open(filepath.Dir(path), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("connect to QEMU: %w", err)
@@ -93,8 +92,8 @@ func Dial(ctx context.Context, path string) (*Conn, error) {
 	return conn, nil
 }
 
-// NewConn waits for QEMU's greeting on c and makes it ready for commands. c
-// is the connection's from then on, unless it fails.
+// NewConn waits for QEMU's greeting on c and makes QEMU ready for commands. Unless it fails,
+// the connection takes over c.
 func NewConn(ctx context.Context, c net.Conn) (*Conn, error) {
 	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(deadlinePast) })
 	r := bufio.NewReaderSize(c, 64<<10)
@@ -106,7 +105,7 @@ func NewConn(ctx context.Context, c net.Conn) (*Conn, error) {
 		return nil, fmt.Errorf("wait for greeting: %w", err)
 	}
 	if m.Greeting == nil {
-		return nil, errors.New("the first message is no greeting")
+		return nil, errors.New("the first message is not a greeting")
 	}
 	q := &Conn{conn: c, events: make(chan Event, 64), done: make(chan struct{}), waiting: map[uint64]chan message{}}
 	go q.readAll(r)
@@ -117,19 +116,19 @@ func NewConn(ctx context.Context, c net.Conn) (*Conn, error) {
 	return q, nil
 }
 
-// Events are what QEMU tells of by itself; closed with the connection. Those
-// that nobody takes are dropped when more than a few wait.
+// Events returns the channel of QEMU's events, which is closed with the connection. If
+// nobody receives them, it drops events beyond a few.
 func (q *Conn) Events() <-chan Event { return q.events }
 
-// Close ends the connection. QEMU goes on.
+// Close closes the connection. QEMU keeps running.
 func (q *Conn) Close() error {
 	err := q.conn.Close()
 	<-q.done
 	return err
 }
 
-// Execute carries out a command. Its arguments are encoded from args, which
-// may be nil, and its answer decoded into result, unless that is nil.
+// Execute executes a command. args, which may be nil, are its arguments. Execute decodes the
+// response into result, unless that is nil.
 func (q *Conn) Execute(ctx context.Context, command string, args, result any) error {
 	if err := q.execute(ctx, command, args, result, nil); err != nil {
 		return fmt.Errorf("%s: %w", command, err)
@@ -137,16 +136,15 @@ func (q *Conn) Execute(ctx context.Context, command string, args, result any) er
 	return nil
 }
 
-// Descriptor is a descriptor that QEMU has been given.
+// Descriptor is a descriptor that QEMU received.
 type Descriptor struct {
-	Set int `json:"fdset-id"` // QEMU opens it by the name /dev/fdset/Set
+	Set int `json:"fdset-id"` // QEMU opens it as /dev/fdset/Set
 	FD  int `json:"fd"`       // its number in QEMU
 }
 
-// Pass gives QEMU a copy of f, to be opened by the name of the set that it is
-// added to: a new one, or, when set is not negative, that one. QEMU opens the
-// first of a set that was opened for what it wants: reading, writing or both.
-// opaque says what it is for, to whoever asks with query-fdsets.
+// Pass adds a duplicate of f to a set of QEMU's descriptors: a new set if set is negative.
+// When QEMU opens the set's name, it uses the first descriptor in it with the access mode
+// that it needs. query-fdsets returns opaque, which describes the descriptor's purpose.
 func (q *Conn) Pass(ctx context.Context, f *os.File, set int, opaque string) (Descriptor, error) {
 	args := map[string]any{"opaque": opaque}
 	if set >= 0 {
@@ -161,7 +159,7 @@ func (q *Conn) Pass(ctx context.Context, f *os.File, set int, opaque string) (De
 	return added, nil
 }
 
-// execute carries out a command, with which file goes to QEMU unless it is nil.
+// execute executes a command, and sends file with it unless that is nil.
 func (q *Conn) execute(ctx context.Context, command string, args, result any, file *os.File) error {
 	answer := make(chan message, 1)
 	q.mu.Lock()
@@ -188,7 +186,7 @@ func (q *Conn) execute(ctx context.Context, command string, args, result any, fi
 		return err
 	}
 	if err := q.write(append(text, '\n'), file); err != nil {
-		_ = q.conn.Close() // part of a command may be written
+		_ = q.conn.Close() // QEMU may have received a part of the command
 		return errors.Join(ErrClosed, err)
 	}
 	var m message
@@ -196,7 +194,7 @@ func (q *Conn) execute(ctx context.Context, command string, args, result any, fi
 	case m = <-answer:
 	case <-q.done:
 		select {
-		case m = <-answer: // QEMU answered before the connection ended
+		case m = <-answer: // the response arrived before the connection ended
 		default:
 			q.mu.Lock()
 			defer q.mu.Unlock()
@@ -214,8 +212,8 @@ func (q *Conn) execute(ctx context.Context, command string, args, result any, fi
 	return json.Unmarshal(m.Return, result)
 }
 
-// write sends text, and file with its first byte. After an error the
-// connection is of no use any more.
+// write sends text, and file with its first byte. After an error, the connection is
+// unusable.
 func (q *Conn) write(text []byte, file *os.File) error {
 	q.writing.Lock()
 	defer q.writing.Unlock()
@@ -225,7 +223,7 @@ func (q *Conn) write(text []byte, file *os.File) error {
 	if file != nil {
 		c, ok := q.conn.(*net.UnixConn)
 		if !ok {
-			return errors.New("descriptors go over unix sockets only")
+			return errors.New("cannot send a descriptor over a connection that is not a Unix socket")
 		}
 		n, _, err := c.WriteMsgUnix(text, unix.UnixRights(int(file.Fd())), nil)
 		if err != nil {
@@ -237,7 +235,7 @@ func (q *Conn) write(text []byte, file *os.File) error {
 	return err
 }
 
-// readAll hands out messages until the connection ends.
+// readAll dispatches messages until the connection ends.
 func (q *Conn) readAll(r *bufio.Reader) {
 	defer close(q.done)
 	defer close(q.events)
@@ -262,7 +260,7 @@ func (q *Conn) readAll(r *bufio.Reader) {
 		case m.ID != nil:
 			q.mu.Lock()
 			answer := q.waiting[*m.ID]
-			delete(q.waiting, *m.ID) // a second answer to one command is nobody's
+			delete(q.waiting, *m.ID) // so that a second response is dropped
 			q.mu.Unlock()
 			if answer != nil {
 				answer <- m
@@ -277,7 +275,7 @@ func read(r *bufio.Reader) (message, error) {
 	for {
 		part, err := r.ReadSlice('\n')
 		if len(line)+len(part) > maxMessage {
-			return message{}, fmt.Errorf("a message is longer than %d bytes", maxMessage)
+			return message{}, fmt.Errorf("a message has more than %d bytes", maxMessage)
 		}
 		line = append(line, part...)
 		if err == nil {

@@ -28,22 +28,21 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// testUID is the user that tests' monitors run as.
+// testUID is the user of tests' monitors.
 const testUID = 1_999_998
 
-// bootTime bounds a boot under emulation on a machine that does other things
-// besides. On a busy host a guest may have an eighth of a processor, and one
-// that hangs there never gets on.
+// bootTime bounds a boot under emulation on a busy host, where a guest may have an eighth of
+// a processor.
 const bootTime = 5 * time.Minute
 
-// callTime bounds what a guest does for a test.
+// callTime bounds a call of a guest.
 const callTime = 90 * time.Second
 
 // Log returns a logger that writes to the test's output.
 func Log(t *testing.T) *slog.Logger { return slog.New(slog.NewTextHandler(t.Output(), nil)) }
 
-// Open opens the driver for the test t. It skips the test where virtual
-// machines cannot run.
+// Open opens the driver for the test t. It skips the test on machines that cannot run
+// virtual machines.
 func (s Subject) Open(t *testing.T) vmm.Driver {
 	t.Helper()
 	return s.open(t, s.New)
@@ -74,8 +73,7 @@ func (s Subject) open(t *testing.T, open Opener) vmm.Driver {
 	return d
 }
 
-// NewSpec returns a machine for the driver, with the minimal template's disk and no
-// network.
+// NewSpec returns the spec of a machine with the minimal template's disk and no network.
 func NewSpec(t *testing.T, d vmm.Driver) vmm.Spec {
 	t.Helper()
 	in := imagetest.Prepare(t)
@@ -91,7 +89,7 @@ func NewSpec(t *testing.T, d vmm.Driver) vmm.Spec {
 	return s
 }
 
-// start boots a machine that the test kills at its end.
+// start boots a machine, and kills it when the test ends.
 func start(t *testing.T, d vmm.Driver, s vmm.Spec) vmm.VM {
 	t.Helper()
 	vm, err := d.Start(t.Context(), s)
@@ -119,8 +117,7 @@ func kill(t *testing.T, d vmm.Driver, vm vmm.VM) {
 // nothingLeft checks that nothing of a machine is left.
 func nothingLeft(t *testing.T, d vmm.Driver, st vmm.State) {
 	t.Helper()
-	// A machine that was taken back is another's child, who may not have heard
-	// of its end yet.
+	// A zombie is fine: the parent of an adopted machine may not have reaped it yet.
 	stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", st.PID))
 	if strings.Contains(string(stat), fmt.Sprintf(" %d ", st.StartTime)) && !strings.Contains(string(stat), ") Z ") {
 		t.Error("the process is left")
@@ -131,7 +128,7 @@ func nothingLeft(t *testing.T, d vmm.Driver, st vmm.State) {
 	gone(t, d, st.ID)
 }
 
-// gone checks that no process and no control group of a machine is left.
+// gone checks that neither a process nor a control group of a machine is left.
 func gone(t *testing.T, d vmm.Driver, id uuid.UUID) {
 	t.Helper()
 	if lives, err := d.Lives(id); err != nil || lives {
@@ -142,7 +139,7 @@ func gone(t *testing.T, d vmm.Driver, id uuid.UUID) {
 	}
 }
 
-// awaitConsole waits until the guest has printed text. No event tells when.
+// awaitConsole polls the console until the guest has printed text.
 func awaitConsole(t *testing.T, vm vmm.VM, text string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), await.Scale(bootTime))
@@ -151,7 +148,7 @@ func awaitConsole(t *testing.T, vm vmm.VM, text string) {
 	for {
 		more, err := vm.Console(ctx)
 		if err != nil {
-			t.Fatalf("%v; the console before: %s", err, console)
+			t.Fatalf("%v; the console so far: %s", err, console)
 		}
 		console = more
 		if strings.Contains(string(console), text) {
@@ -167,8 +164,8 @@ func awaitConsole(t *testing.T, vm vmm.VM, text string) {
 	}
 }
 
-// MoveOut moves a process out of its control groups, to the root of each
-// hierarchy, as other software on the host could.
+// MoveOut moves a process out of its control groups to the root of each hierarchy, as other
+// software on the host could.
 func MoveOut(pid int) error {
 	for _, dir := range cgroup.Folders() {
 		if err := os.WriteFile(dir+"/../cgroup.procs", []byte(strconv.Itoa(pid)), 0); err != nil {
@@ -187,13 +184,13 @@ type Bench struct {
 	VM     vmm.VM // nil: none runs
 
 	subject Subject
-	dir     string // where what is saved goes; empty: a folder of the test's
+	dir     string // folder for saved machines (empty: a temporary folder)
 	guest   *guest.Client
 	begin   time.Time
 }
 
-// NewBench returns a bench without a machine. It skips the test where there can
-// be none.
+// NewBench returns a bench without a machine. It skips the test on machines that cannot run
+// virtual machines.
 func (s Subject) NewBench(t *testing.T) *Bench {
 	t.Helper()
 	d := s.Open(t)
@@ -226,14 +223,14 @@ func (s Subject) NewBench(t *testing.T) *Bench {
 	return b
 }
 
-// took logs how long it was since the last time.
+// took logs the time since its last call.
 func (b *Bench) took(what string) {
 	b.Helper()
 	b.Logf("%s: %v", what, time.Since(b.begin).Round(100*time.Microsecond))
 	b.begin = time.Now()
 }
 
-// Must ends the test with the end of the guest's console unless err is nil.
+// Must fails the test, and logs the end of the guest's console, unless err is nil.
 func (b *Bench) Must(err error) {
 	b.Helper()
 	if err == nil {
@@ -258,7 +255,7 @@ func (b *Bench) Boot(token string) {
 	b.init("", token)
 }
 
-// restore makes a machine of what was saved, and leaves it held.
+// restore restores a machine and leaves it held.
 func (b *Bench) restore(from vmm.Saved) {
 	b.Helper()
 	b.Spec.Kernel, b.Spec.Initrd, b.Spec.Cmdline = "", "", ""
@@ -279,11 +276,11 @@ func (b *Bench) withTap(f func() error) {
 	b.Must(f())
 }
 
-// Resume restores a machine, lets it go on, and replaces its daemon's token.
+// Resume restores a machine, runs it, and replaces its daemon's token shown by token.
 func (b *Bench) Resume(from vmm.Saved, shown, token string) {
 	b.Helper()
 	b.restore(from)
-	b.Must(b.VM.Grow(b.Context(), b.Spec.DiskBytes)) // a disk can be made larger before its guest runs
+	b.Must(b.VM.Grow(b.Context(), b.Spec.DiskBytes)) // must work before the guest runs
 	b.Must(b.VM.Run(b.Context()))
 	b.took("run")
 	b.init(shown, token)
@@ -323,8 +320,8 @@ func (b *Bench) Number(script string) int {
 	return n
 }
 
-// Save holds the machine and returns its state: its memory over image, or, if
-// that is nil, all of it.
+// Save holds the machine and returns its state. It saves the memory as a layer over the
+// given image or, if that is nil, as a new image.
 func (b *Bench) Save(over *memory.Image) (m *memory.Image, devices []byte) {
 	b.Helper()
 	b.begin = time.Now()
@@ -365,7 +362,7 @@ func (b *Bench) Kill() {
 	b.VM = nil
 }
 
-// Fresh gives the next machine an identity and a copy of the overlay.
+// Fresh gives the next machine a new id and a copy of the overlay.
 func (b *Bench) Fresh(overlay string) {
 	b.Helper()
 	b.Spec.ID = uuid.New()
@@ -381,8 +378,8 @@ func (b *Bench) Fresh(overlay string) {
 	b.Must(out.Chown(b.Spec.UID, b.Spec.UID))
 }
 
-// Counting is a script that starts a process which counts in memory, in
-// /dev/shm/count, beside four megabytes that stay as they are.
+// Counting is a script that starts a process that counts in memory, in /dev/shm/count. It
+// also writes four megabytes to /dev/shm, which do not change.
 const Counting = `head -c 4000000 /dev/urandom >/dev/shm/blob; sha256sum /dev/shm/blob >/dev/shm/sum
 setsid sh -c 'n=0; while :; do n=$((n+1)); echo $n >/dev/shm/count; sleep 0.05; done' >/dev/null 2>&1 &
 sleep 0.3; sync`

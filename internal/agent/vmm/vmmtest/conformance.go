@@ -17,38 +17,38 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
-// Opener opens a driver. dir is a folder of the driver's own.
+// Opener opens a driver. dir is a folder for the driver only.
 type Opener func(dir string, log *slog.Logger) (vmm.Driver, error)
 
 // Subject is a driver under test.
 type Subject struct {
 	// New opens the driver with [Accelerator].
 	New Opener
-	// Needs returns why the driver cannot run on this machine, or nil. The tests
-	// are then skipped.
+	// Needs returns an error if the driver cannot run on this machine, in which case the
+	// tests are skipped.
 	Needs func() error
-	// Hostile are drivers that run a program of the test's in the monitor's
-	// place, by what that program does to the agent.
+	// Hostile has drivers that run a program of the test instead of the monitor, by the name
+	// of its attack.
 	Hostile map[string]Hostile
 
-	// Forget lets go of a machine, as the end of its agent does.
+	// Forget releases a machine like the end of its agent does.
 	Forget func(vmm.VM)
-	// What the driver's errors say: of a start whose monitor refused the kernel,
-	// and of a guest that rebooted, which ends its machine.
+	// Complains is a part of the error of a start whose monitor rejects the kernel. Rebooted
+	// is the error of a machine whose guest rebooted.
 	Complains, Rebooted string
 	// Devices checks the saved state of a machine's devices. It may be nil.
 	Devices func(t *testing.T, s vmm.Spec, state []byte)
 }
 
-// Hostile is a driver whose monitor its guest has taken over.
+// Hostile is a driver with a monitor that its guest has taken over.
 type Hostile struct {
 	New Opener
 	// Starts says that the monitor behaves until it has started a machine.
 	Starts bool
 }
 
-// parts are the suite's, each a subtest. What only restores a machine shares
-// one boot: see [suite.saved].
+// parts are the subtests of the suite. Those that only restore a machine share one boot; see
+// [suite.saved].
 var parts = []struct {
 	name string
 	run  func(s *suite, t *testing.T)
@@ -68,8 +68,8 @@ var parts = []struct {
 	{"pauses", (*suite).pauses},
 }
 
-// Conformance checks that a driver does what [vmm.Driver] and [vmm.VM] say. Each
-// driver passes it on each accelerator.
+// Conformance checks that a driver implements [vmm.Driver] and [vmm.VM]. Each driver must
+// pass it with each accelerator.
 func Conformance(t *testing.T, subject Subject) {
 	s := &suite{Subject: subject, top: t}
 	if o := os.Getenv(agentEnv); o != "" {
@@ -92,17 +92,17 @@ type savedMachine struct {
 	ram     *os.File
 	devices []byte
 	overlay string
-	count   int // what it had counted to before
+	count   int // its count before it was saved
 }
 
 // savedToken is the token of a saved machine's guest daemon.
 const savedToken = "saved"
 
-// from is what the machine goes on from.
+// from returns the state for a restore.
 func (m *savedMachine) from() vmm.Saved { return vmm.Saved{Memory: m.ram, Devices: m.devices} }
 
-// saved returns a bench without a machine, and a saved machine for it that all
-// parts share. The first part that needs it boots it.
+// saved returns a bench without a machine, and a saved machine that all parts share. The
+// first part that needs it boots and saves it.
 func (s *suite) saved(t *testing.T) (*Bench, *savedMachine) {
 	t.Helper()
 	b := s.NewBench(t)
@@ -125,20 +125,18 @@ func (s *suite) saved(t *testing.T) (*Bench, *savedMachine) {
 	return b, s.kept
 }
 
-// agentEnv has, in the environment of a process that stands for an agent, what
-// the agent does before it is killed.
+// agentEnv is the environment variable with the orders of a process that acts as an agent.
 const agentEnv = "WRENN_VMMTEST_AGENT"
 
-// orders are what such an agent does: it starts a machine, or takes one back and
-// holds it.
+// orders tell such an agent to start a machine, or to attach to one and hold it.
 type orders struct {
-	Dir   string     // the driver's
+	Dir   string     // folder for the driver
 	Start *vmm.Spec  `json:",omitempty"`
 	Hold  *vmm.State `json:",omitempty"`
 }
 
-// agent carries out orders, prints the state of the machine, and waits to be
-// killed. It never returns.
+// agent follows orders, prints the state of the machine, and waits to be killed. It never
+// returns.
 func (s *suite) agent(text string) {
 	st, err := s.obey(text)
 	if err != nil {
@@ -147,7 +145,7 @@ func (s *suite) agent(text string) {
 	}
 	b, _ := json.Marshal(st)
 	fmt.Printf("%s\n", b)
-	_, _ = io.Copy(io.Discard, os.Stdin) // ends with the test, if nobody kills this process
+	_, _ = io.Copy(io.Discard, os.Stdin) // so that this process ends with the test at the latest
 	os.Exit(1)
 }
 
@@ -175,8 +173,8 @@ func (s *suite) obey(text string) (vmm.State, error) {
 	return vm.State(), vm.Hold(ctx)
 }
 
-// killedAgent has another process carry out orders, kills it, and returns the
-// state of the machine that it left.
+// killedAgent makes another process follow orders, kills it, and returns the state of the
+// machine that it left.
 func (s *suite) killedAgent(t *testing.T, o orders) (st vmm.State) {
 	t.Helper()
 	o.Dir = t.TempDir()
@@ -202,7 +200,7 @@ func (s *suite) killedAgent(t *testing.T, o orders) (st vmm.State) {
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()
 	if err != nil {
-		t.Fatalf("the agent to be killed: %v", err)
+		t.Fatalf("read the agent's output: %v", err)
 	}
 	return st
 }

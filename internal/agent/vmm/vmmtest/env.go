@@ -1,5 +1,5 @@
-// Package vmmtest has the tests that each driver must pass, [Conformance], and what
-// tests of virtual machines share.
+// Package vmmtest has [Conformance], the tests that each driver must pass, and helpers for
+// tests of virtual machines.
 package vmmtest
 
 import (
@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// Accelerator is what tests run guests with: WRENN_TEST_ACCEL, "kvm" or "tcg"
+// Accelerator returns the accelerator for tests: WRENN_TEST_ACCEL, which is "kvm" or "tcg"
 // (emulation, the default, which works everywhere).
 func Accelerator() string {
 	if accel := os.Getenv("WRENN_TEST_ACCEL"); accel != "" {
@@ -17,8 +17,8 @@ func Accelerator() string {
 	return "tcg"
 }
 
-// Count is how often a test does something: what the environment variable name
-// says, else n.
+// Count returns the number of repetitions for a test: that in the environment variable name
+// if it is set, otherwise n.
 func Count(t testing.TB, name string, n int) int {
 	t.Helper()
 	text := os.Getenv(name)
@@ -27,7 +27,7 @@ func Count(t testing.TB, name string, n int) int {
 	}
 	n, err := strconv.Atoi(text)
 	if err != nil || n < 1 {
-		t.Fatalf("%s is %q, which is no positive number", name, text)
+		t.Fatalf("%s is %q, which is not a positive number", name, text)
 	}
 	return n
 }

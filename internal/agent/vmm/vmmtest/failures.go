@@ -38,8 +38,8 @@ func names(t *testing.T, dir string) []string {
 // maker starts or restores a machine.
 type maker func(context.Context, vmm.Spec) (vmm.VM, error)
 
-// fails checks that f makes no machine, and leaves nothing of it, in its folder
-// dir or elsewhere.
+// fails checks that f fails, and leaves nothing of the machine, in its folder dir or
+// elsewhere. It returns f's error.
 func fails(t *testing.T, d vmm.Driver, dir string, spec vmm.Spec, f maker) error {
 	t.Helper()
 	before := names(t, dir)
@@ -47,7 +47,7 @@ func fails(t *testing.T, d vmm.Driver, dir string, spec vmm.Spec, f maker) error
 	vm, err := f(t.Context(), spec)
 	if err == nil {
 		_ = vm.Kill(context.Background())
-		t.Fatal("there is a machine")
+		t.Fatal("it did not fail")
 	}
 	t.Log(err)
 	gone(t, d, spec.ID)
@@ -57,8 +57,8 @@ func fails(t *testing.T, d vmm.Driver, dir string, spec vmm.Spec, f maker) error
 	return err
 }
 
-// abandoned has the caller of f leave at several moments, and checks that f then
-// either has made a machine or leaves nothing of it.
+// abandoned cancels f at several moments, and checks that f either made a machine or left
+// nothing of it.
 func abandoned(t *testing.T, d vmm.Driver, spec vmm.Spec, f maker) {
 	t.Helper()
 	for _, after := range []time.Duration{0, 5, 20, 40, 80, 160} {
@@ -74,11 +74,10 @@ func abandoned(t *testing.T, d vmm.Driver, spec vmm.Spec, f maker) {
 	}
 }
 
-// absent is a path at which nothing is.
+// absent is a path that does not exist.
 const absent = "/nonexistent/file"
 
-// brokenParts are changes of a spec with which a machine can be neither started nor
-// restored.
+// brokenParts are changes of a spec that make both start and restore fail.
 var brokenParts = map[string]func(*vmm.Spec){
 	"no folder":       func(s *vmm.Spec) { s.Dir = absent },
 	"no base":         func(s *vmm.Spec) { s.Base = absent },
@@ -90,7 +89,7 @@ var brokenParts = map[string]func(*vmm.Spec){
 	"no file":         func(s *vmm.Spec) { s.NetNS = s.Base },
 }
 
-// failedStart makes each step of a start fail. Nothing is left.
+// failedStart makes each step of a start fail, and checks that nothing is left.
 func (s *suite) failedStart(t *testing.T) {
 	d := s.Open(t)
 	spec := NewSpec(t, d)
@@ -113,19 +112,19 @@ func (s *suite) failedStart(t *testing.T) {
 		spec := spec
 		spec.Kernel = garbage
 		if err := fails(t, d, spec.Dir, spec, d.Start); !strings.Contains(err.Error(), s.Complains) {
-			t.Errorf("it does not say why: %v", err)
+			t.Errorf("the error does not say why: %v", err)
 		}
 	})
 	abandoned(t, d, spec, d.Start)
 	if left := names(t, spec.Dir); !slices.Equal(left, []string{"garbage", "overlay"}) {
 		t.Errorf("the folder has %q", left)
 	}
-	vm := start(t, d, spec) // all was as it should be but for that
+	vm := start(t, d, spec) // the unchanged spec works
 	kill(t, d, vm)
 }
 
-// sealed returns a file in memory with the given size and seals. A machine's memory can
-// be mapped from it if it has all the seals in failedRestore.
+// sealed returns a file in memory with the given size and seals. A driver accepts it as a
+// machine's memory if it has all seals in failedRestore.
 func sealed(t *testing.T, bytes int64, seals int) *os.File {
 	t.Helper()
 	fd, err := unix.MemfdCreate("ram", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
@@ -143,8 +142,8 @@ func sealed(t *testing.T, bytes int64, seals int) *os.File {
 	return f
 }
 
-// failedRestore restores from states that are damaged, and with files that are missing.
-// Each restore fails, and nothing is left.
+// failedRestore restores from damaged states and with missing files, and checks that each
+// restore fails and leaves nothing.
 func (s *suite) failedRestore(t *testing.T) {
 	const seals = unix.F_SEAL_WRITE | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_SEAL
 	d := s.Open(t)
@@ -182,7 +181,7 @@ func (s *suite) failedRestore(t *testing.T) {
 		"foreign page": {Memory: ram, Devices: devices, Changed: pages(memory.Page{Block: 1 << 40, Data: make([]byte, memory.BlockSize)}, nil)},
 		"short page":   {Memory: ram, Devices: devices, Changed: pages(memory.Page{Data: make([]byte, 1)}, nil)},
 		"another kind": {Memory: ram, Devices: devices, Kind: "none 1.2.3 none 0123456789abcdef"},
-		// One machine could change what all others map.
+		// With these files, one machine could change the memory of all others.
 		"a file":              {Memory: plain, Devices: devices},
 		"unsealed memory":     {Memory: sealed(t, size, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW), Devices: devices},
 		"memory that grows":   {Memory: sealed(t, size, seals&^unix.F_SEAL_GROW), Devices: devices},
@@ -203,15 +202,15 @@ func (s *suite) failedRestore(t *testing.T) {
 		t.Errorf("the folder has %q", left)
 	}
 	spec.ID = uuid.New()
-	vm, err = d.Restore(t.Context(), spec, good) // all was as it should be but for that
+	vm, err = d.Restore(t.Context(), spec, good) // the unchanged spec and state work
 	if err != nil {
 		t.Fatal(err)
 	}
 	kill(t, d, vm)
 }
 
-// hostile runs drivers whose monitor their guest has taken over: no call hangs or
-// takes more than it should, and the machine can be ended.
+// hostile runs drivers with a monitor that its guest has taken over. No call may hang or use
+// more memory than allowed, and it must be possible to end the machine.
 func (s *suite) hostile(t *testing.T) {
 	if len(s.Hostile) == 0 {
 		t.Fatal("the driver's test has no hostile monitors")
@@ -240,17 +239,17 @@ func (s *suite) hostile(t *testing.T) {
 			err := bounded(func(ctx context.Context) error {
 				devices, err := vm.Devices(ctx)
 				if len(devices) > 16<<20 {
-					t.Errorf("a state of %d bytes", len(devices))
+					t.Errorf("the state of devices has %d bytes", len(devices))
 				}
 				return err
 			})
 			if err == nil {
-				t.Error("a hostile monitor has saved its devices")
+				t.Error("a hostile monitor saved its devices")
 			}
 			err = bounded(func(ctx context.Context) error {
 				text, err := vm.Console(ctx)
 				if len(text) > consoleBytes {
-					t.Errorf("a console of %d bytes", len(text))
+					t.Errorf("the console has %d bytes", len(text))
 				}
 				return err
 			})

@@ -25,8 +25,8 @@ import (
 // booted is what the guest's init prints when it has booted without a network.
 const booted = "no network card"
 
-// boot has agents start, take back and hold a machine, each of which is killed,
-// and checks the walls around the monitor's process.
+// boot kills agents that started, or attached to and held, a machine, attaches to the
+// machine, and checks the jail of the monitor's process.
 func (s *suite) boot(t *testing.T) {
 	d := s.Open(t)
 	spec := NewSpec(t, d)
@@ -34,7 +34,7 @@ func (s *suite) boot(t *testing.T) {
 		t.Errorf("it is %q with %q, and its kind %q", d.Name(), d.Accelerator(), d.Kind(false))
 	}
 	if err := d.Restores(d.Kind(false)); err != nil {
-		t.Errorf("it does not restore its own: %v", err)
+		t.Errorf("it does not restore its own kind: %v", err)
 	}
 	for _, kind := range []string{"", "none", "none 1.2.3 " + Accelerator() + " 0123456789abcdef"} {
 		if d.Restores(kind) == nil {
@@ -46,7 +46,7 @@ func (s *suite) boot(t *testing.T) {
 	if st.ID != spec.ID || st.Kind != d.Kind(false) || st.MemoryBytes != int64(spec.MemoryMiB)<<20 {
 		t.Errorf("the state is %+v", st)
 	}
-	// A machine that its agent has left held is held until someone lets it go on.
+	// A machine stays held after its agent's death.
 	again := s.killedAgent(t, orders{Hold: &st})
 	if again.ID != st.ID || again.PID != st.PID || again.StartTime != st.StartTime {
 		t.Errorf("the state was %+v and is %+v", st, again)
@@ -58,14 +58,14 @@ func (s *suite) boot(t *testing.T) {
 	if _, err := vm.Devices(t.Context()); err != nil {
 		t.Errorf("it is not held: %v", err)
 	}
-	for range 2 { // that it runs already is no error
+	for range 2 { // the second time, it runs already
 		if err := vm.Run(t.Context()); err != nil {
 			t.Error(err)
 		}
 	}
 	awaitConsole(t, vm, booted)
 	if _, err := vm.Devices(t.Context()); err == nil {
-		t.Error("the devices of a machine that runs were saved")
+		t.Error("the devices of a running machine were saved")
 	}
 	walls(t, vm, spec)
 	if m, err := vm.Memory(); err != nil || m < 16<<20 {
@@ -77,7 +77,7 @@ func (s *suite) boot(t *testing.T) {
 	confined(t, d, st, spec)
 	kill(t, d, vm)
 	if _, err := d.Attach(t.Context(), st); !errors.Is(err, vmm.ErrGone) {
-		t.Errorf("attached to a machine that is gone: %v", err)
+		t.Errorf("attach to a machine that is gone: %v", err)
 	}
 	for name, change := range map[string]func(*vmm.State){
 		"another process":         func(st *vmm.State) { st.PID = os.Getpid() },
@@ -88,15 +88,15 @@ func (s *suite) boot(t *testing.T) {
 		wrong := st
 		change(&wrong)
 		if _, err := d.Attach(t.Context(), wrong); !errors.Is(err, vmm.ErrGone) {
-			t.Errorf("attached to %s: %v", name, err)
+			t.Errorf("attach to %s: %v", name, err)
 		}
 	}
 	if err := d.Reap(t.Context(), st); err != nil {
-		t.Errorf("reap what is gone: %v", err)
+		t.Errorf("reap a machine that is gone: %v", err)
 	}
 }
 
-// walls checks that the monitor's process is shut in its jail.
+// walls checks that the monitor's process is in its jail.
 func walls(t *testing.T, vm vmm.VM, spec vmm.Spec) {
 	t.Helper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", vm.PID()))
@@ -109,7 +109,7 @@ func walls(t *testing.T, vm vmm.VM, spec vmm.Spec) {
 		fmt.Sprintf("Gid:\t%d\t%d\t%d\t%d\n", uid, uid, uid, uid),
 		"Groups:\t \n", "CapPrm:\t0000000000000000\n", "CapEff:\t0000000000000000\n", "CapBnd:\t0000000000000000\n",
 		"NoNewPrivs:\t1\n", "Seccomp:\t2\n",
-		// It sees no other process: it is the first of a namespace of its own.
+		// It is the first process of its own namespace, so it sees no other.
 		fmt.Sprintf("NSpid:\t%d\t1\n", vm.PID()),
 	} {
 		if !strings.Contains(string(status), want) {
@@ -125,14 +125,14 @@ func walls(t *testing.T, vm vmm.VM, spec vmm.Spec) {
 			t.Errorf("the jail shows %s", e.Name())
 		}
 	}
-	// The test's folders, because others mount theirs meanwhile.
+	// Look only for this test's folder, because other tests mount theirs.
 	mounts, err := os.ReadFile("/proc/self/mounts")
 	if err != nil || strings.Contains(string(mounts), filepath.Dir(t.TempDir())) {
-		t.Errorf("the jail's mounts show outside of it: %s, %v", mounts, err)
+		t.Errorf("the jail's mounts are visible outside of it: %s, %v", mounts, err)
 	}
 }
 
-// confined moves the monitor out of its bounds, which a [vmm.Confiner] repairs.
+// confined moves the monitor out of its control group, which a [vmm.Confiner] must repair.
 func confined(t *testing.T, d vmm.Driver, st vmm.State, spec vmm.Spec) {
 	t.Helper()
 	c, ok := d.(vmm.Confiner)
@@ -151,15 +151,15 @@ func confined(t *testing.T, d vmm.Driver, st vmm.State, spec vmm.Spec) {
 	}
 }
 
-// busyHost boots a guest that once in a while gets no time for longer than it
-// waits for a timer.
+// busyHost boots a guest that sometimes gets no processor time for longer than it waits for
+// a timer.
 func (s *suite) busyHost(t *testing.T) {
 	d := s.Open(t)
 	spec := NewSpec(t, d)
 	stop := make(chan struct{})
 	var hogs sync.WaitGroup
 	for range 3 * runtime.NumCPU() {
-		cmd := exec.Command("sh", "-c", "ulimit -t 300; while :; do :; done") // which ends should the test not
+		cmd := exec.Command("sh", "-c", "ulimit -t 300; while :; do :; done") // ulimit, so that it ends even if the test does not end it
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
@@ -176,8 +176,8 @@ func (s *suite) busyHost(t *testing.T) {
 	kill(t, d, vm)
 }
 
-// descriptors checks that the monitor has no descriptor that this process was
-// started with, or that anything in it opened carelessly.
+// descriptors checks that the monitor does not inherit a descriptor that this process opened
+// without O_CLOEXEC.
 func (s *suite) descriptors(t *testing.T) {
 	d := s.Open(t)
 	spec := NewSpec(t, d)
@@ -204,7 +204,8 @@ func (s *suite) descriptors(t *testing.T) {
 	kill(t, d, vm)
 }
 
-// console has a guest end by itself: its machine ends, and the console says why.
+// console checks that a machine whose guest ends by itself ends too, and that its console
+// says why.
 func (s *suite) console(t *testing.T) {
 	d := s.Open(t)
 	spec := NewSpec(t, d)
@@ -216,12 +217,12 @@ func (s *suite) console(t *testing.T) {
 		t.Errorf("the console is %q, %v", console, err)
 	}
 	if got := vm.Err().Error(); got != s.Rebooted {
-		t.Errorf("the machine ended by %q, want %q", got, s.Rebooted)
+		t.Errorf("the machine ended with %q, want %q", got, s.Rebooted)
 	}
 	kill(t, d, vm)
 }
 
-// consoleBytes is how much of a console's end a driver keeps at most.
+// consoleBytes is the maximum number of bytes that a driver keeps of a console.
 const consoleBytes = 64 << 10
 
 func awaitDone(t *testing.T, vm vmm.VM, otherwise string) {
@@ -288,8 +289,8 @@ func onHeld(t *testing.T, vm vmm.VM, spec vmm.Spec) map[string]func(context.Cont
 	}
 }
 
-// standstill stops the monitor's process: no call waits longer than its caller
-// does, and the machine can be ended.
+// standstill stops the monitor's process, and checks that all calls respect their contexts
+// and that the machine can be ended.
 func (s *suite) standstill(t *testing.T) {
 	d := s.Open(t)
 	spec := NewSpec(t, d)
@@ -319,7 +320,7 @@ func (s *suite) standstill(t *testing.T) {
 	ctx, cancel = context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
 	if _, err := d.Attach(ctx, vm.State()); err == nil || errors.Is(err, vmm.ErrGone) {
-		t.Errorf("attached to a monitor that stands still, or took it for gone: %v", err)
+		t.Errorf("attach to a monitor that stands still: %v", err)
 	}
 	kill(t, d, vm)
 }

@@ -32,8 +32,7 @@ func digest(t testing.TB, name string) [32]byte {
 	return sha256.Sum256(b)
 }
 
-// writable are the files in the sandbox's folder that the monitor has open for
-// writing.
+// writable returns the files in the sandbox's folder that the monitor has open for writing.
 func (b *Bench) writable() (all []string) {
 	b.Helper()
 	dir := fmt.Sprintf("/proc/%d/fd/", b.VM.PID())
@@ -44,7 +43,7 @@ func (b *Bench) writable() (all []string) {
 		if err != nil || !strings.HasPrefix(name, b.Spec.Dir) {
 			continue
 		}
-		info, err := os.Lstat(dir + e.Name()) // its mode is the descriptor's
+		info, err := os.Lstat(dir + e.Name()) // its mode is that of the descriptor
 		if err == nil && info.Mode()&0o200 != 0 {
 			all = append(all, name)
 		}
@@ -52,16 +51,16 @@ func (b *Bench) writable() (all []string) {
 	return all
 }
 
-// sectors returns a script that waits until the guest's disk has so many bytes.
+// sectors returns a script that waits until the guest's disk has the given size in bytes.
 func sectors(bytes int64) string {
 	return fmt.Sprintf("for i in 1 2 3 4 5 6 7 8 9; do [ $(cat /sys/block/vda/size) = %d ] && exit; sleep 0.2; done; exit 1", bytes/512)
 }
 
-// save restores a saved machine twice, diverts its disk, makes it larger, and
-// saves and restores it again.
+// save restores a saved machine twice, diverts and grows its disk, and saves and restores it
+// again.
 func (s *suite) save(t *testing.T) {
 	b, saved := s.saved(t)
-	// What was saved can be gone on from more than once.
+	// A saved machine can be restored more than once.
 	for i := range 2 {
 		if i > 0 {
 			b.Kill()
@@ -71,13 +70,13 @@ func (s *suite) save(t *testing.T) {
 		b.Sh("sha256sum -c /dev/shm/sum")
 		first := b.Number("cat /dev/shm/count")
 		if first < saved.count {
-			t.Errorf("restore %d: the count went back from %d to %d", i, saved.count, first)
+			t.Errorf("restore %d: the count decreased from %d to %d", i, saved.count, first)
 		}
 		b.Sh(fmt.Sprintf("until [ $(cat /dev/shm/count) -gt %d ]; do sleep 0.05; done", first))
 	}
 	b.Sh("printf 'a mark that only this guest has' >/dev/shm/mark")
 
-	// The disk is diverted twice, with an agent that is restarted in between.
+	// Divert the disk twice, with a restart of the agent in between.
 	former := b.Spec.Overlay
 	garbage := filepath.Join(b.Spec.Dir, "garbage")
 	b.Must(os.WriteFile(garbage, []byte("no overlay"), 0o600))
@@ -87,7 +86,7 @@ func (s *suite) save(t *testing.T) {
 		b.Must(disk.Create(b.Driver.Disks(), next, b.Spec.DiskBytes, b.Spec.UID))
 		b.begin = time.Now()
 		b.Must(b.VM.Hold(t.Context()))
-		// A disk that cannot be diverted stays where it is.
+		// A failed divert leaves the disk unchanged.
 		for _, wrong := range []string{absent, garbage} {
 			if err := b.VM.Divert(t.Context(), wrong); err == nil {
 				t.Fatalf("it was diverted to %s", wrong)
@@ -99,11 +98,11 @@ func (s *suite) save(t *testing.T) {
 		b.Must(b.VM.Run(t.Context()))
 		b.Sh(fmt.Sprintf("echo diverted %d >/root/file-%d; sync", i, i))
 		if digest(t, former) != sum {
-			t.Error("the former overlay was written to after it was diverted")
+			t.Error("the monitor wrote to the earlier overlay after the disk was diverted")
 		}
 		b.Spec.Layers, former = append(b.Spec.Layers, former), next
 
-		// Another agent takes over, once a held machine and once one that runs.
+		// Another agent attaches, once to a held machine and once to a running one.
 		if i == 0 {
 			b.Must(b.VM.Hold(t.Context()))
 		}
@@ -116,7 +115,7 @@ func (s *suite) save(t *testing.T) {
 	b.Spec.Overlay = former
 	for _, name := range b.writable() {
 		if name != former {
-			t.Errorf("the monitor may still write to %s", name)
+			t.Errorf("the monitor can still write to %s", name)
 		}
 	}
 
@@ -128,18 +127,17 @@ func (s *suite) save(t *testing.T) {
 	}
 	b.Spec.DiskBytes += 1 << 30
 
-	// All of it comes back, from a base and what changed over it.
+	// A restore from a base and its changes has everything.
 	next, devices := b.Save(saved.image)
 	b.Kill()
 	b.Spec.ID = uuid.New()
 	b.Resume(vmm.Saved{Memory: saved.ram, Changed: next.ChangedFrom(saved.image), Devices: devices}, "second", "third")
 	if got := b.Sh("sha256sum -c /dev/shm/sum >/dev/null && cat /dev/shm/mark /root/file-0 /root/file-1"); got != "a mark that only this guest hasdiverted 0\ndiverted 1" {
-		t.Errorf("it came back with %q", got)
+		t.Errorf("the restored guest has %q", got)
 	}
 	b.Sh(sectors(b.Spec.DiskBytes))
 
-	// A guest can take all its memory: the machine's bounds allow for it, and Memory
-	// counts it.
+	// A guest can use all its memory: the machine's limits allow it, and Memory counts it.
 	before, err := b.VM.Memory()
 	b.Must(err)
 	taken := int64(b.Number(`python3 -c '
@@ -183,9 +181,9 @@ func (b *Bench) content() []byte {
 	return all
 }
 
-// compare checks the pages that a held machine says have changed against its memory. was
-// is the memory that it began with. compare returns the number of pages, and how many of
-// them are as they were.
+// compare checks the pages of a held machine against its memory. was is the memory with
+// which the machine began. compare returns the number of pages, and the number of those that
+// equal was.
 func (b *Bench) compare(when string, was []byte) (pages, same int) {
 	b.Helper()
 	is := b.content()
@@ -194,7 +192,7 @@ func (b *Bench) compare(when string, was []byte) (pages, same int) {
 		b.Must(err)
 		from := p.Block * memory.BlockSize
 		if from >= uint64(len(is)) || seen[p.Block] || !bytes.Equal(p.Data, is[from:from+memory.BlockSize]) {
-			b.Fatalf("%s: page %d comes twice, or is not as the guest has it", when, p.Block)
+			b.Fatalf("%s: page %d occurs twice or differs from the guest's memory", when, p.Block)
 		}
 		seen[p.Block] = true
 		if bytes.Equal(p.Data, was[from:from+memory.BlockSize]) {
@@ -204,38 +202,37 @@ func (b *Bench) compare(when string, was []byte) (pages, same int) {
 	for block := range uint64(len(is) / memory.BlockSize) {
 		from := block * memory.BlockSize
 		if !seen[block] && !bytes.Equal(is[from:from+memory.BlockSize], was[from:from+memory.BlockSize]) {
-			b.Fatalf("%s: page %d changed and is not among those that did", when, block)
+			b.Fatalf("%s: page %d changed, but Pages does not yield it", when, block)
 		}
 	}
-	b.Logf("%s: %d pages, of which %d are as they were", when, len(seen), same)
+	b.Logf("%s: %d pages, of which %d are unchanged", when, len(seen), same)
 	return len(seen), same
 }
 
-// pages compares what a driver says of a machine's memory with that memory, byte
-// by byte: before its guest runs, after it ran, and in a machine with pages of
-// its own.
+// pages compares a driver's pages with the machine's memory, byte by byte: before its guest
+// runs, after it ran, and in a machine that was restored with changed pages.
 func (s *suite) pages(t *testing.T) {
 	b, saved := s.saved(t)
 	tracks := b.Driver.TracksMemory()
-	t.Logf("the driver tracks what is written: %v", tracks)
+	t.Logf("the driver tracks memory: %v", tracks)
 	base := make([]byte, saved.image.Size())
 	_, err := saved.ram.ReadAt(base, 0)
 	b.Must(err)
 
 	b.restore(saved.from())
 	if !bytes.Equal(b.content(), base) {
-		t.Error("a machine does not begin with what was saved")
+		t.Error("a restored machine does not begin with the saved memory")
 	}
 	if n, _ := b.compare("before it ran", base); n > 256 {
 		t.Errorf("%d pages changed before the guest ran", n)
 	}
 	b.Must(b.VM.Run(t.Context()))
 	b.init(savedToken, "second")
-	// Some megabytes that no one writes to afterwards, and a mark.
+	// Some megabytes that nobody writes to afterwards, and a mark.
 	b.Sh("head -c 8000000 /dev/urandom >/dev/shm/more; sha256sum /dev/shm/more >>/dev/shm/sum; printf mark >/dev/shm/mark")
 	image, devices := b.Save(saved.image)
 	if n, same := b.compare("after it ran", base); n < 1900 || n-same < 1900 || n > len(base)/memory.BlockSize/2 {
-		t.Errorf("%d pages changed, of which %d did not", n, same)
+		t.Errorf("%d pages, of which %d are unchanged", n, same)
 	}
 	b.Kill()
 
@@ -248,16 +245,16 @@ func (s *suite) pages(t *testing.T) {
 	b.Spec.ID = uuid.New()
 	b.restore(vmm.Saved{Memory: saved.ram, Changed: image.ChangedFrom(saved.image), Devices: devices})
 	if !bytes.Equal(b.content(), base) {
-		t.Error("a machine does not begin with what was saved over its base")
+		t.Error("a restored machine does not begin with the saved memory over its base")
 	}
 	b.compare("restored over its base", base)
 	b.Must(b.VM.Run(t.Context()))
 	b.init("second", "third")
 	b.Sh("printf another >/dev/shm/mark; sha256sum -c /dev/shm/sum")
 	image, devices = b.Save(image)
-	// Of the pages that were laid over the base, most have not been written to.
+	// The guest has not written to most of the pages over the base.
 	if n, same := b.compare("after it ran again", base); tracks && same > changed/2 {
-		t.Errorf("%d pages changed, of which %d did not; %d lay over the base", n, same, changed)
+		t.Errorf("%d pages, of which %d are unchanged; %d were over the base", n, same, changed)
 	}
 	b.Kill()
 	b.Spec.ID = uuid.New()
@@ -267,8 +264,8 @@ func (s *suite) pages(t *testing.T) {
 	}
 }
 
-// rates writes more than the rates allow: at first, after the disk was diverted,
-// and after a restore. Each time the writes take as long as the rates say.
+// rates writes more than the rates allow: at first, after a divert, and after a restore. It
+// checks that each time the writes take as long as the rates demand.
 func (s *suite) rates(t *testing.T) {
 	b := s.NewBench(t)
 	b.Spec.Rates = rates.Rates{DiskBytes: 8 << 20, DiskOps: 100, Burst: time.Second}
@@ -277,7 +274,7 @@ func (s *suite) rates(t *testing.T) {
 		t.Helper()
 		for _, w := range []struct {
 			name, script string
-			least        time.Duration // for all but what the burst has
+			least        time.Duration // time for the writes beyond the burst
 		}{
 			// 24 MiB, of which 8 at once.
 			{"24 MiB", "dd if=/dev/zero of=/root/blob bs=256k count=96 oflag=direct conv=notrunc 2>&1", 2 * time.Second},
@@ -311,9 +308,9 @@ func (s *suite) rates(t *testing.T) {
 	b.Resume(vmm.Saved{Memory: ram, Devices: devices}, "first", "second")
 	slow("after a restore")
 
-	// It is held at once, though its guest waits for the disk.
+	// Hold does not wait for a guest that waits for its disk.
 	b.Sh("setsid dd if=/dev/zero of=/root/blob bs=256k count=2000 oflag=direct conv=notrunc >/dev/null 2>&1 &")
-	time.Sleep(100 * time.Millisecond) // whether it has begun to wait changes nothing that must hold
+	time.Sleep(100 * time.Millisecond) // Hold must be fast whether or not the guest waits by now
 	begin := time.Now()
 	b.Must(b.VM.Hold(t.Context()))
 	if took, most := time.Since(begin), await.Scale(20*time.Second); took > most {
@@ -321,13 +318,13 @@ func (s *suite) rates(t *testing.T) {
 	}
 }
 
-// pauses pauses a guest while its disk and its network card interrupt it.
-// WRENN_TEST_PAUSES is how often (3).
+// pauses pauses a guest while its disk and its network card interrupt it, WRENN_TEST_PAUSES
+// times (3).
 func (s *suite) pauses(t *testing.T) {
 	s.NewBench(t).PauseUnderLoad(Count(t, "WRENN_TEST_PAUSES", 3))
 }
 
-// load is what keeps a guest's disk and network card busy.
+// load is a script that keeps a guest's disk and network card busy.
 const load = `setsid sh -c 'while :; do dd if=/dev/zero of=/root/load bs=4k count=16384 conv=notrunc oflag=direct; done' >/dev/null 2>&1 &
 setsid python3 -c '
 import socket
@@ -336,8 +333,8 @@ s.bind(("", 9))
 while True:
     s.sendto(*s.recvfrom(2048))' >/dev/null 2>&1 &`
 
-// PauseUnderLoad pauses a guest again and again. It wants each restored guest to
-// answer, and to write to its disk.
+// PauseUnderLoad pauses and restores a guest again and again, and checks that each restored
+// guest responds and writes to its disk.
 func (b *Bench) PauseUnderLoad(pauses int) {
 	b.Helper()
 	b.Boot("token 0")
@@ -348,7 +345,7 @@ func (b *Bench) PauseUnderLoad(pauses int) {
 	b.Must(err)
 	defer ram.Close()
 
-	// Each packet comes back, as long as a guest runs.
+	// A running guest returns each packet.
 	conn, err := net.Dial("udp", net.JoinHostPort(b.Slot.Address.String(), "9"))
 	b.Must(err)
 	defer conn.Close()
@@ -379,7 +376,7 @@ func (b *Bench) PauseUnderLoad(pauses int) {
 		image, devices = b.Save(image)
 		b.Kill()
 		if former != base {
-			b.Must(former.Close()) // else there are soon too many open files
+			b.Must(former.Close()) // so that there are not too many open files
 		}
 	}
 	b.Resume(vmm.Saved{Memory: ram, Changed: image.ChangedFrom(base), Devices: devices}, "token "+strconv.Itoa(pauses), "end")
