@@ -15,11 +15,11 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 )
 
-// maxIdleBases is how many memories that no machine uses are kept.
+// maxIdleBases is the number of unused memories to keep.
 const maxIdleBases = 4
 
-// bases are the memories that machines began with, as files in memory, which
-// all machines of one capture map.
+// bases are the memories of captures, as files in RAM. All machines of a capture map the
+// same file.
 type bases struct {
 	mu    sync.Mutex
 	known map[uuid.UUID]*base
@@ -30,18 +30,18 @@ type bases struct {
 type base struct {
 	id    uuid.UUID // the capture's
 	ready chan struct{}
-	err   error         // once ready is closed, as are those below
-	image *memory.Image // what file has; nil: one machine alone has it
+	err   error         // set before ready is closed, like the fields below
+	image *memory.Image // the content of file; nil: only one machine uses it
 	file  *os.File
-	bytes int64 // what file takes
+	bytes int64 // RAM that file takes
 
-	refs     int // under bases.mu, as are those below
-	used     int
-	unwanted bool // nothing new begins with it
+	refs     int  // guarded by bases.mu, like the fields below
+	used     int  // clock at the last release
+	unwanted bool // close it when nobody uses it
 }
 
-// acquire returns the memory of a capture, which is made if it is not there.
-// The caller releases it.
+// acquire returns the memory of a capture, and loads it if necessary. The caller must
+// release it.
 func (s *bases) acquire(ctx context.Context, c *image.Capture) (*base, error) {
 	s.mu.Lock()
 	b := s.known[c.ID]
@@ -56,7 +56,7 @@ func (s *bases) acquire(ctx context.Context, c *image.Capture) (*base, error) {
 	b.refs++
 	s.mu.Unlock()
 	if first {
-		// Whoever else waits for it must not fail because this caller leaves.
+		// Without ctx's end, because other callers may wait for it.
 		b.err = b.open(context.WithoutCancel(ctx), c)
 		close(b.ready)
 	}
@@ -73,8 +73,8 @@ func (s *bases) acquire(ctx context.Context, c *image.Capture) (*base, error) {
 	return b, nil
 }
 
-// share makes one more user of a memory; false: nobody uses it any more, and it
-// may be closed. The caller releases it.
+// share adds a user to a memory. It returns false if nobody uses the memory, which may be
+// closed then. Otherwise the caller must release it.
 func (s *bases) share(b *base) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -110,8 +110,8 @@ func (b *base) materialize(ctx context.Context, m *memory.Image) error {
 	return nil
 }
 
-// own makes m a memory that one machine alone begins with. It is m's no more
-// once it is there. The caller releases it.
+// own makes a memory with m's content for only one machine. It does not keep m. The caller
+// must release it.
 func (s *bases) own(ctx context.Context, m *memory.Image) (*base, error) {
 	b := &base{id: uuid.New(), ready: make(chan struct{}), refs: 1, unwanted: true}
 	if err := b.materialize(ctx, m); err != nil {
@@ -136,7 +136,7 @@ func (b *base) close() {
 	}
 }
 
-// release gives back what acquire returned.
+// release removes a user from a memory.
 func (s *bases) release(b *base) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -151,8 +151,8 @@ func (s *bases) release(b *base) {
 	s.shrink(maxIdleBases)
 }
 
-// forget keeps the memory of a capture no longer than machines use it: its
-// files are removed, and would take space for as long as they are open.
+// forget closes the memory of a deleted capture as soon as no machine uses it. Until then,
+// the capture's open files take space.
 func (s *bases) forget(capture uuid.UUID) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -176,8 +176,8 @@ func (b *base) failed() bool {
 	}
 }
 
-// shrink forgets the memories that were not used longest, until at most n are
-// kept that nobody uses. The caller holds the lock.
+// shrink closes unused memories, least recently used first, until at most n are left. The
+// caller holds mu.
 func (s *bases) shrink(n int) {
 	for {
 		var oldest *base
@@ -199,14 +199,14 @@ func (s *bases) shrink(n int) {
 	}
 }
 
-// drop forgets all that nobody uses.
+// drop closes all unused memories.
 func (s *bases) drop() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.shrink(0)
 }
 
-// mib is what all of them take.
+// mib returns the RAM that all memories take, in MiB.
 func (s *bases) mib() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()

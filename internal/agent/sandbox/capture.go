@@ -74,8 +74,7 @@ func (m *Manager) capture(ctx context.Context, t image.Template, vcpus, memoryMi
 	}
 }
 
-// Prepare captures a template for sandboxes with the given processors and
-// memory, unless it is.
+// Prepare captures a template for the given vCPUs and memory, if no capture exists yet.
 func (m *Manager) Prepare(ctx context.Context, t image.Template, vcpus, memoryMiB int) error {
 	spec := Spec{Team: t.Team, Template: t.ID, VCPUs: vcpus, MemoryMiB: memoryMiB, Token: "none"}
 	if err := spec.check(t); err != nil {
@@ -90,7 +89,7 @@ func (m *Manager) Prepare(ctx context.Context, t image.Template, vcpus, memoryMi
 	return err
 }
 
-// inputs is a digest of what a template's guests boot from.
+// inputs returns a digest of what a template's guests boot from.
 func (m *Manager) inputs(t image.Template) string { return digest(t.Inputs, m.KernelInputs) }
 
 func digest(parts ...string) string {
@@ -101,9 +100,8 @@ func digest(parts ...string) string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// makeCapture boots a template and captures it once its guest daemon has done
-// all that it is asked for when a sandbox begins, and before it runs anything
-// of anybody's.
+// makeCapture boots a template, warms up its guest daemon, starts the template's own
+// command, and captures the machine before it runs anything of a sandbox.
 func (m *Manager) makeCapture(t image.Template, vcpus, memoryMiB int, nested bool, inputs, name string) (*image.Capture, error) {
 	release, err := m.room.Hold(int64(memoryMiB) << 20)
 	if err != nil {
@@ -116,8 +114,8 @@ func (m *Manager) makeCapture(t image.Template, vcpus, memoryMiB int, nested boo
 		Spec: Spec{ID: home, Team: t.Team, Template: t.ID, VCPUs: vcpus, MemoryMiB: memoryMiB, DiskMiB: t.DiskMiB},
 	})
 	b.begin.nested = nested
-	// Its memory is not reserved: the sandbox that waits for it has reserved as
-	// much, and does not have it yet.
+	// It needs no reservation: the waiting sandbox has reserved as much, and does not use it
+	// yet.
 	if err := m.register(b); err != nil {
 		return nil, err
 	}
@@ -206,7 +204,7 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 				return err
 			}
 		}
-		// What a guest is in the middle of, each machine goes on with.
+		// Let the guest become idle, because every restored machine continues its work.
 		t := time.NewTimer(b.m.Settle)
 		defer t.Stop()
 		select {
@@ -242,9 +240,8 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 	return into, err
 }
 
-// warmUp has a guest do, in vain, what it will do for a sandbox: what it runs
-// is in its memory then, prepared, and translated where it is emulated. token
-// is what it must be shown from then on.
+// warmUp makes a guest do what it will do for a sandbox, so that the code is in its memory,
+// and translated under emulation. shown is its present token, token the new one.
 func (b *box) warmUp(ctx context.Context, c *image.Capture, shown, token, command string) error {
 	return b.guarded(ctx, func(ctx context.Context) error {
 		g := guest.New(b.slot.Address(), shown)
@@ -254,44 +251,44 @@ func (b *box) warmUp(ctx context.Context, c *image.Capture, shown, token, comman
 		if _, err := g.Init(ctx, settings); err != nil {
 			return err
 		}
-		// A template need not have what is run.
+		// Not an error: the template may lack a shell.
 		cmd := guest.Command{Cmd: "/bin/sh", Args: []string{"-c", command}, Timeout: warmUpTimeout}
 		if _, err := g.Exec(ctx, cmd, nil); err != nil {
-			b.log.Info("the guest runs no command", "error", firstLine(err.Error()))
+			b.log.Info("cannot run a warm-up command in the guest", "error", firstLine(err.Error()))
 		}
 		return nil
 	})
 }
 
-// startOwn starts a template's own command. One that does not start, or ends at
-// once as an interpreter without a terminal does, keeps nobody from the rest.
+// startOwn starts a template's own command. It is not an error if the command does not
+// start, or ends at once like an interpreter without a terminal.
 func (b *box) startOwn(ctx context.Context, token string, command []string) error {
 	return b.guarded(ctx, func(ctx context.Context) error {
 		g := guest.New(b.slot.Address(), token)
 		defer g.Close()
 		err := g.Launch(ctx, guest.Command{Cmd: command[0], Args: command[1:]})
 		if err != nil && guest.Said(err) {
-			b.log.Warn("the template's own command does not start", "error", firstLine(err.Error()))
+			b.log.Warn("cannot start the template's own command", "error", firstLine(err.Error()))
 			return nil
 		}
 		return err
 	})
 }
 
-// warmUpCommand has what most commands need read from the disk, and done by the
-// kernel.
+// warmUpCommand makes the guest load from its disk what most commands need.
 const warmUpCommand = "ls -l / | cat; echo; id; python3 -c pass"
 
-// warmUpTimeout bounds the command.
+// warmUpTimeout bounds warmUpCommand.
 const warmUpTimeout = 15 * time.Second
 
 // save saves a booted machine's devices and memory.
 func (b *box) save(ctx context.Context, into *image.Capture) error {
-	// They go on once their guest is a sandbox's own, and has its time.
+	// Freeze programs, so that they continue only after a restored guest has its settings
+	// and the time.
 	g := guest.New(b.slot.Address(), into.Token)
 	defer g.Close()
 	if err := g.Freeze(ctx); err != nil {
-		b.log.Warn("the guest does not freeze its programs", "error", err)
+		b.log.Warn("the guest cannot freeze its programs", "error", err)
 	}
 	if err := b.vm.Hold(ctx); err != nil {
 		return err
@@ -306,12 +303,13 @@ func (b *box) save(ctx context.Context, into *image.Capture) error {
 	return m.Close()
 }
 
-// seal makes a disk nobody's to write to.
+// seal makes a disk read-only, and root its owner.
 func seal(name string) error {
 	return errors.Join(os.Chown(name, 0, 0), os.Chmod(name, 0o400))
 }
 
-// removeStale removes captures of t that no machine can begin with any more.
+// removeStale removes captures of t that are of no use any more, because their inputs or
+// their kind changed.
 func (m *Manager) removeStale(t image.Template, inputs string) {
 	all, err := t.Captures(m.Dir)
 	for _, c := range all {
@@ -320,6 +318,6 @@ func (m *Manager) removeStale(t image.Template, inputs string) {
 		}
 	}
 	if err != nil {
-		m.Log.Warn("remove stale captures", "template", t.ID, "error", err)
+		m.Log.Warn("cannot remove stale captures", "template", t.ID, "error", err)
 	}
 }

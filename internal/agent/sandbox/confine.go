@@ -6,9 +6,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// Confine puts the machines that other software has taken out of their bounds
-// back into them. What cannot be is a problem until it could be, or the machine
-// has ended.
+// Confine puts machines that other software moved out of their control groups back into
+// them. If it cannot, it reports a problem until it can or the machine has ended.
 func (m *Manager) Confine(problems *problem.List) {
 	c, ok := m.Driver.(vmm.Confiner)
 	if !ok {
@@ -33,9 +32,9 @@ func (m *Manager) Confine(problems *problem.List) {
 		switch {
 		case err != nil:
 			failed[sandbox] = true
-			problems.Report(problem.Cgroup, sandbox, "sandbox "+sandbox+" may take more of this host than it should: "+err.Error())
+			problems.Report(problem.Cgroup, sandbox, "sandbox "+sandbox+" is outside of its control group and may exceed its limits: "+err.Error())
 		case repaired:
-			problems.Repaired(problem.Cgroup, sandbox, "somebody moved the sandbox's machine out of its control group, or removed that")
+			problems.Repaired(problem.Cgroup, sandbox, "somebody moved the sandbox's machine out of its control group, or removed the group")
 		}
 	}
 	for _, p := range problems.All() {

@@ -15,35 +15,34 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// A port on which nothing listens is tried again for a while: a server may have
-// just been started, by a command or by a resume.
+// The agent retries connections to a port on which nothing listens for a while, because a
+// command or a resume may have just started the server.
 const (
 	listenWait     = 5 * time.Second
 	firstRedial    = 10 * time.Millisecond
 	longestRedial  = 250 * time.Millisecond
 	connectTimeout = 10 * time.Second
-	// idleTimeout is how long an unused connection to a guest is kept.
+	// idleTimeout is the time after which an idle connection to a guest is closed.
 	idleTimeout = 60 * time.Second
-	// onceIdle is less than servers keep idle connections, which is 2 s or more.
+	// onceIdle is shorter than the time for which servers keep idle connections (2 s or more).
 	onceIdle = time.Second
 	// maxHeader bounds the header of a guest's response.
 	maxHeader = 1 << 20
 )
 
-// ports carries requests to the ports of a guest.
+// ports sends requests to the ports of a guest.
 type ports struct {
 	http1 *upstream.Transport
-	// http2 speaks HTTP/2 without TLS and without asking first.
+	// http2 speaks HTTP/2 with prior knowledge, without TLS.
 	http2 *http.Transport
 	// only2 has the addresses whose servers do not speak HTTP/1.1.
 	only2 sync.Map
 }
 
-// newPorts makes the ports of the guest at host. Connecting ends with life,
-// because the address may be another sandbox's soon after; a request that is
-// given up alone does not end it. knock asks the guest daemon to look for new
-// servers on the guest's loopback, which only then become reachable. suspect is told
-// that the guest may not answer.
+// newPorts makes the ports of the guest at host. Attempts to connect end with life, because
+// another sandbox may get the address soon after. knock makes the guest daemon look for new
+// servers on the guest's loopback, which makes them reachable. newPorts calls suspect when
+// the guest may be silent.
 func newPorts(life context.Context, d *net.Dialer, host string, knock func(context.Context), suspect func()) *ports {
 	knocking := make(chan struct{}, 1)
 	once := func(ctx context.Context) {
@@ -94,7 +93,7 @@ func (p *ports) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 		p.only2.Store(req.URL.Host, nil)
 		if req.Body != nil && req.Body != http.NoBody {
-			return nil, err // It was read.
+			return nil, err // cannot repeat it, because its body was read
 		}
 	}
 	resp, err := p.http2.RoundTrip(req)
@@ -104,22 +103,21 @@ func (p *ports) RoundTrip(req *http.Request) (*http.Response, error) {
 	return resp, err
 }
 
-// isGRPC says whether a request is gRPC's, which needs HTTP/2.
+// isGRPC reports whether a request is gRPC, which needs HTTP/2.
 func isGRPC(req *http.Request) bool {
 	kind, _, _ := strings.Cut(req.Header.Get("Content-Type"), ";")
 	kind, ok := strings.CutPrefix(strings.ToLower(strings.TrimSpace(kind)), "application/grpc")
 	return ok && (kind == "" || kind[0] == '+') // Not grpc-web.
 }
 
-// close closes the connections that no request uses. There are no new ones.
+// close closes idle connections. There must be no new requests.
 func (p *ports) close() {
 	p.http1.Close()
 	p.http2.CloseIdleConnections()
 }
 
-// dialPort connects to a guest's port, and waits a short while for a server
-// that does not listen yet. It knocks whenever a connection is refused. No byte of
-// a request is sent before it returns.
+// dialPort connects to a guest's port, and retries for a while if no server listens yet. It
+// calls knock whenever a connection is refused.
 func dialPort(ctx context.Context, d *net.Dialer, address string, knock func(context.Context)) (net.Conn, error) {
 	wait := redial()
 	for {
@@ -134,8 +132,8 @@ func dialPort(ctx context.Context, d *net.Dialer, address string, knock func(con
 	}
 }
 
-// redial returns a function that waits before the next attempt to connect, and
-// returns false if there is none.
+// redial returns a function that waits before the next attempt to connect. The function
+// returns false if there should be no further attempt.
 func redial() func(context.Context) bool {
 	deadline := time.Now().Add(listenWait)
 	pauses := backoff.New(firstRedial, longestRedial)

@@ -16,18 +16,17 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// flattenUID is the user that works on file systems while they are flattened,
-// one at a time; no machine has it.
+// flattenUID is the user of the programs that flatten file systems, one at a time. No
+// machine has this user.
 const flattenUID = firstUID - 1
 
-// flattenTimeout bounds the work on one file system, for which others wait.
+// flattenTimeout bounds the work on one file system, because others wait for it.
 const flattenTimeout = 30 * time.Minute
 
-// SnapshotDisk makes a template of a sandbox's disk alone: a file system of its
-// own, without what was the sandbox's template's, which is booted and captured
-// once before this returns. start is what is started then and left running;
-// nil: nothing. It is otherwise as Snapshot is. What has not been written to the
-// guest's disk, see Settle, may not be there.
+// SnapshotDisk makes a template from a sandbox's disk without its memory. The template has a
+// file system that does not depend on the sandbox's template. SnapshotDisk boots and
+// captures it once. start is its start command (nil: none). Otherwise it is like Snapshot.
+// Data that the guest has not synced may be missing; see [guest.Client.Settle].
 func (m *Manager) SnapshotDisk(ctx context.Context, sandbox, template uuid.UUID, name string, defaults *image.Defaults, start []string) (image.Template, error) {
 	if template == uuid.Nil {
 		return image.Template{}, fail(ErrInvalid, "the built-in template is not to be replaced")
@@ -41,15 +40,15 @@ func (m *Manager) SnapshotDisk(ctx context.Context, sandbox, template uuid.UUID,
 		t, err = b.snapshotDisk(ctx, template, name, defaults, start)
 		return err
 	})
-	if err != nil { // it may go on: t is not to be read
+	if err != nil { // the order may still run and write t
 		return image.Template{}, err
 	}
 	vcpus, memoryMiB := b.machineSize()
 	err = m.Prepare(ctx, t, vcpus, memoryMiB)
 	switch {
 	case errors.Is(err, ErrExhausted):
-		// It is captured for the first sandbox that asks for it.
-		m.Log.Warn("no room to capture a template at once", "template", id.Format(id.Template, template), "error", err)
+		// The first sandbox that needs it captures it.
+		m.Log.Warn("no room to capture a template now", "template", id.Format(id.Template, template), "error", err)
 	case err != nil && ctx.Err() == nil:
 		return image.Template{}, errors.Join(fmt.Errorf("boot the template: %w", err), m.DeleteTemplate(t.Team, t.ID))
 	case err != nil:
@@ -58,7 +57,7 @@ func (m *Manager) SnapshotDisk(ctx context.Context, sandbox, template uuid.UUID,
 	return image.Find(m.Dir, t.Team, t.ID)
 }
 
-// flatBytes returns how much the sandbox's disk takes at most once it is flattened.
+// flatBytes returns the maximum size of the sandbox's flattened disk in bytes.
 func (b *box) flatBytes() (int64, error) {
 	origin, err := image.OpenCapture(b.m.Dir.SandboxOrigin(b.rec.Home))
 	if err != nil {
@@ -102,7 +101,7 @@ func (b *box) snapshotDisk(ctx context.Context, template uuid.UUID, name string,
 		return image.Template{}, Full(err)
 	}
 	defer os.RemoveAll(tmp)
-	// The memory that is captured too is of no use: its disk is a moment's.
+	// The memory is captured too, but not used.
 	captured := filepath.Join(tmp, image.Captured)
 	c, err := b.capture(ctx, captured, defaults)
 	if err != nil {

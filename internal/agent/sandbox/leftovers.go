@@ -15,8 +15,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// sweep removes the templates and forks that killed agents left unfinished. What
-// cannot be removed is a problem, and is tried again until the manager closes.
+// sweep removes unfinished templates and forks of killed agents. If it cannot remove one, it
+// reports a problem, and retries until the manager closes.
 func (m *Manager) sweep() {
 	left, err := leftovers(m.Dir)
 	left, failed := removeEach(left)
@@ -29,7 +29,8 @@ func (m *Manager) sweep() {
 	}
 }
 
-// sweepAgain removes only what sweep has found: other folders may be in use by now.
+// sweepAgain retries to remove what sweep found. It does not look for more, because other
+// folders may be in use by now.
 func (m *Manager) sweepAgain(left []string) {
 	waits := backoff.New(firstRetry, lastRetry)
 	for len(left) > 0 {
@@ -38,7 +39,7 @@ func (m *Manager) sweepAgain(left []string) {
 		case <-t.C:
 		case <-m.closing:
 			t.Stop()
-			return // the next agent goes on
+			return // the next agent tries again
 		}
 		var err error
 		if left, err = removeEach(left); err != nil {
@@ -49,11 +50,11 @@ func (m *Manager) sweepAgain(left []string) {
 }
 
 func (m *Manager) reportLeftovers(err error) {
-	m.Problems.Report(problem.Leftover, "", fmt.Sprintf("files that a killed agent left cannot be removed; they take space, and the agent tries again: %v", err))
+	m.Problems.Report(problem.Leftover, "", fmt.Sprintf("cannot remove files that a killed agent left; they take space, and the agent retries: %v", err))
 }
 
-// leftovers returns the paths of unfinished templates and forks. Nobody else may
-// be making any meanwhile.
+// leftovers returns the paths of unfinished templates and forks. Nobody may be making any
+// during the call.
 func leftovers(dir layout.Dir) ([]string, error) {
 	all, err := image.Leftovers(dir)
 	forks, e := os.ReadDir(dir.Forks())
@@ -69,7 +70,7 @@ func leftovers(dir layout.Dir) ([]string, error) {
 	return all, err
 }
 
-// removeEach removes all that it can of paths and returns the others.
+// removeEach removes paths, and returns those that it cannot remove.
 func removeEach(paths []string) (left []string, err error) {
 	for _, path := range paths {
 		if e := os.RemoveAll(path); e != nil {

@@ -28,62 +28,61 @@ const (
 	// The pauses between attempts.
 	firstRetry = time.Second
 	lastRetry  = time.Minute
-	// consoleTail is how much of the guest's console an error shows, in bytes.
+	// consoleTail is the number of bytes of the guest's console in an error.
 	consoleTail = 2 << 10
 )
 
-// box is a sandbox and the goroutine ([box.live]) that owns its life. The
-// goroutine alone changes what mu guards, and reads it without; all others
-// read it with mu held.
+// box is a sandbox and the goroutine ([box.live]) that owns it. Only this goroutine changes
+// the fields that mu guards, and it reads them without mu. All others read them with mu.
 type box struct {
 	m       *Manager
 	log     *slog.Logger
 	tracker *Tracker
 
-	begin   start  // what it begins with
+	begin   start  // what it starts from
 	doing   string // the operation of its steps
-	base    *base  // the memory that its machine maps; nil: not known, or none
-	maybeVM bool   // there may be a machine that vm does not show
-	// unreadable is why its record cannot be read: its files are kept, and rec is
-	// not written over the record.
+	base    *base  // the memory that its machine maps; nil: none or unknown
+	maybeVM bool   // a machine may run although vm is nil
+	// unreadable is the error of its record. The box keeps the files, and does not write rec
+	// over the record.
 	unreadable error
 
-	booted chan struct{} // closed when its start has ended, well or not
-	taken  chan struct{} // closed when it was taken back, well or not; nil: it was made by this agent
-	over   chan struct{} // closed when it takes no orders any more
+	booted chan struct{} // closed when its start has succeeded or failed
+	taken  chan struct{} // closed when its adoption has succeeded or failed; nil: this agent made it
+	over   chan struct{} // closed when it takes no more orders
 	gone   chan struct{} // closed when nothing is left of it
-	retry  chan struct{} // somebody wants it cleaned now
+	retry  chan struct{} // asks for a cleanup now
 	orders chan *order
 
 	mu        sync.Mutex // locked after the manager's, see [Manager]
 	rec       record
 	steps     []Step
 	slot      Slot
-	kept      bool // its slot is kept for it on the host, but was not taken back
+	kept      bool // the pool keeps its slot, but the box has not reclaimed it
 	vm        vmm.VM
 	guest     *guest.Client
 	transport *ports
 	life      context.Context // of its uses; ends with a cause
 	endLife   context.CancelCauseFunc
-	silent    *condition.Condition // that its guest does not answer; nil: it does
-	working   bool                 // an order is being obeyed, for which the guest may stand still
+	silent    *condition.Condition // set while its guest is silent
+	working   bool                 // an order runs, which may stop the guest
 	bootErr   error                // set before booted is closed
-	attempts  int                  // to clean that have begun
+	attempts  int                  // number of cleanups begun
 	cleanErr  error
-	tried     chan struct{} // closed and replaced after each attempt to clean that failed
+	tried     chan struct{} // closed and replaced after each failed cleanup
 
-	// What others ask of the goroutine, under mu too.
+	// Requests to the goroutine, guarded by mu too.
 	waiters int           // callers of Create
-	stop    chan struct{} // closed: end
+	stop    chan struct{} // closed: the sandbox must end
 	why     ending        // set before stop is closed
 
-	reservedMiB int // under the manager's mu
+	reservedMiB int // guarded by the manager's mu
 }
 
-// order is something that the goroutine is to do. It goes on when whoever gave
-// it leaves.
+// order is a function that the goroutine must run. It continues after its caller has given
+// up.
 type order struct {
-	ctx  context.Context // whose request it is; nil: nobody's
+	ctx  context.Context // the caller's request; nil: none
 	do   func(context.Context) error
 	err  error
 	done chan struct{} // closed once err is set
@@ -100,7 +99,7 @@ func newBox(m *Manager, r record) *box {
 	return b
 }
 
-// set changes what others read.
+// set changes fields that mu guards.
 func (b *box) set(f func()) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -139,7 +138,7 @@ func (b *box) infoLocked() Info {
 	return i
 }
 
-// stopping tells whether its end was asked for.
+// stopping reports whether somebody has asked for the sandbox's end.
 func (b *box) stopping() bool {
 	select {
 	case <-b.stop:
@@ -157,7 +156,7 @@ func (b *box) end(event journal.Kind, why string) {
 	}
 }
 
-// await waits for the sandbox's start on behalf of a caller that is counted.
+// await waits for the sandbox's start, for a caller that waiters counts.
 func (b *box) await(ctx context.Context) (Info, error) {
 	select {
 	case <-b.booted:
@@ -180,7 +179,7 @@ func (b *box) await(ctx context.Context) (Info, error) {
 	return Info{}, ctx.Err()
 }
 
-// destroy asks for the sandbox's end and waits for it, or for an attempt that fails.
+// destroy asks for the sandbox's end, and waits until it is gone or a cleanup fails.
 func (b *box) destroy(ctx context.Context, event journal.Kind, why string) error {
 	b.mu.Lock()
 	b.end(event, why)
@@ -188,7 +187,7 @@ func (b *box) destroy(ctx context.Context, event journal.Kind, why string) error
 	b.mu.Unlock()
 	select {
 	case b.retry <- struct{}{}:
-	default: // somebody has asked
+	default: // a request is pending already
 	}
 	for {
 		select {
@@ -202,13 +201,13 @@ func (b *box) destroy(ctx context.Context, event journal.Kind, why string) error
 		attempts, err := b.attempts, b.cleanErr
 		tried = b.tried
 		b.mu.Unlock()
-		if attempts > before { // one that began after this was called
+		if attempts > before { // the failed attempt began after this call
 			return fmt.Errorf("remove sandbox: %w", err)
 		}
 	}
 }
 
-// order has the goroutine do something and waits for that.
+// order makes the goroutine call do, and waits for the result.
 func (b *box) order(ctx context.Context, do func(context.Context) error) error {
 	o := &order{ctx: carry(ctx, context.Background()), do: do, done: make(chan struct{})}
 	select {
@@ -229,7 +228,7 @@ func (b *box) order(ctx context.Context, do func(context.Context) error) error {
 	}
 }
 
-// obey does what an order says.
+// obey runs an order.
 func (b *box) obey(o *order) {
 	ctx, done := b.bounded()
 	if o.ctx != nil {
@@ -242,8 +241,8 @@ func (b *box) obey(o *order) {
 	close(o.done)
 }
 
-// bounded returns a context that ends when somebody asks for the sandbox's end,
-// or when the agent ends. The caller calls done.
+// bounded returns a context that ends when somebody asks for the sandbox's end or the agent
+// stops. The caller must call done.
 func (b *box) bounded() (ctx context.Context, done func()) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	unhook := make(chan struct{})
@@ -268,15 +267,15 @@ func (b *box) bounded() (ctx context.Context, done func()) {
 	}
 }
 
-// live is the sandbox's life from its creation on, which asked is the request for.
+// live creates the sandbox and runs it until its end. asked is the context of the request
+// for its creation.
 func (b *box) live(asked context.Context) {
-	// Whoever asks for the end ends the start; so does the agent's own end.
 	ctx, done := b.bounded()
 	begin := time.Now()
 	ctx, end := b.operation(carry(asked, ctx), "create")
 	err := b.create(ctx)
 	if err == nil && ctx.Err() != nil {
-		err = context.Cause(ctx) // it runs, but too late
+		err = context.Cause(ctx) // it runs, but was cancelled
 	}
 	end(err)
 	done()
@@ -285,8 +284,7 @@ func (b *box) live(asked context.Context) {
 		b.log.Error("sandbox did not start", "error", err, "took", time.Since(begin))
 		why := ending{Reason: err.Error(), Time: time.Now().UTC()}
 		b.refuse()
-		// The caller hears of it when nothing is left, or as soon as something
-		// refuses to go.
+		// The caller gets the error after the first cleanup, successful or not.
 		b.clean(why, func(cleanErr error) {
 			b.set(func() { b.bootErr = startError(errors.Join(err, cleanErr)) })
 			close(b.booted)
@@ -294,12 +292,12 @@ func (b *box) live(asked context.Context) {
 		return
 	}
 	b.log.Info("sandbox runs", "took", time.Since(begin), "steps", stepsValue(b.steps))
-	b.tracker.Touch() // its time begins now
+	b.tracker.Touch() // its timeout begins now
 	close(b.booted)
 	b.serve()
 }
 
-// startError makes sure that an error says of what kind it is.
+// startError gives an error of a start its kind, unless it has one.
 func startError(err error) error {
 	for _, kind := range []error{ErrInvalid, ErrState, ErrExhausted, ErrClosing} {
 		if errors.Is(err, kind) {
@@ -329,7 +327,7 @@ func (s stepsValue) LogValue() slog.Value {
 	return slog.GroupValue(attrs...)
 }
 
-// connect makes what talks to the guest, which wants to be shown token.
+// connect makes the clients of the guest. token is the guest's present access token.
 func (b *box) connect(token string) {
 	b.set(func() {
 		b.guest = guest.New(b.slot.Address(), token)
@@ -343,13 +341,13 @@ func (b *box) connect(token string) {
 	b.m.wg.Go(func() { b.watchGuest(life, g) })
 }
 
-// lastWords is the end of the guest's console, for an error.
+// lastWords returns the end of the guest's console, for an error.
 func (b *box) lastWords() string {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	out, err := b.vm.Console(ctx)
 	if err != nil {
-		return fmt.Sprintf("; its console cannot be read: %v", err)
+		return fmt.Sprintf("; cannot read its console: %v", err)
 	}
 	out = out[max(0, len(out)-consoleTail):]
 	text := strings.TrimSpace(printable(string(out)))
@@ -359,7 +357,7 @@ func (b *box) lastWords() string {
 	return "; its console ends with:\n" + text
 }
 
-// printable returns what of a guest's text is UTF-8 and no control character.
+// printable removes control characters and invalid UTF-8 from a guest's text.
 func printable(text string) string {
 	return strings.Map(func(r rune) rune {
 		if r == unicode.ReplacementChar || r != '\n' && unicode.IsControl(r) {
@@ -369,7 +367,7 @@ func printable(text string) string {
 	}, strings.ToValidUTF8(text, ""))
 }
 
-// serve watches over a sandbox until it ends or the agent lets go of it.
+// serve runs a sandbox until it ends or the agent stops.
 func (b *box) serve() {
 	for {
 		if b.rec.State == Paused {
@@ -389,7 +387,7 @@ func (b *box) serve() {
 			b.obey(&order{done: make(chan struct{}), do: func(ctx context.Context) error {
 				err := b.pause(ctx, &why)
 				if err != nil {
-					b.log.Error("an unused sandbox cannot be paused", "error", err, "again_in", b.rec.Spec.Timeout)
+					b.log.Error("cannot pause an unused sandbox", "error", err, "again_in", b.rec.Spec.Timeout)
 					b.tracker.Touch()
 				}
 				return err
@@ -426,8 +424,8 @@ func (b *box) serve() {
 	}
 }
 
-// nextExpiry shuts the sandbox if it has not been used for its timeout. Else it
-// returns what to wait for before looking again.
+// nextExpiry shuts the tracker if the sandbox was not used for its timeout. Otherwise it
+// returns what to wait for before the next check.
 func (b *box) nextExpiry() (timer *time.Timer, busy <-chan struct{}, expired bool) {
 	if b.rec.Spec.Timeout == 0 {
 		return nil, nil, false
@@ -439,13 +437,13 @@ func (b *box) nextExpiry() (timer *time.Timer, busy <-chan struct{}, expired boo
 	return time.NewTimer(left), nil, false
 }
 
-// refuse takes no uses any more.
+// refuse refuses new uses.
 func (b *box) refuse() {
 	b.tracker.Shut()
 	b.set(func() { b.rec.State = Stopping })
 }
 
-// release lets go of a sandbox that goes on without this agent.
+// release disconnects from a sandbox, which keeps running without this agent.
 func (b *box) release() {
 	b.tracker.Shut()
 	close(b.over)
@@ -460,8 +458,8 @@ func (b *box) disconnect() {
 	}
 }
 
-// clean removes all there is of a sandbox, trying again until that is done or
-// the agent ends. done, if not nil, is told how the first attempt went.
+// clean removes a sandbox, and retries until it succeeds or the agent stops. It calls done,
+// unless that is nil, with the result of the first attempt.
 func (b *box) clean(why ending, done func(error)) {
 	begin := time.Now()
 	b.refuse()
@@ -488,7 +486,7 @@ func (b *box) clean(why ending, done func(error)) {
 			return
 		}
 		pause := retries.Next()
-		b.log.Error("sandbox cannot be removed", "error", err, "again_in", pause)
+		b.log.Error("cannot remove sandbox", "error", err, "again_in", pause)
 		b.set(func() {
 			b.cleanErr = err
 			close(b.tried)
@@ -500,7 +498,7 @@ func (b *box) clean(why ending, done func(error)) {
 		case <-b.retry:
 		case <-b.m.closing:
 			t.Stop()
-			return // the next agent goes on
+			return // the next agent tries again
 		}
 		t.Stop()
 	}
@@ -511,7 +509,7 @@ func firstLine(s string) string {
 	return line
 }
 
-// tryClean is one attempt. It goes on where the last one failed.
+// tryClean tries to remove the sandbox. It continues where an earlier attempt failed.
 func (b *box) tryClean(why ending) error {
 	ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
 	defer cancel()
@@ -520,12 +518,11 @@ func (b *box) tryClean(why ending) error {
 		return b.setAside(ctx, why)
 	}
 	if b.rec.Ending == nil {
-		// So that the next agent, if this one dies now, does not take the end of
-		// the machine for its own doing.
+		// Record it, so that the next agent knows why the machine ended if this one dies now.
 		b.set(func() { b.rec.Ending = &why })
 		if _, err := os.Stat(dir.SandboxRecord(home)); err == nil {
 			if err := b.rec.save(dir); err != nil {
-				b.log.Warn("a sandbox's end is not recorded", "error", err) // a full disk must not keep it alive
+				b.log.Warn("cannot record a sandbox's end", "error", err) // a full disk must not keep it alive
 			}
 		}
 	}
@@ -534,7 +531,7 @@ func (b *box) tryClean(why ending) error {
 		return err
 	}
 	b.m.Hook("clean: vacated")
-	// First what takes space, so that there is some for the event.
+	// Remove its files before the event is written, because the disk may be full.
 	if err := b.rec.empty(dir); err != nil {
 		return err
 	}
@@ -550,7 +547,7 @@ func (b *box) tryClean(why ending) error {
 	return nil
 }
 
-// setAside is tryClean of a sandbox whose files are kept.
+// setAside is tryClean for a sandbox with an unreadable record, whose files it keeps.
 func (b *box) setAside(ctx context.Context, why ending) error {
 	if err := b.vacate(ctx); err != nil {
 		return err
@@ -562,12 +559,12 @@ func (b *box) setAside(ctx context.Context, why ending) error {
 	if err != nil {
 		return err
 	}
-	b.log.Error("the files of a sandbox were set aside", "path", item.Path, "error", b.unreadable)
+	b.log.Error("set the files of a sandbox aside", "path", item.Path, "error", b.unreadable)
 	return nil
 }
 
-// vacate ends the machine and gives back what it held of the host. It goes on
-// where an attempt that failed has ended.
+// vacate ends the machine and releases its network slot and memory. It continues where an
+// earlier attempt failed.
 func (b *box) vacate(ctx context.Context) error {
 	if err := b.killVM(ctx); err != nil {
 		return err
@@ -586,16 +583,16 @@ func (b *box) vacate(ctx context.Context) error {
 	return nil
 }
 
-// killVM ends the machine, also one that only an earlier agent knew.
+// killVM ends the machine, even one that this agent is not attached to.
 func (b *box) killVM(ctx context.Context) error {
 	switch {
 	case b.vm != nil:
 		if err := b.vm.Kill(ctx); err != nil {
-			return fmt.Errorf("end the virtual machine: %w", err)
+			return fmt.Errorf("kill virtual machine: %w", err)
 		}
 	case b.maybeVM:
 		if err := b.m.Driver.Reap(ctx, leftover(b.rec)); err != nil {
-			return fmt.Errorf("end the virtual machine: %w", err)
+			return fmt.Errorf("reap virtual machine: %w", err)
 		}
 	}
 	b.maybeVM = false
@@ -603,7 +600,7 @@ func (b *box) killVM(ctx context.Context) error {
 	return nil
 }
 
-// tell puts what the agent did on its own into the journal, once.
+// tell appends an event to the journal, unless it is there already.
 func (b *box) tell(why ending) error {
 	for _, e := range b.m.Journal.Pending() {
 		if e.Sandbox == b.rec.Spec.ID && e.Kind == why.Event && e.Time.Equal(why.Time) {
@@ -617,7 +614,7 @@ func (b *box) tell(why ending) error {
 	return err
 }
 
-// because is the reason for which ctx ended, with what came of it.
+// because returns the cause of ctx's end, with err if that is another error.
 func because(ctx context.Context, err error) error {
 	cause := context.Cause(ctx)
 	if errors.Is(err, cause) {

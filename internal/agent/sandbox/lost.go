@@ -25,18 +25,18 @@ import (
 // A sandbox whose machine ends without being saved keeps its disk: it is paused, and
 // its record says that its memory is lost. It boots from its disk when it is resumed.
 
-// maxDetail bounds the guest's text in a condition, in bytes.
+// maxDetail bounds a guest's text in a condition, in bytes.
 const maxDetail = 512
 
-// loss is a condition that begins now.
+// loss returns a condition that begins now.
 func loss(why condition.Reason, detail string) condition.Condition {
 	return condition.Condition{Reason: why, Detail: text.Clean(printable(detail), maxDetail), Since: time.Now().UTC()}
 }
 
-// withoutMemory returns the record of the sandbox once its memory is lost. It writes
-// the state that the record names: memory of zeros, which is what a machine begins with
-// that boots, and no devices. A release that does not know lost memory cannot resume
-// that, and leaves the sandbox paused.
+// withoutMemory returns the record of the sandbox after the loss of its memory. It writes a
+// saved state for it, which has memory of zeros, like that of a booting machine, and no
+// devices. A release that does not support lost memory cannot resume that state, and leaves
+// the sandbox paused.
 func (r record) withoutMemory(dir layout.Dir, why condition.Condition) (record, error) {
 	r.State, r.Slot, r.Saved, r.Sealed, r.PausedAt, r.Lost = Paused, nil, nil, max(r.Disks-1, 0), &why.Since, &why
 	saved, err := r.zeroState(dir)
@@ -62,13 +62,13 @@ func (r *record) zeroState(dir layout.Dir) (uuid.UUID, error) {
 		err = atomicfile.Sync(folder)
 	}
 	if err != nil {
-		_ = os.RemoveAll(folder) // else a sweep does
+		_ = os.RemoveAll(folder) // otherwise a sweep removes it
 	}
 	return id, err
 }
 
-// lose makes the sandbox one that is paused without its memory, and leaves it to
-// [box.servePaused] to end its machine. After an error nothing has changed.
+// lose makes the sandbox paused without its memory. [box.servePaused] ends its machine.
+// After an error, nothing has changed.
 func (b *box) lose(why condition.Condition, told *ending) error {
 	next, err := b.rec.withoutMemory(b.m.Dir, why)
 	next.Untold = told
@@ -82,14 +82,14 @@ func (b *box) lose(why condition.Condition, told *ending) error {
 	return nil
 }
 
-// loseDead is lose for a sandbox whose machine has ended. If the record cannot be
-// written, the next agent finds that the machine has ended, and does the same.
+// loseDead is lose for a sandbox whose machine has ended. If it cannot write the record, the
+// next agent finds that the machine has ended, and does the same.
 func (b *box) loseDead(why condition.Condition) {
 	b.log.Warn("a sandbox has lost its memory and keeps its disk", "reason", string(why.Reason), "detail", why.Detail)
 	told := pausedEvent("its memory is lost: " + why.Text())
 	b.tracker.Shut()
 	if err := b.lose(why, told); err != nil {
-		b.log.Error("write that a sandbox has lost its memory", "error", err)
+		b.log.Error("cannot record that a sandbox has lost its memory", "error", err)
 		next, _ := b.rec.withoutMemory(b.m.Dir, why)
 		next.Untold = told
 		b.set(func() { b.rec = next })
@@ -97,7 +97,7 @@ func (b *box) loseDead(why condition.Condition) {
 	}
 }
 
-// forgetGuest ends what is under way in a guest that is not coming back.
+// forgetGuest cancels all uses of a guest that has ended.
 func (b *box) forgetGuest() {
 	b.endLife(&StateError{Paused})
 	b.disconnect()
@@ -115,7 +115,7 @@ func (b *box) machineEnded() (end bool) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), consoleTimeout)
 	defer cancel()
-	console, _ := b.vm.Console(ctx) // What was read before is all there is.
+	console, _ := b.vm.Console(ctx) // after an error, the end is missing
 	b.loseDead(whyLost(err, string(console)))
 	return false
 }
@@ -146,7 +146,7 @@ func whyLost(err error, console string) condition.Condition {
 	}
 	at := panics[len(panics)-1]
 	line := strings.TrimSpace(console[at[0]:at[1]])
-	// The console may have what the guest said before, for hours.
+	// Only the lines before the panic, because the console may have hours of output.
 	if noMemory.MatchString(line) || daemonKilled.MatchString(console[max(0, at[0]-consoleTail):at[0]]) {
 		return loss(condition.OOM, line)
 	}
@@ -197,12 +197,12 @@ func (b *box) reboot(ctx context.Context) error {
 		_ = b.step(ctx, "settle", func(ctx context.Context) error {
 			ctx, cancel := context.WithTimeout(ctx, settleTimeout)
 			defer cancel()
-			return b.guest.Settle(ctx) // The disk is as after a power failure if not.
+			return b.guest.Settle(ctx) // if it fails, the disk is as after a power failure
 		})
 	}
 	b.endLife(&StateError{Resuming})
 	b.disconnect()
-	// The memory stays reserved: another sandbox must not take it meanwhile.
+	// The memory stays reserved for the boot.
 	err := b.step(ctx, "vacate", func(ctx context.Context) error {
 		if err := b.vacate(ctx); err != nil {
 			return err
@@ -213,7 +213,7 @@ func (b *box) reboot(ctx context.Context) error {
 		b.m.Hook("reboot: vacated")
 		err = b.goOn(ctx)
 	} else {
-		b.set(func() { b.rec.State = Paused }) // servePaused goes on.
+		b.set(func() { b.rec.State = Paused }) // servePaused vacates it
 	}
 	end(err)
 	if err != nil {
@@ -225,7 +225,7 @@ func (b *box) reboot(ctx context.Context) error {
 	return nil
 }
 
-// bootable says why the sandbox cannot boot from its disk on this host.
+// bootable returns an error if the sandbox cannot boot from its disk on this host.
 func (b *box) bootable() error {
 	_, err := b.format(b.rec.DiskFormat)
 	return err

@@ -9,7 +9,7 @@ import (
 	"strings"
 )
 
-// availableMemory is what the kernel thinks can be given to new processes, in MiB.
+// availableMemory returns the kernel's estimate of the memory for new processes, in MiB.
 func availableMemory() (int, error) {
 	f, err := os.Open("/proc/meminfo")
 	if err != nil {
@@ -25,5 +25,5 @@ func availableMemory() (int, error) {
 			return kib >> 10, nil
 		}
 	}
-	return 0, errors.New("measure memory: the kernel does not say what is available")
+	return 0, errors.New("measure memory: /proc/meminfo has no MemAvailable")
 }

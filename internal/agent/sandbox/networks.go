@@ -14,31 +14,31 @@ import (
 type Slot interface {
 	// Index is the slot's number on this machine.
 	Index() int
-	// Address is where the host reaches the guest.
+	// Address is the address at which the host reaches the guest.
 	Address() netip.Addr
-	// NetNS is the path of the network namespace to run the guest in.
+	// NetNS is the path of the network namespace for the guest's machine.
 	NetNS() string
-	// Limit sets the network rates of the guest from now on.
+	// Limit sets the guest's network rates.
 	Limit(r rates.Rates) error
-	// OpenTap opens the guest's network card; the caller closes it.
+	// OpenTap opens the guest's network card. The caller must close it.
 	OpenTap() (*os.File, error)
 	// Describe sets the document that the guest finds at its metadata address.
 	Describe(doc any) error
 }
 
-// Networks hands out networks: in service a [network.Pool], see [Pool].
+// Networks provides networks for guests. In production it is a [network.Pool]; see [Pool].
 type Networks interface {
 	Acquire(ctx context.Context) (Slot, error)
-	// Reclaim takes back the slot of a VM that runs as the process pid. It can be
-	// called again after an error.
+	// Reclaim adopts the slot of a VM that runs as the process pid. After an error, the
+	// caller can try again.
 	Reclaim(ctx context.Context, index, pid int) (Slot, error)
-	// Forget removes a slot that was kept for a VM that has ended. A slot that is
-	// not kept, or was reclaimed, is no error.
+	// Forget removes a slot that was kept for a VM that has ended. It does nothing for a slot
+	// that is not kept or was reclaimed.
 	Forget(index int)
 	Release(ctx context.Context, s Slot) error
 }
 
-// Pool makes Networks of a pool.
+// Pool wraps a pool as Networks.
 func Pool(p *network.Pool) Networks { return pool{p} }
 
 type pool struct{ p *network.Pool }

@@ -17,9 +17,8 @@ func carry(from, to context.Context) context.Context {
 	return tracing.Carry(from, to)
 }
 
-// operation begins something that is done with the sandbox. The sandbox's goroutine
-// calls it, and end once it knows how that went. Steps belong to the operation until
-// the next one begins.
+// operation begins an operation on the sandbox, to which the steps belong until the next
+// one begins. The sandbox's goroutine calls it, and then end with the result.
 func (b *box) operation(ctx context.Context, name string) (_ context.Context, end func(error)) {
 	begin := time.Now()
 	b.doing = name
@@ -34,7 +33,7 @@ func (b *box) operation(ctx context.Context, name string) (_ context.Context, en
 	}
 }
 
-// step does one step of an operation and tells how long it took.
+// step calls f as a step of the operation, and records its duration.
 func (b *box) step(ctx context.Context, name string, f func(context.Context) error) error {
 	begin := time.Now()
 	ctx, span := tracing.Step(ctx, b.doing, name)

@@ -12,20 +12,19 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// Sample is what the host knows of what a sandbox uses, without asking the
-// guest.
+// Sample is the host's measurement of a sandbox's use of resources.
 type Sample struct {
 	ID    uuid.UUID
 	VCPUs int
-	// CPU is how long the machine's process has computed since it began: a resume
-	// begins another.
+	// CPU is the processor time of the machine's process since its start. A resume starts a
+	// new process.
 	CPU time.Duration
-	// MemoryBytes is host memory that the machine takes, DiskBytes what the
-	// sandbox's own files take.
+	// MemoryBytes is the host's memory that the machine takes, DiskBytes the disk space of
+	// the sandbox's own files.
 	MemoryBytes, DiskBytes int64
 }
 
-// Samples measures every sandbox that runs. One that ends meanwhile is left out.
+// Samples measures all running sandboxes. It leaves out those that end during the call.
 func (m *Manager) Samples() []Sample {
 	m.mu.Lock()
 	boxes := make([]*box, 0, len(m.boxes))

@@ -1,6 +1,5 @@
-// Package sandbox runs sandboxes: it makes their parts, one after the other,
-// and takes them apart again, whatever happens in between. Each sandbox has
-// one goroutine that does all of that; others ask it.
+// Package sandbox runs sandboxes. Each sandbox has one goroutine that creates, pauses,
+// resumes and removes it. Other goroutines send it orders.
 package sandbox
 
 import (
@@ -15,32 +14,30 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// What can be wrong with a request. Errors wrap these; their text is meant for
-// whoever asked.
+// The kinds of errors of requests. Errors wrap these and have a text for clients.
 var (
 	ErrInvalid  = told.New("invalid request")
 	ErrNotFound = told.New("not found")
-	ErrExists   = told.New("it exists already")
-	// ErrState is what a [StateError] is.
+	ErrExists   = told.New("already exists")
+	// ErrState is wrapped by [StateError].
 	ErrState = told.New("the sandbox is in the wrong state")
-	// ErrInUse is why an idle sandbox was not paused.
+	// ErrInUse means that PauseIdle did not pause a sandbox because it is in use.
 	ErrInUse     = told.New("the sandbox is in use")
 	ErrExhausted = told.New("this host has no room")
-	// ErrCaptures is why a sandbox is not captured: it was as often as it can be.
+	// ErrCaptures means that a sandbox has reached the limit of captures.
 	ErrCaptures = told.New("the sandbox has been captured as often as it can be")
-	// ErrUnread is why it is not known whether the host has a sandbox.
+	// ErrUnread means that the host cannot tell whether it has a sandbox.
 	ErrUnread  = told.New("the host cannot read all of its sandboxes' records now")
 	ErrClosing = told.New("the host agent is stopping")
-	// ErrStart is wrapped by what went wrong while a sandbox was started.
+	// ErrStart means that the start of a sandbox failed.
 	ErrStart = told.New("the sandbox did not start")
-	// ErrGuest is wrapped instead if the sandbox's guest failed, and not the host.
+	// ErrGuest means that the start failed because of the guest, not the host.
 	ErrGuest = told.New("the sandbox's guest did not start")
-	// ErrSlow is wrapped instead if its guest took too long and did not say why.
+	// ErrSlow means that the guest took too long to start, for an unknown reason.
 	ErrSlow = told.New("the sandbox's guest did not start in time")
 )
 
-// failure is an error of one of the kinds above, with a text of its own for
-// whoever asked.
+// failure is an error of one of the kinds above, with its own text for clients.
 type failure struct {
 	error // a [told.Error] without the kind
 	kind  error
@@ -52,15 +49,15 @@ func fail(kind error, format string, args ...any) error {
 	return &failure{told.New(format, args...), kind}
 }
 
-// failBecause is fail with a cause, which only the log has.
+// failBecause is fail with a cause for the log.
 func failBecause(cause, kind error, format string, args ...any) error {
 	return &failure{told.Because(cause, format, args...), kind}
 }
 
-// State is where a sandbox is in its life.
+// State is the state of a sandbox.
 type State string
 
-// The states. A sandbox that is gone has none.
+// The states.
 const (
 	Starting State = "starting"
 	Running  State = "running"
@@ -69,15 +66,15 @@ const (
 	Resuming State = "resuming"
 	Stopping State = "stopping"
 
-	// waiting is a machine that is ready to become a sandbox.
+	// waiting is the state of a warm machine.
 	waiting State = "waiting"
 )
 
-// States are all states that a sandbox can be in.
+// States returns all states of sandboxes.
 func States() []State { return []State{Starting, Running, Pausing, Paused, Resuming, Stopping} }
 
-// StateError says that a sandbox is not in the state that something needs. It
-// is an [ErrState].
+// StateError means that an operation is not possible in the sandbox's state. It wraps
+// [ErrState].
 type StateError struct{ State State }
 
 func (e *StateError) Error() string { return fmt.Sprintf("the sandbox is %s", e.State) }
@@ -86,28 +83,28 @@ func (e *StateError) Unwrap() error { return ErrState }
 // Told returns the text, which is for clients.
 func (e *StateError) Told() string { return e.Error() }
 
-// Spec is a sandbox to create.
+// Spec describes a sandbox to create.
 type Spec struct {
 	ID       uuid.UUID `json:"id"`
 	Team     uuid.UUID `json:"team"`
 	Template uuid.UUID `json:"template"`
-	// VCPUs and MemoryMiB may be 0 for a template that was captured from a
-	// sandbox, and must be what this one had.
+	// VCPUs and MemoryMiB must equal those of the template if it was captured from a sandbox;
+	// 0 means the template's.
 	VCPUs     int `json:"vcpus"`
 	MemoryMiB int `json:"memory_mib"`
-	// DiskMiB is the disk's size; 0: the template's.
+	// DiskMiB is the disk's size (0: the template's).
 	DiskMiB int `json:"disk_mib"`
-	// Timeout is how long the sandbox lives without being used; 0: for ever.
+	// Timeout is the idle time after which the agent destroys the sandbox (0: never).
 	Timeout time.Duration `json:"timeout"`
-	// PauseOnTimeout has it paused then, not destroyed.
+	// PauseOnTimeout makes the agent pause it instead.
 	PauseOnTimeout bool `json:"pause_on_timeout,omitempty"`
 	// Envs is the environment of every process.
 	Envs map[string]string `json:"envs,omitempty"`
-	// Token is what a client must show to the guest daemon.
+	// Token is the access token of the guest daemon.
 	Token string `json:"token"`
 }
 
-// The bounds of a Spec, whatever the host.
+// The bounds of a Spec on any host.
 const (
 	MaxVCPUs     = 32
 	MinMemoryMiB = 128
@@ -125,7 +122,7 @@ func (s *Spec) check(t image.Template) error {
 			s.MemoryMiB = t.MemoryMiB
 		}
 		if s.VCPUs != t.VCPUs || s.MemoryMiB != t.MemoryMiB {
-			return fail(ErrInvalid, "the template was captured from a sandbox with %d vcpus and %d MiB of memory, and takes no others", t.VCPUs, t.MemoryMiB)
+			return fail(ErrInvalid, "the template was captured from a sandbox with %d vcpus and %d MiB of memory, and needs the same", t.VCPUs, t.MemoryMiB)
 		}
 	}
 	if s.DiskMiB == 0 {
@@ -153,7 +150,7 @@ func (s *Spec) check(t image.Template) error {
 		return fail(ErrInvalid, "the timeout of %v is not between 0 and %v", s.Timeout, MaxTimeout)
 	}
 	if s.Token == "" {
-		return fail(ErrInvalid, "an access token is needed")
+		return fail(ErrInvalid, "an access token is required")
 	}
 	return nil
 }
@@ -170,23 +167,24 @@ type Info struct {
 	State                     State
 	VCPUs, MemoryMiB, DiskMiB int
 	CreatedAt                 time.Time
-	// ExpiresAt is when the sandbox ends, or is paused, unless it is used
-	// before; zero: never, or it is paused.
+	// ExpiresAt is the time at which the agent destroys or pauses the sandbox unless it is
+	// used before. It is zero without a timeout and while the sandbox is paused.
 	ExpiresAt      time.Time
 	PauseOnTimeout bool
-	// PausedAt is since when it is paused; zero: it is not, or that is not known.
+	// PausedAt is the time of the last pause. It is zero if the sandbox is not paused or the
+	// time is unknown.
 	PausedAt time.Time
-	// Condition is what is wrong with it; nil: nothing.
+	// Condition says what is wrong with it (nil: nothing).
 	Condition *condition.Condition
-	// InFlight is how many requests are under way.
+	// InFlight is the number of requests in flight.
 	InFlight int
-	// Idle is for how long there was no use; 0: there is one.
+	// Idle is the time since the last use, or 0 while it is in use.
 	Idle time.Duration
-	// Steps are those of its start so far, or of the last thing done with it.
+	// Steps are the steps of its last operation so far.
 	Steps []Step
 }
 
-// metadata is the document that a guest finds at its metadata address.
+// metadata returns the document at the guest's metadata address.
 func (s *Spec) metadata() map[string]any {
 	env := s.Envs
 	if env == nil {

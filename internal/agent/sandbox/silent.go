@@ -10,22 +10,23 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/condition"
 )
 
-// probing says how guests are asked whether they answer.
+// probing configures probes of guests.
 type probing struct {
-	// every is how often one is asked although nothing suggests that it does not.
+	// every is the time between probes of a guest that nobody suspects to be silent.
 	every time.Duration
-	// timeout bounds one probe: a host may be busy.
+	// timeout bounds one probe. It allows for a busy host.
 	timeout time.Duration
-	// The pauses between probes of a guest that does not answer.
+	// first and last are the bounds of the backoff between probes of a silent guest.
 	first, last time.Duration
-	// after is for how long probes must have failed, two at least.
+	// after is the time for which probes, at least two, must fail before the guest counts as
+	// silent.
 	after time.Duration
 }
 
 var defaultProbing = probing{every: time.Minute, timeout: 10 * time.Second, first: time.Second, last: 15 * time.Second, after: 10 * time.Second}
 
-// watchGuest finds out whether the sandbox's guest answers, until life ends. It asks
-// once a minute, and at once when a request failed; that counts as no use.
+// watchGuest probes the sandbox's guest until life ends: regularly, and when a request
+// failed. Probes do not count as uses.
 func (b *box) watchGuest(life context.Context, g *guest.Client) {
 	p := b.m.probing
 	waits := backoff.New(p.first, p.last)
@@ -51,7 +52,7 @@ func (b *box) watchGuest(life context.Context, g *guest.Client) {
 			return
 		}
 		select {
-		case <-g.Suspected(): // of the probe itself
+		case <-g.Suspected(): // the probe's own suspicion
 		default:
 		}
 		if answers || b.standsStill() {
@@ -71,16 +72,15 @@ func (b *box) watchGuest(life context.Context, g *guest.Client) {
 	}
 }
 
-// standsStill reports whether the sandbox's guest may stand still because of what is
-// being done with it.
+// standsStill reports whether an operation may have stopped the guest.
 func (b *box) standsStill() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.working || b.rec.State != Running
 }
 
-// hush notes since when the guest does not answer; nil: it does. Once life has ended
-// this is about no guest any more.
+// hush records since when the guest has been silent (nil: it responds). It does nothing after
+// life has ended.
 func (b *box) hush(life context.Context, since *time.Time) {
 	reason := condition.NoAnswer
 	if since != nil && b.m.DiskFull() {
@@ -93,14 +93,14 @@ func (b *box) hush(life context.Context, since *time.Time) {
 	case life.Err() != nil:
 	case since == nil && was != nil:
 		b.silent = nil
-		b.log.Info("the guest answers again", "after", time.Since(was.Since))
+		b.log.Info("the guest responds again", "after", time.Since(was.Since))
 	case since != nil && (was == nil || was.Reason != reason):
 		b.silent = &condition.Condition{Reason: reason, Since: since.UTC()}
-		b.log.Warn("the guest does not answer", "since", since.UTC(), "reason", string(reason))
+		b.log.Warn("the guest does not respond", "since", since.UTC(), "reason", string(reason))
 	}
 }
 
-// silence says to clients that the guest does not answer; nil: it does.
+// silence returns an error for clients if the guest is silent.
 func (b *box) silence() error {
 	i := b.info()
 	if i.State != Running || i.Condition == nil {
@@ -109,5 +109,5 @@ func (b *box) silence() error {
 	return told.New("the sandbox has not answered since %s (%s): reboot it, which keeps its disk, or wait", i.Condition.Since.Format(time.RFC3339), i.Condition.Reason.Text())
 }
 
-// condition is what is wrong with the sandbox; nil: nothing.
+// condition returns what is wrong with the sandbox (nil: nothing).
 func (b *box) condition() *condition.Condition { return b.info().Condition }

@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// Tracker counts what is in flight to one sandbox and knows when it was used
-// last. It can refuse new uses: for good, or while those under way drain.
+// Tracker counts the uses of a sandbox in flight, and records its last use. It can refuse new
+// uses: for good, or while those in flight drain.
 type Tracker struct {
 	mu   sync.Mutex
 	n    int
@@ -16,14 +16,15 @@ type Tracker struct {
 	idle chan struct{} // closed while nothing is in flight
 }
 
-// NewTracker makes a tracker of a sandbox that is used for the first time now.
+// NewTracker makes a tracker whose last use is now.
 func NewTracker() *Tracker {
 	t := &Tracker{last: time.Now(), idle: make(chan struct{})}
 	close(t.idle)
 	return t
 }
 
-// Enter counts a use until leave is called, once; false: none is taken now.
+// Enter begins a use, which leave ends. ok is false if the tracker refuses new uses. leave is
+// idempotent.
 func (t *Tracker) Enter() (leave func(), ok bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -47,14 +48,14 @@ func (t *Tracker) leave() {
 	}
 }
 
-// InFlight is how many uses are under way.
+// InFlight returns the number of uses in flight.
 func (t *Tracker) InFlight() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.n
 }
 
-// LastUse is when the sandbox was used last: now, when it is in use.
+// LastUse returns the time of the last use, which is now while one is in flight.
 func (t *Tracker) LastUse() time.Time {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -64,7 +65,7 @@ func (t *Tracker) LastUse() time.Time {
 	return t.last
 }
 
-// Idle is for how long nothing has used the sandbox; 0: something does.
+// Idle returns the time since the last use, or 0 while one is in flight.
 func (t *Tracker) Idle() time.Duration {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -74,7 +75,7 @@ func (t *Tracker) Idle() time.Duration {
 	return time.Since(t.last)
 }
 
-// Touch counts as a use that is over at once.
+// Touch sets the time of the last use to now.
 func (t *Tracker) Touch() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -88,15 +89,15 @@ func (t *Tracker) Shut() {
 	t.shut = true
 }
 
-// Reopen takes uses again.
+// Reopen accepts new uses again.
 func (t *Tracker) Reopen() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.shut = false
 }
 
-// Drain refuses new uses and waits until those under way have ended or ctx is
-// done. New ones stay refused either way.
+// Drain refuses new uses, and waits until those in flight have ended or ctx is done. New uses
+// stay refused either way.
 func (t *Tracker) Drain(ctx context.Context) error {
 	t.mu.Lock()
 	t.shut = true
@@ -115,9 +116,8 @@ func (t *Tracker) Drain(ctx context.Context) error {
 	}
 }
 
-// expire shuts the tracker if there was no use for timeout. Else it tells how
-// long there can be none at the earliest, or, when something is in flight, the
-// channel that is closed when nothing is any more.
+// expire shuts the tracker if the last use was at least timeout ago. Otherwise it returns the
+// time that is left or, while a use is in flight, a channel that is closed when none is.
 func (t *Tracker) expire(timeout time.Duration) (expired bool, left time.Duration, busy <-chan struct{}) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
