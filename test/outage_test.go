@@ -21,8 +21,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
-// failures counts what a client has to hide: requests without an answer, and
-// answers that the service cannot now.
+// failures counts what a client has to hide: requests without a response, and responses
+// that the service is unavailable.
 type failures struct {
 	next http.RoundTripper
 	n    atomic.Int64
@@ -37,10 +37,9 @@ func (f *failures) RoundTrip(r *http.Request) (*http.Response, error) {
 }
 
 // TestOutage has clients create, use, fork and destroy sandboxes in a loop while the
-// database, Redis and the server go and come back, and one of two servers goes
-// and does not. The client library hides
-// it: no call fails, each sandbox is there until it is destroyed, and in the
-// end the table, the host and the machines agree.
+// database, Redis and the server stop and return, and one of two servers stops for good.
+// The client library hides that: no call fails, each sandbox exists until it is
+// destroyed, and in the end database, host and machines agree.
 func TestOutage(t *testing.T) {
 	if why := unable(); why != "" {
 		t.Skip(why)
@@ -59,7 +58,7 @@ func TestOutage(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	defer cancel()
 	var mu sync.Mutex
-	var all []string // whatever was acknowledged
+	var all []string // every acknowledged sandbox
 	create := func() (*client.Sandbox, error) {
 		s, err := c.Create(ctx, client.CreateOptions{MemoryMiB: 128})
 		if err == nil {
@@ -70,14 +69,15 @@ func TestOutage(t *testing.T) {
 		return s, err
 	}
 	echo := func(id, word string) error {
-		// It may run twice: nobody is told of the first time if that was cut off.
+		// It may run twice: if the connection breaks, the client does not learn of the
+		// first run.
 		r, err := c.Exec(ctx, id, client.Command{Cmd: "echo " + word + "; cat /proc/sys/kernel/random/boot_id", Shell: true, TimeoutSeconds: 120, Repeatable: true}, nil)
 		if err == nil && !strings.HasPrefix(string(r.Stdout), word+"\n") {
 			err = fmt.Errorf("it printed %q", r.Stdout)
 		}
 		return err
 	}
-	// copyOf forks a sandbox and uses the copy.
+	// copyOf forks a sandbox and uses the fork.
 	copyOf := func(id, word string) (made []string) {
 		copies, err := c.Fork(ctx, id, 1)
 		if err != nil {
@@ -88,11 +88,11 @@ func TestOutage(t *testing.T) {
 		all = append(all, copies[0].ID)
 		mu.Unlock()
 		if err := echo(copies[0].ID, word); err != nil {
-			t.Errorf("run in a copy of %s: %v", id, err)
+			t.Errorf("run in a fork of %s: %v", id, err)
 		}
 		return []string{copies[0].ID}
 	}
-	// One that lives through all of it.
+	// This sandbox lives through all outages.
 	lasting, err := create()
 	if err != nil {
 		t.Fatal(err)
@@ -130,7 +130,7 @@ func TestOutage(t *testing.T) {
 	}
 	ended := make(chan struct{})
 	go func() { workers.Wait(); close(ended) }()
-	// turns waits for rounds that begin and end.
+	// turns waits until n more rounds have started and ended.
 	turns := func(n int) {
 		for range n {
 			select {
@@ -138,7 +138,7 @@ func TestOutage(t *testing.T) {
 			case <-ended:
 				return
 			case <-ctx.Done():
-				t.Error("the clients do not get on")
+				t.Error("the clients make no progress")
 				return
 			}
 		}
@@ -158,7 +158,7 @@ func TestOutage(t *testing.T) {
 		}},
 		{"Redis is restarted", func() {
 			c.redis.signal(syscall.SIGKILL)
-			turns(3) // all goes on without it
+			turns(3) // everything works without it
 			c.redis = c.startRedis()
 		}},
 		{"the server is killed and started again", func() {
@@ -183,7 +183,7 @@ func TestOutage(t *testing.T) {
 		if t.Failed() {
 			break
 		}
-		turns(3) // at least one of them began before
+		turns(3) // at least one of them started before
 		t.Logf("%s: three more rounds after %v", o.what, time.Since(begin).Round(100*time.Millisecond))
 	}
 	close(stop)
@@ -193,10 +193,10 @@ func TestOutage(t *testing.T) {
 		t.Error("nothing failed: there was nothing to hide")
 	}
 	if err := echo(lasting.ID, "still-there"); err != nil {
-		t.Errorf("the sandbox that lived through it: %v", err)
+		t.Errorf("the sandbox that lived through all outages: %v", err)
 	}
 
-	// Every row agrees with the host: nothing is in transit, nothing is left.
+	// Every row agrees with the host: nothing is in transit, and nothing is left over.
 	conn, err := pgx.Connect(ctx, c.database)
 	if err != nil {
 		t.Fatal(err)
@@ -220,9 +220,9 @@ func TestOutage(t *testing.T) {
 		}
 		return len(entries)
 	}
-	// What nobody owns the host is rid of after half a minute.
-	took := within(t, 2*time.Minute, "table and host agree", func() bool { return slices.Equal(live(), []string{"running"}) && has() == 1 })
-	t.Logf("table and host agree %v after the last call", took.Round(100*time.Millisecond))
+	// The host destroys strays after half a minute.
+	took := within(t, 2*time.Minute, "database and host agree", func() bool { return slices.Equal(live(), []string{"running"}) && has() == 1 })
+	t.Logf("database and host agree %v after the last call", took.Round(100*time.Millisecond))
 	for _, id := range all {
 		s, err := c.Get(ctx, id)
 		if err != nil {

@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// letter waits for a letter to somebody in the server's log, where letters are
-// if no mail server is configured, and returns its link to a page.
+// letter waits for a letter to an address in the server's log, which has the letters if
+// no mail server is configured, and returns its link to a page.
 func (i *installation) letter(t *testing.T, to, page string) (link string) {
 	t.Helper()
 	logs := filepath.Join(i.dir, "logs")
@@ -57,8 +57,8 @@ func (i *installation) browse(t *testing.T, file string, env ...string) {
 	t.Logf("%s", out)
 }
 
-// TestLetters signs somebody up and has them forget their password, and opens
-// the links of both letters, which are in the server's log, in a browser.
+// TestLetters signs a user up who then forgets the password, and opens the links of both
+// letters, which are in the server's log, in a browser.
 func TestLetters(t *testing.T) {
 	i := up(t)
 	call := func(method, path, body string, header http.Header, want int) {

@@ -11,11 +11,11 @@ import (
 	"github.com/wrenn-dev/wrenn/client"
 )
 
-// shipped builds a template that Wrenn ships, as its users do.
+// shipped builds a shipped template like a user.
 func shipped(t *testing.T, name string) *installation {
 	t.Helper()
 	if os.Getenv("WRENN_SLOW") == "" {
-		t.Skip("installs packages of the distribution in an emulated guest, which takes minutes and needs its servers: make test WRENN_SLOW=1")
+		t.Skip("installs packages in an emulated guest, which takes minutes and needs the distribution's servers: make test WRENN_SLOW=1")
 	}
 	i := up(t)
 	begun := time.Now()
@@ -45,7 +45,7 @@ func TestShippedNode(t *testing.T) {
 	}
 }
 
-// TestShippedPython uses what the template python has.
+// TestShippedPython uses the packages of the template python.
 func TestShippedPython(t *testing.T) {
 	i := shipped(t, "python")
 	if out, errs, code := i.cli(t, "", "run", "-t", "python", "--", "python", "-c", "import matplotlib, numpy, pandas, requests, scipy, pip; print(numpy.arange(4).sum())"); out != "6\n" || code != 0 {
@@ -54,7 +54,7 @@ func TestShippedPython(t *testing.T) {
 }
 
 // TestShippedDocker runs a container in the template docker, whose engine has been
-// running since before the sandbox was there.
+// running since the capture.
 func TestShippedDocker(t *testing.T) {
 	i := shipped(t, "docker")
 	const script = `set -e
@@ -65,8 +65,8 @@ docker run --rm echo echo from a container`
 	}
 }
 
-// TestShippedInterpreter runs code in the template code-interpreter, built of
-// its recipe, over the API and from the command line.
+// TestShippedInterpreter runs code in the template code-interpreter, built from its
+// recipe, through the API and on the command line.
 func TestShippedInterpreter(t *testing.T) {
 	i := shipped(t, "code-interpreter")
 	c := i.client(t)
@@ -87,7 +87,7 @@ func TestShippedInterpreter(t *testing.T) {
 	if r := run(client.Code{Code: "x = 41"}); r.Error != nil {
 		t.Errorf("%+v", r.Error)
 	}
-	// The command line and the API are in one context.
+	// The command line and the API share a context.
 	if out, errs, code := i.cli(t, "", "code", sb.ID, "x + 1"); out != "42\n" || code != 0 {
 		t.Errorf("wrenn code: %d %q %q", code, out, errs)
 	}

@@ -68,8 +68,8 @@ func newCollector(t *testing.T) *collector {
 	return c
 }
 
-// lineage returns the names of the spans above the one given, from the front door on, if
-// all of them are there and the first is of the request.
+// lineage returns the names of the spans above a span, from the front door down, if the
+// collector has all of them and the first is the request's.
 func (c *collector) lineage(of recorded, request string) (names []string, ok bool) {
 	byID := map[string]recorded{}
 	for _, s := range c.spans {
@@ -89,8 +89,8 @@ func (c *collector) lineage(of recorded, request string) (names []string, ok boo
 	}
 }
 
-// wants waits until the request's trace has a span with the given names on the way to it,
-// the root's first.
+// wants waits until the request's trace has a span with the given names above it, the
+// root's first.
 func (c *collector) wants(t *testing.T, request string, want ...string) {
 	t.Helper()
 	found := map[string]bool{}
@@ -139,8 +139,8 @@ func (n *named) RoundTrip(r *http.Request) (*http.Response, error) {
 }
 
 // TestTraces follows a creation, a pause, a resume, a command, a request to a port and a
-// build from the front door to the guest, at a collector that the test starts. Nothing
-// secret gets there.
+// build from the front door to the guest, at a collector that the test starts. No secret
+// reaches the collector.
 func TestTraces(t *testing.T) {
 	if why := unable(); why != "" {
 		t.Skip(why)
@@ -161,7 +161,7 @@ func TestTraces(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// as is a client whose requests have an id. What is outside is marked so.
+	// as returns a client whose requests have an id, marked as external.
 	as := func(id string) (*client.Client, string) {
 		cl, err := client.New("http://"+listen, i.creds.APIKey, client.WithHTTPClient(&http.Client{Transport: &named{checked(t), id}}))
 		if err != nil {
@@ -202,8 +202,8 @@ func TestTraces(t *testing.T) {
 	c.wants(t, id, server+"POST /v1/sandboxes/{sandbox_id}/resume", server+"resume: host", server+"call host: Resume",
 		agent+"Resume", agent+"resume", agent+"resume: init", agent+"guest /init", agent+"in the guest")
 
-	// The client has a trace of its own, which its program in the sandbox is to see and
-	// which ours is not part of.
+	// The client's own trace must reach its program in the sandbox, and ours must not
+	// continue it.
 	resp := i.request(t, http.MethodGet, fmt.Sprintf("49983-%s.localhost", box.ID), "/envs?secret="+secret, http.Header{
 		"X-Api-Key": {i.creds.APIKey}, "X-Access-Token": {box.AccessToken}, "X-Request-Id": {"port"}, "Traceparent": {"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"},
 	}, nil)
