@@ -156,7 +156,7 @@ func (h *host) waiting(t *testing.T) int {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return strings.Count(string(b), `msg="a machine waits"`)
+	return strings.Count(string(b), `msg="made a warm machine"`)
 }
 
 // coldBoots returns a function that boots the template from its kernel.

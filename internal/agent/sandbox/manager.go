@@ -31,56 +31,54 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/room"
 )
 
-// Config is what a Manager works with. Only the fields marked so may be zero.
+// Config configures a [Manager]. Fields must be set unless their comment allows zero.
 type Config struct {
 	Dir      layout.Dir
 	Driver   vmm.Driver
 	Networks Networks
 	Journal  *journal.Journal
-	// Kernel and Initrd are what guests boot, Modules is a file system with the
-	// kernel's modules (empty: guests have none), KernelInputs names what all were
-	// made from.
+	// Kernel and Initrd are the files that guests boot. Modules is a file system with the
+	// kernel's modules (empty: guests have none). KernelInputs is a digest of the inputs of
+	// all three.
 	Kernel, Initrd, Modules, KernelInputs string
-	// Template finds what a sandbox starts from, or says [ErrNotFound].
+	// Template finds a template, or returns [ErrNotFound].
 	Template func(team, template uuid.UUID) (image.Template, error)
-	// MemoryMiB is what all sandboxes may have together; 0: most of the host's.
+	// MemoryMiB bounds the memory of all sandboxes together (0: most of the host's).
 	MemoryMiB int
-	// Boots is how many guests may boot at once; 0: one a processor.
+	// Boots is the number of guests that may boot at once (0: one per processor).
 	Boots int
-	// BootTimeout bounds one boot, counted from when it starts; 0: two minutes.
+	// BootTimeout bounds one boot, without the time in the queue (0: two minutes).
 	BootTimeout time.Duration
-	// Settle is how long a guest that has booted is left alone before it is
-	// captured; 0: a second.
+	// Settle is the time between a guest's boot and its capture (0: a second).
 	Settle time.Duration
-	// DefaultVCPUs and DefaultMemoryMiB are what of the built-in template is
-	// captured at once; 0: nothing is.
+	// DefaultVCPUs and DefaultMemoryMiB are the size for which the manager captures the
+	// built-in template when it opens (0: it does not).
 	DefaultVCPUs, DefaultMemoryMiB int
-	// Warm is how many machines of a template that is in use wait to become
-	// sandboxes; 0: none.
+	// Warm is the number of warm machines for each template in use (0: none).
 	Warm int
-	// WarmMemoryMiB is what all of them may have together; 0: an eighth of
-	// MemoryMiB.
+	// WarmMemoryMiB bounds the memory of all warm machines together (0: an eighth of
+	// MemoryMiB).
 	WarmMemoryMiB int
-	// DiskReserveMiB is what must stay free of the disk for anything but the pause
-	// of a running sandbox to begin; 0: nothing.
+	// DiskReserveMiB is the free disk space below which only pauses of running sandboxes may
+	// begin (0: no limit).
 	DiskReserveMiB int
 	// Rates limit each sandbox's use of the disk and network, unless TemplateRates
 	// names its template. The slots of Networks start with Rates.
 	Rates         rates.Rates
 	TemplateRates rates.Templates
-	// NestedTeams are the teams whose guests may run virtual machines of their own.
+	// NestedTeams are the teams whose guests may run virtual machines themselves.
 	NestedTeams []Team
-	// Hook, if not nil, is told each step between which an agent may be killed.
+	// Hook, if not nil, is called at each step after which a test may kill the agent.
 	Hook func(step string)
-	// Problems gets what keeps sandboxes from being taken back; it may be nil.
+	// Problems receives problems with sandboxes. It may be nil.
 	Problems *problem.List
-	// Observe, if not nil, is told each step of an operation, and then the operation
-	// as a whole, whose step is "". Both names are from fixed sets.
+	// Observe, if not nil, is called after each step of an operation, and after the whole
+	// operation with step "". Both names are from fixed sets.
 	Observe func(operation, step string, took time.Duration, err error)
 	Log     *slog.Logger
 }
 
-// Team is a team's id, as settings have it.
+// Team is a team's id in a setting.
 type Team uuid.UUID
 
 // UnmarshalText reads an id of the form tm-….
@@ -97,21 +95,21 @@ const (
 	defaultBootTimeout = 2 * time.Minute
 	defaultSettle      = time.Second
 
-	// overheadMiB is counted for each sandbox beside its memory.
+	// overheadMiB is reserved for each sandbox besides its memory.
 	overheadMiB = 64
-	// slackMiB must be free on the host beside what a new sandbox may take.
+	// slackMiB must be free on the host besides the memory of a new sandbox.
 	slackMiB = 256
 
-	// firstUID is the user of slot 0's virtual machine; no other process of the
-	// host's runs as one of these.
+	// firstUID is the user of slot 0's virtual machine, and so on. No other process on the
+	// host may run as one of these users.
 	firstUID = 2_000_000
 )
 
 // Manager owns the sandboxes of one host.
 type Manager struct {
 	Config
-	boots   chan struct{} // one taken a boot
-	closing chan struct{} // closed, under mu: sandboxes are let go of
+	boots   chan struct{} // semaphore of boots
+	closing chan struct{} // closed, under mu, by Close
 	wg      sync.WaitGroup
 
 	bases   bases
@@ -119,23 +117,23 @@ type Manager struct {
 	probing probing
 	room    *room.Room // nil: no bounds
 
-	flattening chan struct{} // one taken while a file system is flattened
+	flattening chan struct{} // semaphore of flattening
 
-	// mu is locked before a box's mu, which is locked before those of bases and
-	// trackers. Who holds a box's mu calls nothing that locks this one.
+	// mu is locked before a box's mu, which is locked before those of bases and trackers. A
+	// holder of a box's mu must not call anything that locks mu.
 	mu          sync.Mutex
 	boxes       map[uuid.UUID]*box
-	nameless    map[*box]struct{} // machines that are no sandbox: captured from, or waiting
+	nameless    map[*box]struct{} // machines that are not sandboxes: warm ones, and those for captures
 	capturing   map[string]*capturing
-	unread      map[uuid.UUID]*unreadRecord // homes of sandboxes whose records could not be read yet
+	unread      map[uuid.UUID]*unreadRecord // sandboxes whose records could not be read yet, by home
 	leaving     map[*box]struct{}           // paused sandboxes whose machines are being ended
-	fewer       chan struct{}               // closed and replaced when leaving has one less
-	refuse      error                       // why no sandbox is created any more
+	fewer       chan struct{}               // closed and replaced when one leaves leaving
+	refuse      error                       // the error for new sandboxes; nil: none
 	starting    int                         // sandboxes that are being created
-	reservedMiB int                         // for all but machines that wait
+	reservedMiB int                         // memory of everything but warm machines
 }
 
-// Open makes a manager that goes on with what r found.
+// Open makes a manager that adopts what r found.
 func Open(ctx context.Context, c Config, r *Recovery) (*Manager, error) {
 	for t := range c.TemplateRates {
 		if err := c.TemplateRates.Of(t, c.Rates).Check(); err != nil {
@@ -188,8 +186,8 @@ func Open(ctx context.Context, c Config, r *Recovery) (*Manager, error) {
 	return m, nil
 }
 
-// Most returns how many sandboxes there can be at once where they may have so
-// much memory together; 0: most of the host's.
+// Most returns the maximum number of sandboxes at once if they may have memoryMiB together
+// (0: most of the host's).
 func Most(memoryMiB int) (int, error) {
 	if memoryMiB == 0 {
 		var err error
@@ -208,10 +206,9 @@ func hostMemory() (mib int, err error) {
 	return int(uint64(si.Totalram) * uint64(si.Unit) >> 20), nil
 }
 
-// Create starts a sandbox and returns when its guest daemon answers. It is
-// idempotent by the sandbox's id: a repeated call waits for the sandbox that is
-// under way or returns the one that there is. When all callers have gone before
-// it runs, it is given up.
+// Create starts a sandbox and returns when its guest daemon responds. It is idempotent by
+// the sandbox's id: a repeated call waits for the start or returns the existing sandbox. If
+// all callers give up before it runs, it is destroyed.
 func (m *Manager) Create(ctx context.Context, s Spec) (Info, error) {
 	b, err := m.enroll(ctx, s, start{})
 	if err != nil {
@@ -220,8 +217,7 @@ func (m *Manager) Create(ctx context.Context, s Spec) (Info, error) {
 	return b.await(ctx)
 }
 
-// enroll finds or makes the sandbox that s speaks of, and counts the caller
-// as one who waits for it.
+// enroll finds or makes the sandbox for s, and counts the caller as a waiter.
 func (m *Manager) enroll(ctx context.Context, s Spec, begin start) (*box, error) {
 	t := &begin.template
 	if c := begin.capture; c == nil {
@@ -243,7 +239,7 @@ func (m *Manager) enroll(ctx context.Context, s Spec, begin start) (*box, error)
 	return b, err
 }
 
-// join is enroll when s is known to be right. The caller holds the lock.
+// join is enroll for a valid s. The caller holds mu.
 func (m *Manager) join(ctx context.Context, s Spec, begin start) (*box, error) {
 	if b := m.boxes[s.ID]; b != nil {
 		b.mu.Lock()
@@ -279,7 +275,7 @@ func (m *Manager) join(ctx context.Context, s Spec, begin start) (*box, error) {
 	return b, nil
 }
 
-// register makes a machine that is no sandbox known to [Manager.Terminate].
+// register adds a machine that is not a sandbox, so that [Manager.Terminate] ends it.
 func (m *Manager) register(b *box) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -290,7 +286,7 @@ func (m *Manager) register(b *box) error {
 	return nil
 }
 
-// started notes that the start of a sandbox has ended, well or not.
+// started notes that the start of a sandbox has succeeded or failed.
 func (m *Manager) started(b *box, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -302,10 +298,9 @@ func (m *Manager) started(b *box, err error) {
 	m.warm.look()
 }
 
-// admit reserves the memory that a sandbox takes, or says that the host has no
-// room. The caller holds the lock.
+// admit reserves memory for a sandbox, or returns [ErrExhausted]. The caller holds mu.
 func (m *Manager) admit(b *box) error {
-	// A sandbox takes disk space only as it writes, so it needs none but the reserve.
+	// Only check the reserve, because a new sandbox needs no disk space yet.
 	if err := m.room.During(0, func() error { return nil }); err != nil {
 		return Full(err)
 	}
@@ -336,11 +331,11 @@ func (m *Manager) admit(b *box) error {
 	return nil
 }
 
-// Room returns the room on the disk. Part of it is reserved for pauses of running
-// sandboxes; all other writes for clients hold room there.
+// Room returns the room on the disk. Part of it is reserved for pauses of running sandboxes.
+// All other writes for clients must hold room there.
 func (m *Manager) Room() *room.Room { return m.room }
 
-// leastRoom is how much of the file system's space, in bytes, is as good as none.
+// leastRoom is the free space, in bytes, below which a file system counts as full.
 const leastRoom = 16 << 20
 
 // DiskFull reports whether the agent's file system is full. Guests that write to their
@@ -350,7 +345,7 @@ func (m *Manager) DiskFull() bool {
 	return unix.Statfs(string(m.Dir), &fs) == nil && fs.Bavail*uint64(fs.Bsize) < leastRoom
 }
 
-// hasRoom tells whether nobody would miss so many bytes of memory.
+// hasRoom reports whether so many bytes of memory are free and not reserved.
 func (m *Manager) hasRoom(bytes int64) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -360,7 +355,7 @@ func (m *Manager) hasRoom(bytes int64) bool {
 		m.reservedMiB+m.bases.mib()+m.warm.reservedMiB+mib <= m.MemoryMiB
 }
 
-// reserve reserves the memory that a sandbox takes.
+// reserve reserves memory for a sandbox, unless it has some.
 func (m *Manager) reserve(ctx context.Context, b *box) error {
 	return m.whenFewer(ctx, func() error {
 		if b.reservedMiB > 0 {
@@ -370,15 +365,14 @@ func (m *Manager) reserve(ctx context.Context, b *box) error {
 	})
 }
 
-// leaves notes that a sandbox is paused, and that what its machine has will be
-// free in a moment.
+// leaves notes that the memory of a paused sandbox will be free soon.
 func (m *Manager) leaves(b *box) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.leaving[b] = struct{}{}
 }
 
-// left notes that it is free, or that it cannot be had so soon.
+// left notes that this memory is free, or that freeing it failed.
 func (m *Manager) left(b *box) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -389,8 +383,8 @@ func (m *Manager) left(b *box) {
 	}
 }
 
-// whenFewer calls f with the lock held; again, when the host had no room, each
-// time that a machine has ended which was about to.
+// whenFewer calls f with mu held. While f returns [ErrExhausted] and paused sandboxes are
+// about to free their memory, it waits for one and calls f again.
 func (m *Manager) whenFewer(ctx context.Context, f func() error) error {
 	for {
 		m.mu.Lock()
@@ -410,7 +404,7 @@ func (m *Manager) whenFewer(ctx context.Context, f func() error) error {
 	}
 }
 
-// unreserve gives back what was reserved.
+// unreserve releases a sandbox's memory.
 func (m *Manager) unreserve(b *box) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -419,7 +413,7 @@ func (m *Manager) unreserve(b *box) {
 	m.warm.look()
 }
 
-// remove forgets a sandbox of which nothing is left.
+// remove forgets a sandbox that is gone.
 func (m *Manager) remove(b *box) {
 	m.unreserve(b)
 	m.mu.Lock()
@@ -430,7 +424,8 @@ func (m *Manager) remove(b *box) {
 	}
 }
 
-// isClosed takes no lock, so that it can be called under a box's.
+// isClosed reports whether Close was called. It locks nothing, so a holder of a box's mu may
+// call it.
 func (m *Manager) isClosed() bool {
 	select {
 	case <-m.closing:
@@ -454,9 +449,8 @@ func (m *Manager) find(id uuid.UUID) (*box, error) {
 	return nil, fail(ErrNotFound, "no such sandbox on this host")
 }
 
-// Incomplete reports whether the host may have sandboxes that List leaves out because
-// it cannot read their records now, and returns which. If it cannot tell which, they
-// may be any, and which is nil.
+// Incomplete reports whether List leaves out sandboxes whose records cannot be read now.
+// which has their ids, or is nil if these are unknown.
 func (m *Manager) Incomplete() (incomplete bool, which []uuid.UUID) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -478,7 +472,7 @@ func (m *Manager) Get(id uuid.UUID) (Info, error) {
 	return b.info(), nil
 }
 
-// List describes every sandbox, the oldest first.
+// List describes all sandboxes, oldest first.
 func (m *Manager) List() []Info {
 	m.mu.Lock()
 	boxes := make([]*box, 0, len(m.boxes))
@@ -496,23 +490,23 @@ func (m *Manager) List() []Info {
 	return list
 }
 
-// Memory is how much of the memory for sandboxes is promised, and how much
-// there is, in MiB.
+// Memory returns how much of the memory for sandboxes is reserved, including that of bases,
+// and the total, in MiB.
 func (m *Manager) Memory() (reserved, total int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.reservedMiB + m.bases.mib(), m.MemoryMiB
 }
 
-// Waiting returns how many restored machines wait for the next sandboxes.
+// Waiting returns the number of warm machines.
 func (m *Manager) Waiting() int {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return len(m.warm.ready)
 }
 
-// Destroy ends a sandbox, also one that is being created, and returns when
-// nothing of it is left. That there is none is no error.
+// Destroy ends a sandbox, even one that is being created, and returns when nothing of it is
+// left. It is idempotent.
 func (m *Manager) Destroy(ctx context.Context, id uuid.UUID) error {
 	b, err := m.find(id)
 	if errors.Is(err, ErrUnread) {
@@ -533,10 +527,9 @@ func (m *Manager) Destroy(ctx context.Context, id uuid.UUID) error {
 	return b.destroy(ctx, "", "it was destroyed")
 }
 
-// Terminate pauses every sandbox that runs, and creates and resumes none any
-// more. The control plane did not ask for these pauses one by one, so they are
-// events. A sandbox that cannot be paused loses its memory and keeps its disk. A machine
-// that could not be taken back yet goes on, which is an error.
+// Terminate pauses all running sandboxes, and refuses to create or resume any. It appends an
+// event for each pause. A sandbox that cannot be paused loses its memory and keeps its disk.
+// A machine that the agent could not adopt yet keeps running, which is an error.
 func (m *Manager) Terminate(ctx context.Context) error {
 	m.mu.Lock()
 	if m.refuse == nil {
@@ -569,7 +562,7 @@ func (m *Manager) Terminate(ctx context.Context) error {
 	}
 	_ = g.Wait()
 	if unread > 0 {
-		errs = append(errs, fmt.Errorf("%d sandboxes are not paused: their records cannot be read, and their machines go on", unread))
+		errs = append(errs, fmt.Errorf("%d sandboxes are not paused: their records cannot be read, and their machines keep running", unread))
 	}
 	return errors.Join(errs...)
 }
@@ -580,19 +573,19 @@ func (b *box) shutDown(ctx context.Context, reason string) error {
 	if b.info().State == Starting {
 		return b.destroy(ctx, journal.Exited, reason)
 	}
-	var unsettled error // the sandbox is paused, and something of it refuses to go
+	var unsettled error // the sandbox is paused, but settle failed
 	err := b.order(ctx, func(ctx context.Context) error {
 		if err := b.pause(ctx, pausedEvent(reason)); err != nil {
 			return err
 		}
-		if !b.settled() { // something of it refused to go before
+		if !b.settled() {
 			unsettled = b.settle(ctx)
 		}
 		return nil
 	})
 	var state *StateError
 	if err != nil && !errors.As(err, &state) {
-		b.log.Error("a sandbox cannot be paused and loses its memory", "error", err)
+		b.log.Error("cannot pause a sandbox, which loses its memory", "error", err)
 		err = b.order(ctx, func(ctx context.Context) error {
 			b.tracker.Shut()
 			if err := b.lose(loss(condition.Killed, reason+", and it could not be paused"), pausedEvent(reason+"; its memory is lost, because it could not be paused")); err != nil {
@@ -607,17 +600,16 @@ func (b *box) shutDown(ctx context.Context, reason string) error {
 	case err == nil:
 		return unsettled
 	case errors.As(err, &state) && state.State == Stopping:
-		return b.destroy(ctx, "", reason) // it may be waiting to be tried again
+		return b.destroy(ctx, "", reason) // its cleanup may wait for a retry
 	case errors.As(err, &state) && state.State == Resuming:
-		// An order finds a sandbox so only where the next agent may take it back.
-		return fmt.Errorf("sandbox %s is not paused: its machine could not be taken back, and goes on", id.Format(id.Sandbox, b.info().ID))
+		// An order sees this state only if the agent has not adopted the machine yet.
+		return fmt.Errorf("sandbox %s is not paused: the agent could not adopt its machine, which keeps running", id.Format(id.Sandbox, b.info().ID))
 	}
 	return err
 }
 
-// Close lets go of sandboxes: those that run go on and are found by the next
-// [Recover]; those being created are removed. It returns the network slots
-// that are in use.
+// Close disconnects from sandboxes. Running ones keep running, and the next [Recover] finds
+// them; those being created are removed. Close returns the network slots in use.
 func (m *Manager) Close(ctx context.Context) (slots []int, err error) {
 	m.mu.Lock()
 	m.refuse = ErrClosing
@@ -633,7 +625,7 @@ func (m *Manager) Close(ctx context.Context) (slots []int, err error) {
 	select {
 	case <-done:
 	case <-ctx.Done():
-		err = fmt.Errorf("let go of sandboxes: %w", ctx.Err())
+		err = fmt.Errorf("disconnect from sandboxes: %w", ctx.Err())
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -651,31 +643,30 @@ func (m *Manager) Close(ctx context.Context) (slots []int, err error) {
 	return slots, err
 }
 
-// Use is one use of a running sandbox. While there is one the sandbox does not
-// expire.
+// Use is a use of a running sandbox, which does not expire during it.
 type Use struct {
 	Info
-	// Context ends with the caller's, or when the sandbox ends; its cause says why.
+	// Context ends with the caller's, or when the sandbox ends or is paused. Its cause says
+	// why.
 	Context context.Context
-	// Guest talks to the guest daemon.
+	// Guest is the client of the guest daemon.
 	Guest *guest.Client
-	// Address is where the host reaches the guest.
+	// Address is the address at which the host reaches the guest.
 	Address netip.Addr
-	// Transport carries HTTP to the guest and nowhere else.
+	// Transport sends HTTP requests to the guest and nowhere else.
 	Transport http.RoundTripper
 	// VM is the sandbox's machine.
 	VM vmm.VM
-	// Silent is what Silence calls; nil: the guest answers.
+	// Silent implements Silence (nil: the guest is not silent).
 	Silent func() error
-	// Leave is what End calls.
+	// Leave implements End.
 	Leave func()
 }
 
-// End ends the use. It can be called again.
+// End ends the use. It is idempotent.
 func (u *Use) End() { u.Leave() }
 
-// Silence says to clients that the sandbox's guest does not answer; nil: it does, as far
-// as is known.
+// Silence returns an error for clients if the sandbox's guest is known to be silent.
 func (u *Use) Silence() error {
 	if u.Silent == nil {
 		return nil
@@ -683,13 +674,13 @@ func (u *Use) Silence() error {
 	return u.Silent()
 }
 
-// Use begins a use of a sandbox; the caller calls End.
+// Use begins a use of a sandbox. The caller must call End.
 func (m *Manager) Use(ctx context.Context, id uuid.UUID) (*Use, error) {
 	b, err := m.find(id)
 	if err != nil {
 		return nil, err
 	}
-	// Its guest closes all connections when it is taken back.
+	// Wait for the end of its adoption, in which its guest closes all connections.
 	if b.taken != nil {
 		select {
 		case <-b.taken:
@@ -727,8 +718,8 @@ func (m *Manager) Use(ctx context.Context, id uuid.UUID) (*Use, error) {
 	}, nil
 }
 
-// Console is the end of what a sandbox's guest printed on its serial console,
-// also while it starts.
+// Console returns the end of the output on the serial console of a sandbox's guest, even
+// during its start.
 func (m *Manager) Console(ctx context.Context, id uuid.UUID) ([]byte, error) {
 	b, err := m.find(id)
 	if err != nil {
@@ -743,5 +734,5 @@ func (m *Manager) Console(ctx context.Context, id uuid.UUID) ([]byte, error) {
 	return vm.Console(ctx)
 }
 
-// ended is the cause with which uses of a sandbox that ends are cancelled.
+// ended returns the cause with which uses of an ending sandbox are cancelled.
 func ended(why string) error { return fail(ErrState, "the sandbox has ended: %s", why) }

@@ -20,24 +20,23 @@ import (
 )
 
 const (
-	// inFlightTimeout is how long a pause waits for what is in flight.
+	// inFlightTimeout bounds a pause's wait for uses in flight.
 	inFlightTimeout = 2 * time.Second
-	// freezeTimeout bounds the guest daemon's part in a pause or a snapshot,
-	// which it may be too broken to do.
+	// freezeTimeout bounds the guest daemon's part in a pause or a snapshot, because the
+	// daemon may be broken.
 	freezeTimeout = 5 * time.Second
-	// undoTimeout bounds each step that lets a machine go on as before.
+	// undoTimeout bounds the continuation of a machine after a failure.
 	undoTimeout = 30 * time.Second
 )
 
-// Pause saves a running sandbox, whose machine then ends. When it fails the
-// sandbox runs as before. Of a sandbox that is paused there is nothing to be
-// done.
+// Pause saves a running sandbox and ends its machine. If it fails, the sandbox runs as
+// before. It does nothing if the sandbox is paused.
 func (m *Manager) Pause(ctx context.Context, id uuid.UUID) (Info, error) {
 	return m.PauseIdle(ctx, id, 0)
 }
 
-// PauseIdle is Pause for a sandbox that nothing has used for the time idle; it
-// fails with [ErrInUse] where something has. idle 0: whoever uses it.
+// PauseIdle is Pause if the last use of the sandbox was at least idle ago; otherwise it fails
+// with [ErrInUse]. If idle is 0, it always pauses.
 func (m *Manager) PauseIdle(ctx context.Context, id uuid.UUID, idle time.Duration) (Info, error) {
 	b, err := m.find(id)
 	if err != nil {
@@ -45,7 +44,7 @@ func (m *Manager) PauseIdle(ctx context.Context, id uuid.UUID, idle time.Duratio
 	}
 	err = b.order(ctx, func(ctx context.Context) error {
 		if b.rec.State == Running && idle > 0 {
-			// From here on nothing can: a pause that fails takes uses again.
+			// expire refuses new uses from here on. A failed pause accepts them again.
 			if unused, _, _ := b.tracker.expire(idle); !unused {
 				return ErrInUse
 			}
@@ -55,14 +54,13 @@ func (m *Manager) PauseIdle(ctx context.Context, id uuid.UUID, idle time.Duratio
 	return b.info(), err
 }
 
-// Resume lets a paused sandbox go on. When it fails the sandbox is paused as
-// before. Of one that runs there is nothing to be done.
+// Resume continues a paused sandbox. If it fails, the sandbox stays paused. It does nothing
+// if the sandbox runs.
 func (m *Manager) Resume(ctx context.Context, id uuid.UUID) (Info, error) {
 	return m.start(ctx, id, (*box).resume)
 }
 
-// start orders f, which makes the sandbox run, unless the manager is about to stop. It
-// returns the manager's refusal then.
+// start orders f, which makes the sandbox run. It fails if the manager refuses new sandboxes.
 func (m *Manager) start(ctx context.Context, id uuid.UUID, f func(*box, context.Context) error) (Info, error) {
 	m.mu.Lock()
 	refuse := m.refuse
@@ -78,7 +76,7 @@ func (m *Manager) start(ctx context.Context, id uuid.UUID, f func(*box, context.
 	return b.info(), err
 }
 
-// pause pauses the sandbox. why, if it is not nil, is the event to tell.
+// pause pauses the sandbox. why is the event for the journal (nil: none).
 func (b *box) pause(ctx context.Context, why *ending) error {
 	switch b.rec.State {
 	case Paused:
@@ -96,7 +94,7 @@ func (b *box) pause(ctx context.Context, why *ending) error {
 		if b.tracker.Drain(drain) != nil && ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		return nil // what is still in flight breaks off
+		return nil // the pause cuts off what is still in flight
 	})
 	if err == nil {
 		err = b.savePaused(ctx, why)
@@ -111,8 +109,8 @@ func (b *box) pause(ctx context.Context, why *ending) error {
 	return nil
 }
 
-// savePaused saves the machine, and leaves it to [box.servePaused] to end it.
-// When it fails the machine goes on.
+// savePaused saves the machine, which [box.servePaused] ends afterwards. If it fails, the
+// machine continues.
 func (b *box) savePaused(ctx context.Context, why *ending) (err error) {
 	dir := b.m.Dir
 	next := b.rec
@@ -127,7 +125,7 @@ func (b *box) savePaused(ctx context.Context, why *ending) (err error) {
 			err = Full(err)
 			b.letGoOn(ctx)
 			if e := os.RemoveAll(folder); e != nil {
-				b.log.Warn("what a failed pause has written stays", "error", e)
+				b.log.Warn("cannot remove the files of a failed pause", "error", e)
 			}
 		}
 	}()
@@ -151,7 +149,7 @@ func (b *box) savePaused(ctx context.Context, why *ending) (err error) {
 	return nil
 }
 
-// freezeAndHold stops the guest's programs and then the guest.
+// freezeAndHold freezes the guest's programs and then holds the machine.
 func (b *box) freezeAndHold(ctx context.Context) error {
 	freeze, cancel := context.WithTimeout(ctx, freezeTimeout)
 	defer cancel()
@@ -159,19 +157,18 @@ func (b *box) freezeAndHold(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		// Its root may have broken it: that is its own business.
-		b.log.Info("the guest does not freeze its programs", "error", err)
+		// Not an error: root in the guest may have broken the daemon.
+		b.log.Info("the guest cannot freeze its programs", "error", err)
 	}
 	return b.vm.Hold(ctx)
 }
 
-// saveTo saves a held machine into a new folder.
+// saveTo saves a held machine to a new folder.
 func (b *box) saveTo(ctx context.Context, folder string) error {
 	if err := os.Mkdir(folder, 0o700); err != nil {
 		return err
 	}
-	// Beside each other: the devices' state is small, but QEMU and the disk take
-	// their time.
+	// In parallel, because the devices' state is small but takes QEMU and the disk a while.
 	var g errgroup.Group
 	g.Go(func() error { return b.saveDevices(ctx, filepath.Join(folder, "devices")) })
 	b.m.Hook("pause: saving")
@@ -182,8 +179,8 @@ func (b *box) saveTo(ctx context.Context, folder string) error {
 	return atomicfile.Sync(folder)
 }
 
-// saveMemory writes a memory image into a new folder: what was saved last with
-// the pages laid over it.
+// saveMemory writes a memory image to a new folder: the last saved image with the pages over
+// it.
 func (b *box) saveMemory(ctx context.Context, folder string, pages memory.Pages) (err error) {
 	if err := os.Mkdir(folder, 0o700); err != nil {
 		return err
@@ -212,10 +209,10 @@ func (b *box) saveMemory(ctx context.Context, folder string, pages memory.Pages)
 	return next.Close()
 }
 
-// commit makes next the sandbox's record. When it fails the old one holds.
+// commit makes next the sandbox's record. If it fails, the old record stays valid.
 func (b *box) commit(next record) error {
 	if err := next.save(b.m.Dir); err != nil {
-		// It may have been written and not synced.
+		// The record may be written but not synced.
 		if have, e := load(b.m.Dir, next.Home); e != nil || have.State != next.State {
 			return err
 		}
@@ -225,8 +222,7 @@ func (b *box) commit(next record) error {
 	return nil
 }
 
-// letGoOn undoes freezeAndHold. A machine that has ended is for [box.serve] to
-// see.
+// letGoOn undoes freezeAndHold. [box.serve] handles a machine that has ended.
 func (b *box) letGoOn(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 	defer cancel()
@@ -238,12 +234,11 @@ func (b *box) letGoOn(ctx context.Context) {
 			return
 		}
 	}
-	b.log.Error("a sandbox does not go on as it should", "error", err)
+	b.log.Error("cannot continue a sandbox", "error", err)
 }
 
-// settle removes what a paused sandbox does not need any more: its machine,
-// its network, what was saved before. Then its memory is the host's again. It
-// is called again until it succeeds.
+// settle removes what a paused sandbox no longer needs: its machine, its network, earlier
+// saved states and its reserved memory. The caller must call it again until it succeeds.
 func (b *box) settle(ctx context.Context) error {
 	defer b.m.left(b)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanTimeout)
@@ -253,7 +248,7 @@ func (b *box) settle(ctx context.Context) error {
 	}
 	b.m.Hook("pause: vacated")
 	b.m.unreserve(b)
-	if b.rec.Lost != nil && b.rec.Saved == nil { // The disk was full.
+	if b.rec.Lost != nil && b.rec.Saved == nil { // loseDead could not write the state
 		next, err := b.rec.withoutMemory(b.m.Dir, *b.rec.Lost)
 		if err == nil {
 			err = b.commit(next)
@@ -263,7 +258,7 @@ func (b *box) settle(ctx context.Context) error {
 		}
 	}
 	if err := b.rec.sweep(b.m.Dir); err != nil {
-		return fmt.Errorf("remove what was saved before: %w", err)
+		return fmt.Errorf("remove earlier saved states: %w", err)
 	}
 	if b.rec.Untold != nil {
 		if err := b.tell(*b.rec.Untold); err != nil {
@@ -276,13 +271,13 @@ func (b *box) settle(ctx context.Context) error {
 	return nil
 }
 
-// settled tells whether there is nothing left for settle to do.
+// settled reports whether settle has nothing to do.
 func (b *box) settled() bool {
 	return !b.maybeVM && b.vm == nil && b.slot == nil && b.base == nil && b.rec.Untold == nil && b.rec.Saved != nil
 }
 
-// servePaused waits for what happens next to a paused sandbox, once. It tells
-// whether this was the end.
+// servePaused handles one order or event of a paused sandbox. end reports whether the
+// sandbox ended or the agent stops.
 func (b *box) servePaused() (end bool) {
 	var again <-chan time.Time
 	if !b.settled() {
@@ -290,7 +285,7 @@ func (b *box) servePaused() (end bool) {
 		err := b.settle(context.Background())
 		b.m.Observe("vacate", "", time.Since(begin), err)
 		if err != nil {
-			b.log.Error("a paused sandbox's machine is left", "error", err)
+			b.log.Error("cannot remove the machine of a paused sandbox", "error", err)
 			t := time.NewTimer(lastRetry / 12)
 			defer t.Stop()
 			again = t.C
@@ -310,7 +305,7 @@ func (b *box) servePaused() (end bool) {
 	return false
 }
 
-// resume lets a paused sandbox go on.
+// resume continues a paused sandbox.
 func (b *box) resume(ctx context.Context) error {
 	switch b.rec.State {
 	case Running:
@@ -344,7 +339,7 @@ func (b *box) goOn(ctx context.Context) (err error) {
 		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanTimeout)
 		defer cancel()
 		if e := b.vacate(undo); e != nil {
-			b.log.Error("the machine of a failed resume is left", "error", e) // servePaused goes on
+			b.log.Error("cannot remove the machine of a failed resume", "error", e) // servePaused retries
 		}
 		b.m.unreserve(b)
 		b.set(func() { b.rec = paused })
@@ -374,7 +369,7 @@ func (b *box) goOn(ctx context.Context) (err error) {
 		return err
 	}
 	b.m.Hook("resume: restored")
-	// Before it runs: then its disk changes, and what is saved fits no more.
+	// Before it runs, because then its disk changes and no longer matches the saved state.
 	err = b.step(ctx, "commit", func(ctx context.Context) error {
 		next := b.rec
 		next.State = Running
@@ -399,17 +394,17 @@ func (b *box) goOn(ctx context.Context) (err error) {
 	if err == nil {
 		return nil
 	}
-	// It did run: what it is now is what is to be kept.
-	b.log.Warn("a resumed sandbox does not answer and is paused again", "error", err)
+	// It ran, so its present state must be saved.
+	b.log.Warn("a resumed sandbox does not respond; pausing it again", "error", err)
 	if e := b.savePaused(ctx, nil); e != nil {
-		b.log.Error("it cannot be paused again, and runs", "error", e)
+		b.log.Error("cannot pause a sandbox again, which keeps running", "error", e)
 		b.tracker.Reopen()
 		return errors.Join(err, e)
 	}
 	return err
 }
 
-// restoreSaved makes a machine that is held where the pause has saved it.
+// restoreSaved restores the machine that the pause saved, and leaves it held.
 func (b *box) restoreSaved(ctx context.Context) (err error) {
 	dir, home := b.m.Dir, b.rec.Home
 	origin, err := image.OpenCapture(dir.SandboxOrigin(home))
@@ -451,8 +446,8 @@ func (b *box) restoreSaved(ctx context.Context) (err error) {
 	return b.restore(ctx, origin, from)
 }
 
-// savedBy is the kind of the machine that the sandbox has, or had when it was
-// paused; origin is what it began with.
+// savedBy returns the kind of the sandbox's present or last machine. origin is the capture
+// from which it began.
 func (b *box) savedBy(origin *image.Capture) string {
 	if b.rec.VM == nil {
 		return origin.Kind
@@ -460,17 +455,16 @@ func (b *box) savedBy(origin *image.Capture) string {
 	return cmp.Or(b.rec.VM.Kind, origin.Kind)
 }
 
-// standsAlone tells whether the machine is to have a whole memory of its own
-// under it instead of the one that it shares. What is laid over a shared memory
-// is what the next pause compares, all of it, where the kernel does not tell
-// what of it was written to since; over a memory that is what was saved there is
-// nothing. It takes the host's memory, so it is for those that share little.
+// standsAlone reports whether the machine gets its own base instead of the shared one. If the
+// kernel does not track writes, the next pause must compare all pages over a shared base, but
+// none over an own one. An own base costs memory, so it is only for machines that share
+// little.
 func (b *box) standsAlone(own *memory.Image) bool {
 	changed := own.BytesChangedFrom(b.base.image)
 	return !b.m.Driver.TracksMemory() && changed > b.base.bytes && b.m.hasRoom(changed+b.base.bytes)
 }
 
-// pausedEvent is an event of a pause that the agent made.
+// pausedEvent returns the event of a pause by the agent.
 func pausedEvent(reason string) *ending {
 	return &ending{journal.Paused, reason, time.Now().UTC()}
 }

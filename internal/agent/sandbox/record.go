@@ -27,8 +27,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// record is what is on disk of a sandbox: enough for the next agent to take
-// it back, or to remove it. It holds the sandbox's token.
+// record is a sandbox's record on disk, with which the next agent can adopt or remove the
+// sandbox. It has the sandbox's token.
 type record struct {
 	Version int `json:"version"`
 	// Home names the sandbox's folder and its machine.
@@ -38,40 +38,39 @@ type record struct {
 	CreatedAt time.Time  `json:"created_at"`
 	Slot      *int       `json:"slot,omitempty"` // its network slot
 	VM        *vmm.State `json:"vm,omitempty"`   // where it runs, or did
-	// Disks counts its layers, of which the last is written to. The first
-	// Sealed of them can be written to by nobody any more.
+	// Disks is the number of its layers. The guest writes to the last one. Nobody can write
+	// to the first Sealed ones any more.
 	Disks  int `json:"disks"`
 	Sealed int `json:"sealed"`
-	// DiskFormat is the name of the layers' format; empty: qcow2.
+	// DiskFormat is the name of the layers' format (empty: qcow2).
 	DiskFormat string `json:"disk_format,omitempty"`
-	// Saved is what the last pause has saved. A paused sandbox goes on from
-	// it; once it runs again its disk has changed, and all that this is good
-	// for is that the next pause writes no more than what changed since.
+	// Saved names the state that the last pause saved. A paused sandbox resumes from it. Once
+	// the sandbox has run again, the state serves only as a base, so that the next pause
+	// writes just the changes.
 	Saved *uuid.UUID `json:"saved,omitempty"`
-	// Lost is why a paused sandbox has no memory to go on from: it boots from its
-	// disk. Saved is then a state without devices.
+	// Lost says why a paused sandbox has lost its memory, so that it must boot from its disk.
+	// Saved is then a state without devices.
 	Lost *condition.Condition `json:"lost,omitempty"`
-	// PausedAt is when the last pause held the machine.
+	// PausedAt is the time at which the last pause held the machine.
 	PausedAt *time.Time `json:"paused_at,omitempty"`
 	Ending   *ending    `json:"ending,omitempty"`
-	// Keep is why its files are kept when it ends; empty: they are removed. This
-	// release only reads it: the one before ended machines that it could not take
-	// back.
+	// Keep is the reason for keeping its files when it ends (empty: remove them). Only an
+	// earlier release wrote it, for machines that it could not adopt.
 	Keep string `json:"keep,omitempty"`
 	// Limits are those of its template.
 	Limits rates.Limits `json:"limits,omitempty"`
 	// Untold is an event that is not in the journal yet.
 	Untold *ending `json:"untold,omitempty"`
 
-	// later and laterSpec are the members, of the record and of its Spec, that only
-	// a later release knows. They are written again as they were.
+	// later and laterSpec are members of the record and of its Spec that only a later release
+	// knows. They are preserved.
 	later, laterSpec members
 }
 
-// members are those of a JSON object.
+// members are the members of a JSON object.
 type members map[string]json.RawMessage
 
-// unknown returns the members of the object b that v's type has no field for.
+// unknown returns the members of the object b for which v's type has no field.
 func unknown(b []byte, v any) (members, error) {
 	var all members
 	if err := json.Unmarshal(b, &all); err != nil {
@@ -97,23 +96,25 @@ func (m members) add(b []byte) ([]byte, error) {
 	return json.Marshal(all)
 }
 
-// ending is why a sandbox ends, or is paused by the agent.
+// ending says why a sandbox ends, or why the agent pauses it.
 type ending struct {
-	// Event is what the control plane is told; empty: it knows.
+	// Event is the kind of event for the control plane (empty: none, because it asked for
+	// the end).
 	Event  journal.Kind `json:"event,omitempty"`
 	Reason string       `json:"reason"`
 	Time   time.Time    `json:"time"`
 }
 
-// save writes the record durably, all of it or nothing.
+// save writes the record durably and atomically.
 func (r *record) save(dir layout.Dir) error { return r.write(dir, true) }
 
-// jot writes the record so that it outlasts the agent, but perhaps not the host.
+// jot writes the record without a sync, so that it survives the agent, but perhaps not a
+// crash of the host.
 func (r *record) jot(dir layout.Dir) error { return r.write(dir, false) }
 
 func (r *record) write(dir layout.Dir, durable bool) error {
 	now := *r
-	now.Version = format.Sandbox.Version // it may have been read in an older one
+	now.Version = format.Sandbox.Version // the record that was read may have an older one
 	b, err := now.encode()
 	if err != nil {
 		return fmt.Errorf("encode record: %w", err)
@@ -133,8 +134,8 @@ func (r *record) write(dir layout.Dir, durable bool) error {
 	return nil
 }
 
-// label makes the file that says which sandbox the folder is of. A machine that waits
-// is not a sandbox yet, and its folder gets no label.
+// label makes the file that names the folder's sandbox. The folder of a warm machine, which
+// is not a sandbox yet, gets none.
 func (r *record) label(dir layout.Dir) error {
 	if r.State == waiting {
 		return nil
@@ -149,7 +150,8 @@ func (r *record) label(dir layout.Dir) error {
 	return nil
 }
 
-// labelled returns which sandbox a folder is of; uuid.Nil: it does not say.
+// labelled returns the sandbox that a folder's label names, or uuid.Nil if there is no
+// single label.
 func labelled(dir layout.Dir, home uuid.UUID) (sandbox uuid.UUID) {
 	entries, _ := os.ReadDir(dir.Sandbox(home))
 	for _, e := range entries {
@@ -191,13 +193,12 @@ func (r *record) encode() ([]byte, error) {
 	return out.Bytes(), err
 }
 
-// disk is the path of the n-th layer.
+// disk returns the path of layer n.
 func (r *record) disk(dir layout.Dir, n int) string {
 	return dir.SandboxDisk(r.Home, n, cmp.Or(r.DiskFormat, disk.Qcow2.Name()))
 }
 
-// recorded are the states that a record can be in: what a sandbox is doing is
-// written down once it is done.
+// recorded are the states that a record can have. An operation is recorded when it is done.
 var recorded = []State{Starting, Running, Paused, Stopping, waiting}
 
 // load reads the record in a folder.
@@ -230,26 +231,26 @@ func parseRecord(path string, b []byte, home uuid.UUID) (record, error) {
 	}
 	switch {
 	case r.Home != home:
-		return record{}, fmt.Errorf("read record: it is of folder %s", r.Home)
+		return record{}, fmt.Errorf("read record: it belongs to folder %s", r.Home)
 	case !slices.Contains(recorded, r.State):
-		return record{}, fmt.Errorf("read record: it has no state %q", r.State)
+		return record{}, fmt.Errorf("read record: invalid state %q", r.State)
 	case r.Sealed < 0 || r.Sealed > r.Disks || r.Disks > maxDisks+1:
 		return record{}, fmt.Errorf("read record: %d of %d disks are sealed", r.Sealed, r.Disks)
 	case r.State == Running && (r.VM == nil || r.Slot == nil || r.VM.ID != home || r.Disks < 1):
-		return record{}, errors.New("read record: it runs nowhere")
+		return record{}, errors.New("read record: a running sandbox has no machine, slot or disk")
 	case r.State == Paused && (r.Saved == nil || r.Disks < 1):
-		return record{}, errors.New("read record: there is nothing to go on from")
+		return record{}, errors.New("read record: a paused sandbox has no saved state or disk")
 	}
 	return r, nil
 }
 
-// empty removes all files of a sandbox's folder but its record, and the label.
+// empty removes all files in a sandbox's folder except its record and label.
 func (r *record) empty(dir layout.Dir) error {
 	return removeBut(dir, r.Home, dir.SandboxRecord(r.Home), dir.SandboxID(r.Home, r.Spec.ID))
 }
 
-// sweep removes from a sandbox's folder what its record does not name: what
-// was being made when an agent was killed, or was of use before.
+// sweep removes files from a sandbox's folder that its record does not name, such as
+// unfinished and outdated ones.
 func (r *record) sweep(dir layout.Dir) error {
 	keep := []string{dir.SandboxRecord(r.Home), dir.SandboxID(r.Home, r.Spec.ID), dir.SandboxOrigin(r.Home), dir.SandboxModules(r.Home)}
 	for n := range r.Disks {

@@ -31,35 +31,33 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// Recovery is what an earlier agent left: the sandboxes that run, those that
-// are paused, and those to remove.
+// Recovery is the result of [Recover]: the sandboxes that an earlier agent left running or
+// paused, and those to remove.
 type Recovery struct {
 	found []found
 }
 
 type found struct {
 	rec record
-	vm  vmm.VM // nil: it is paused, or to be removed, as rec.Ending says
-	// leftover says that the machine may run all the same: it could not be ended.
+	vm  vmm.VM // nil: it is paused or, with rec.Ending, must be removed
+	// leftover says that its machine may still run, because ending it failed.
 	leftover bool
-	// unreadable is why the record cannot be read, so that rec stands for it; the
-	// files are kept.
+	// unreadable is the error of a damaged record, for which rec is a substitute. The files
+	// are kept.
 	unreadable error
-	// untaken is why it is not known yet what becomes of the sandbox: its machine
-	// may run.
+	// untaken is the error of a failed adoption. The machine may run.
 	untaken error
-	// late says that Recover could not say this yet.
+	// late says that reread found it, after Recover could not.
 	late bool
-	// unread says that not even the record could be read: rec has only its home.
-	// damaged says that it never will be, unless somebody repairs it.
+	// unread says that the record could not be read, so that rec has only its home. damaged
+	// says that reading again does not help, unless somebody repairs the record.
 	unread, damaged bool
 }
 
 const (
-	// recoverTimeout bounds what Recover does. What takes longer goes on while the
-	// agent runs.
+	// recoverTimeout bounds Recover. The manager retries what takes longer.
 	recoverTimeout = 20 * time.Second
-	// takeTimeout bounds one attempt after that.
+	// takeTimeout bounds one such retry.
 	takeTimeout = 45 * time.Second
 )
 
@@ -91,18 +89,17 @@ func Newer(dir layout.Dir) []*format.NewerError {
 	return all
 }
 
-// Recover looks through the folders of sandboxes. It takes back the machines
-// that run and ends those of sandboxes that were half-made or half-removed. If it
-// cannot take a machine back now, or the machine's record is unreadable or damaged,
-// the machine goes on and the manager tries again. If a record is damaged and no
-// machine runs, it sets the files aside.
+// Recover finds the sandboxes of an earlier agent. It attaches to running machines, and ends
+// those of sandboxes that were being created or removed. If it cannot attach to a machine,
+// or the machine's record is unreadable or damaged, the machine keeps running and the
+// manager retries. If a record is damaged and no machine runs, the files are set aside.
 func Recover(ctx context.Context, dir layout.Dir, d vmm.Driver, log *slog.Logger) (*Recovery, error) {
 	entries, err := os.ReadDir(dir.Sandboxes())
 	if errors.Is(err, fs.ErrNotExist) {
 		return &Recovery{}, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("look for sandboxes: %w", err)
+		return nil, fmt.Errorf("find sandboxes: %w", err)
 	}
 	var g errgroup.Group
 	g.SetLimit(8)
@@ -123,7 +120,7 @@ func Recover(ctx context.Context, dir layout.Dir, d vmm.Driver, log *slog.Logger
 	}
 	_ = g.Wait()
 	if err := ctx.Err(); err != nil {
-		return nil, fmt.Errorf("look for sandboxes: %w", err)
+		return nil, fmt.Errorf("find sandboxes: %w", err)
 	}
 	r := &Recovery{}
 	for _, f := range all {
@@ -134,12 +131,12 @@ func Recover(ctx context.Context, dir layout.Dir, d vmm.Driver, log *slog.Logger
 	return r, nil
 }
 
-// Unknown says that machines may run whose network slots are not known.
+// Unknown reports whether machines may run in unknown network slots.
 func (r *Recovery) Unknown() bool {
 	return slices.ContainsFunc(r.found, func(f found) bool { return f.unread || f.leftover && f.rec.Slot == nil })
 }
 
-// Slots are the network slots of the machines that run, or may run.
+// Slots returns the known network slots of machines that run or may run.
 func (r *Recovery) Slots() []int {
 	var slots []int
 	for _, f := range r.found {
@@ -151,12 +148,12 @@ func (r *Recovery) Slots() []int {
 	return slots
 }
 
-// find decides about one sandbox. If end is set, it ends the machine of a damaged
-// record, because somebody is deleting the sandbox.
+// find examines one sandbox. If end is set, it ends the machine of a damaged record, because
+// somebody is deleting the sandbox.
 func find(ctx context.Context, dir layout.Dir, home uuid.UUID, d vmm.Driver, log *slog.Logger, end bool) found {
 	log = log.With("machine", home)
 	now := time.Now().UTC()
-	var lost error // why the files are kept
+	var lost error // the reason for keeping the files
 	rec, err := load(dir, home)
 	bare := false
 	if errors.Is(err, fs.ErrNotExist) {
@@ -168,19 +165,19 @@ func find(ctx context.Context, dir layout.Dir, home uuid.UUID, d vmm.Driver, log
 	var newer *format.NewerError
 	switch {
 	case err != nil && (unreadable.Passing(err) || errors.As(err, &newer)):
-		log.Error("the record of a sandbox cannot be read now; its machine, if there is one, goes on", "error", err)
+		log.Error("cannot read the record of a sandbox now; its machine, if any, keeps running", "error", err)
 		return found{rec: record{Home: home, Spec: Spec{ID: labelled(dir, home)}}, unread: true, untaken: err}
 	case bare:
-		log.Info("removing a folder in which nothing was made yet")
+		log.Info("removing the empty folder of a sandbox")
 		rec = record{Version: format.Sandbox.Version, Home: home, Spec: Spec{ID: home}, CreatedAt: now, Ending: &ending{Reason: "it has no record", Time: now}}
 	case err != nil:
 		if lives, e := d.Lives(home); !end && (lives || e != nil) {
-			log.Error("the record of a sandbox is damaged; its machine goes on", "error", errors.Join(err, e))
+			log.Error("the record of a sandbox is damaged; its machine keeps running", "error", errors.Join(err, e))
 			return found{rec: record{Home: home, Spec: Spec{ID: labelled(dir, home)}}, unread: true, damaged: true, untaken: err}
 		}
 		log.Error("the record of a sandbox is damaged; its files are kept", "error", err)
-		// Without a label, its home is its id unless it began as a machine that waited.
-		// For the others the control plane notices that the host lacks them.
+		// Without a label, the home is the id unless the sandbox began as a warm machine. In
+		// that case, the control plane notices that the host lacks the sandbox.
 		sandbox := labelled(dir, home)
 		if sandbox == uuid.Nil {
 			sandbox = home
@@ -191,30 +188,29 @@ func find(ctx context.Context, dir layout.Dir, home uuid.UUID, d vmm.Driver, log
 		}
 		lost = err
 	case rec.Ending != nil:
-		log.Info("removing a sandbox that was half-removed", "reason", firstLine(rec.Ending.Reason))
+		log.Info("continuing to remove a sandbox", "reason", firstLine(rec.Ending.Reason))
 		if rec.Keep != "" {
 			lost = errors.New(rec.Keep)
 		}
 	case rec.State == Paused:
-		// What it ran on is left only where an agent was killed during a pause
-		// or a resume.
+		// It has a machine only if the agent was killed during a pause or a resume.
 		if err := d.Reap(ctx, leftover(rec)); err != nil {
-			log.Error("the machine of a paused sandbox cannot be ended", "error", err)
+			log.Error("cannot end the machine of a paused sandbox", "error", err)
 			return found{rec: rec, leftover: true}
 		}
 		return found{rec: rec}
 	case rec.State == waiting:
-		rec.Ending = &ending{Reason: "it was no sandbox yet", Time: now}
+		rec.Ending = &ending{Reason: "it was a warm machine", Time: now}
 	case rec.State != Running:
-		log.Info("removing a sandbox that was half-made")
-		rec.Ending = &ending{Reason: "the host agent ended while it was created", Time: now}
+		log.Info("removing an unfinished sandbox")
+		rec.Ending = &ending{Reason: "the host agent ended during its creation", Time: now}
 	default:
 		vm, err := take(ctx, d, nil, *rec.VM)
 		switch {
 		case err == nil:
 			return found{rec: rec, vm: vm}
 		case !errors.Is(err, vmm.ErrGone):
-			log.Error("a sandbox's machine cannot be taken back yet, and goes on", "error", err)
+			log.Error("cannot attach to a sandbox's machine yet, which keeps running", "error", err)
 			return found{rec: rec, vm: vm, untaken: err}
 		}
 		log.Warn("a sandbox's machine has ended; its disk is kept", "error", err)
@@ -224,30 +220,30 @@ func find(ctx context.Context, dir layout.Dir, home uuid.UUID, d vmm.Driver, log
 			err = next.save(dir)
 		}
 		if err != nil {
-			log.Error("write that a sandbox has lost its memory", "error", err)
+			log.Error("cannot record that a sandbox has lost its memory", "error", err)
 		}
-		next.Slot = rec.Slot // It is the machine's as long as that may run.
+		next.Slot = rec.Slot // the machine keeps it as long as it may run
 		f := found{rec: next}
 		if err := d.Reap(ctx, leftover(next)); err != nil {
-			log.Error("a machine cannot be ended, and keeps its network slot", "error", err)
+			log.Error("cannot end a machine, which keeps its network slot", "error", err)
 			f.leftover = true
 		}
 		return f
 	}
 	f := found{rec: rec, unreadable: lost}
 	if err := d.Reap(ctx, leftover(rec)); err != nil {
-		log.Error("a machine cannot be ended, and keeps its network slot", "error", err)
-		f.leftover = true // tried again when the sandbox is removed
+		log.Error("cannot end a machine, which keeps its network slot", "error", err)
+		f.leftover = true // the sandbox's removal retries
 	}
 	return f
 }
 
-// wasGone is the reason of an end that no agent saw.
+// wasGone is the reason for an end that no agent observed.
 const wasGone = "the virtual machine ended while no host agent ran"
 
-// take attaches to a machine, unless vm is that already, and lets it go on if an
-// agent was killed while it held it. After an error that is no [vmm.ErrGone], vm is
-// for the next attempt: it may be nil.
+// take attaches to a machine, unless vm is not nil, and runs it, because a killed agent may
+// have left it held. After an error other than [vmm.ErrGone], the caller passes the result
+// to the next attempt.
 func take(ctx context.Context, d vmm.Driver, vm vmm.VM, st vmm.State) (vmm.VM, error) {
 	if vm == nil {
 		var err error
@@ -267,8 +263,7 @@ func take(ctx context.Context, d vmm.Driver, vm vmm.VM, st vmm.State) (vmm.VM, e
 	}
 }
 
-// unused reports whether the folder of a sandbox has nothing but its label and files
-// that an agent was killed while writing.
+// unused reports whether the folder of a sandbox has only a label and temporary files.
 func unused(dir layout.Dir, home uuid.UUID) (bool, error) {
 	entries, err := os.ReadDir(dir.Sandbox(home))
 	if err != nil {
@@ -279,11 +274,10 @@ func unused(dir layout.Dir, home uuid.UUID) (bool, error) {
 	}), nil
 }
 
-// oldTemporary begins the names of records that earlier agents were writing.
+// oldTemporary is the prefix of temporary records of earlier releases.
 const oldTemporary = "record-"
 
-// leftover names the machine of a sandbox whose machine may never have been
-// recorded.
+// leftover returns the state of a sandbox's machine for Reap, even if it was never recorded.
 func leftover(r record) vmm.State {
 	if r.VM != nil {
 		return *r.VM
@@ -291,7 +285,7 @@ func leftover(r record) vmm.State {
 	return vmm.State{ID: r.Home}
 }
 
-// adopt goes on with a sandbox of an earlier agent.
+// adopt takes over a sandbox of an earlier agent.
 func (m *Manager) adopt(ctx context.Context, f found) {
 	if f.unread {
 		u := &unreadRecord{sandbox: f.rec.Spec.ID, damaged: f.damaged, end: make(chan struct{}, 1), known: make(chan struct{})}
@@ -304,7 +298,7 @@ func (m *Manager) adopt(ctx context.Context, f found) {
 	}
 	b := newBox(m, f.rec)
 	close(b.booted)
-	// The box is known to others, who may ask at once, only when it is complete.
+	// Publish the box only when it is complete.
 	begin := func(live func()) {
 		m.mu.Lock()
 		m.boxes[f.rec.Spec.ID] = b
@@ -313,15 +307,15 @@ func (m *Manager) adopt(ctx context.Context, f found) {
 	}
 	if f.rec.Ending != nil {
 		b.maybeVM, b.unreadable = true, f.unreadable
-		// No other machine gets the slot, and with it the user, of one that may run.
+		// No other machine may get the slot, and so the user, of one that may run.
 		b.kept = (f.late || f.leftover) && f.rec.Slot != nil
 		b.refuse()
 		begin(func() { b.clean(*f.rec.Ending, nil) })
 		return
 	}
-	// The release before made no labels.
+	// Earlier releases made no labels.
 	if err := errors.Join(b.rec.sweep(m.Dir), b.rec.label(m.Dir)); err != nil {
-		b.log.Warn("what a killed agent was making is left", "error", err)
+		b.log.Warn("cannot remove a killed agent's unfinished files", "error", err)
 	}
 	if f.rec.State == Paused {
 		b.maybeVM = f.leftover
@@ -329,7 +323,7 @@ func (m *Manager) adopt(ctx context.Context, f found) {
 			b.rec.Slot = nil
 		}
 		b.tracker.Shut()
-		b.log.Info("paused sandbox found")
+		b.log.Info("found a paused sandbox")
 		begin(b.serve)
 		return
 	}
@@ -358,12 +352,12 @@ func (m *Manager) adopt(ctx context.Context, f found) {
 	})
 }
 
-// reclaim takes back the network of a machine that was taken back.
+// reclaim adopts the network of an adopted machine, and connects to its guest.
 func (b *box) reclaim(ctx context.Context) error {
 	if b.slot == nil {
 		slot, err := b.m.Networks.Reclaim(ctx, *b.rec.Slot, b.vm.PID())
 		if err != nil {
-			return fmt.Errorf("take network back: %w", err)
+			return fmt.Errorf("reclaim network slot: %w", err)
 		}
 		b.set(func() { b.slot, b.kept = slot, false })
 	}
@@ -374,22 +368,22 @@ func (b *box) reclaim(ctx context.Context) error {
 		return fmt.Errorf("set metadata: %w", err)
 	}
 	b.connect(b.rec.Spec.Token)
-	b.log.Info("sandbox taken back", "slot", b.slot.Index(), "pid", b.vm.PID())
+	b.log.Info("adopted a running sandbox", "slot", b.slot.Index(), "pid", b.vm.PID())
 	return nil
 }
 
-// greet does what a killed agent may have left undone: nothing of this harms a
-// guest that has just gone on.
+// greet initializes the guest again, because a killed agent may not have done so. A guest
+// that kept running tolerates it.
 func (b *box) greet() {
 	ctx, cancel := context.WithTimeout(context.Background(), freezeTimeout)
 	defer cancel()
 	if err := b.init(ctx, false); err != nil {
-		b.log.Warn("a sandbox that was taken back does not answer", "error", firstLine(err.Error()))
+		b.log.Warn("an adopted sandbox does not respond", "error", firstLine(err.Error()))
 	}
 }
 
-// regain tries again to take back a sandbox whose machine runs, until it does or
-// the sandbox ends. Meanwhile the sandbox is resuming for all others.
+// regain retries to adopt a sandbox whose machine runs, until it succeeds or the sandbox
+// ends. The sandbox is resuming until then.
 func (b *box) regain() {
 	name := id.Format(id.Sandbox, b.rec.Spec.ID)
 	defer b.m.Problems.Clear(problem.Sandbox, name)
@@ -439,8 +433,7 @@ func (b *box) regain() {
 	}
 }
 
-// dropKept gives back the slot that was kept for a machine which was not taken back, and
-// which has ended.
+// dropKept releases the slot that was kept for a machine that has ended before its adoption.
 func (b *box) dropKept() {
 	if !b.kept {
 		return
@@ -453,11 +446,11 @@ func (b *box) dropKept() {
 
 func (b *box) reportUntaken(err error) {
 	name := id.Format(id.Sandbox, b.rec.Spec.ID)
-	b.m.Problems.Report(problem.Sandbox, name, "sandbox "+name+" cannot be used: its machine runs, but the agent cannot take it back, and tries again: "+err.Error())
+	b.m.Problems.Report(problem.Sandbox, name, "sandbox "+name+" cannot be used: its machine runs, but the agent cannot adopt it, and retries: "+err.Error())
 }
 
-// shares tells whether the slot that is kept for a sandbox is another's, as only a
-// damaged record, or an old one, can have it.
+// shares reports whether another sandbox has the slot that is kept for b, which can only be
+// due to a damaged or old record.
 func (m *Manager) shares(b *box) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -475,7 +468,7 @@ func (m *Manager) shares(b *box) bool {
 	return false
 }
 
-// takeBack is one attempt to take back a sandbox whose machine runs.
+// takeBack tries to adopt a sandbox whose machine runs.
 func (b *box) takeBack() error {
 	ctx, done := b.bounded()
 	defer done()
@@ -492,15 +485,15 @@ func (b *box) takeBack() error {
 	return err
 }
 
-// unreadRecord is a record that could not be read, and whose machine may run.
+// unreadRecord is a record that could not be read. Its machine may run.
 type unreadRecord struct {
-	sandbox uuid.UUID     // uuid.Nil: it could be any
+	sandbox uuid.UUID     // uuid.Nil: unknown
 	damaged bool          // guarded by the manager's lock
 	end     chan struct{} // asks reread to end the machine; holds one request
-	known   chan struct{} // closed when the sandbox is known, or the agent ends
+	known   chan struct{} // closed when the record was read, or the agent stops
 }
 
-// look is find, until the manager closes.
+// look is find with a context that ends when the manager closes.
 func (m *Manager) look(home uuid.UUID, end bool) found {
 	ctx, cancel := context.WithTimeout(context.Background(), takeTimeout)
 	defer cancel()
@@ -525,14 +518,14 @@ func (m *Manager) reportUnread(f found) {
 		if f.rec.Spec.ID == uuid.Nil {
 			which = fmt.Sprintf("sandbox %s, or, if it started from a warm machine and so has another id, kill the processes of control group %s", id.Format(id.Sandbox, f.rec.Home), f.rec.Home)
 		}
-		m.Problems.Report(problem.Sandbox, path, fmt.Sprintf("the record of a sandbox is damaged, and its machine goes on without it; repair the record or delete %s: %v", which, f.untaken))
+		m.Problems.Report(problem.Sandbox, path, fmt.Sprintf("the record of a sandbox is damaged, but its machine keeps running; repair the record or delete %s: %v", which, f.untaken))
 		return
 	}
-	m.Problems.Report(problem.Sandbox, path, fmt.Sprintf("the agent cannot read the record of a sandbox, whose machine may run, and tries again: %v", f.untaken))
+	m.Problems.Report(problem.Sandbox, path, fmt.Sprintf("the agent cannot read the record of a sandbox, whose machine may run, and retries: %v", f.untaken))
 }
 
-// reread retries to read a record until that works or the agent ends. If the record
-// is damaged, the end of its machine or sandbox ends the retries too.
+// reread retries to read a record until it succeeds or the agent stops. If the record is
+// damaged, it also stops when the machine ends or somebody deletes the sandbox.
 func (m *Manager) reread(f found, u *unreadRecord) {
 	home := f.rec.Home
 	path := m.Dir.SandboxRecord(home)
@@ -565,9 +558,8 @@ func (m *Manager) reread(f found, u *unreadRecord) {
 	delete(m.unread, home)
 }
 
-// endDamaged ends the machine of a sandbox with a damaged record, and waits until the
-// sandbox's fate is known. A folder that does not say which sandbox it is of counts as
-// that of the sandbox whose id is its name.
+// endDamaged ends the machine of a sandbox with a damaged record, and waits until reread has
+// handled it. A folder without a label counts as that of the sandbox whose id is its name.
 func (m *Manager) endDamaged(ctx context.Context, id uuid.UUID) (found bool, err error) {
 	m.mu.Lock()
 	u := m.unread[id]
@@ -583,7 +575,7 @@ func (m *Manager) endDamaged(ctx context.Context, id uuid.UUID) (found bool, err
 	m.mu.Unlock()
 	select {
 	case u.end <- struct{}{}:
-	default: // Somebody else has said so.
+	default: // a request is pending already
 	}
 	select {
 	case <-u.known:

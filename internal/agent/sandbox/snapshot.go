@@ -19,12 +19,12 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// maxDisks is how many overlays a sandbox may have beside its own: every capture adds one.
+// maxDisks is the maximum number of sealed overlays of a sandbox. Each capture adds one.
 const maxDisks = 64
 
-// Snapshot captures a running or paused sandbox, which stays as it is, as a
-// template of its team. It is idempotent by the template's id. The template has
-// the defaults that are given; nil: those that the sandbox's own has.
+// Snapshot captures a running or paused sandbox as a template of its team. The sandbox stays
+// in its state. Snapshot is idempotent by the template's id. defaults are those of the
+// template (nil: those of the sandbox's template).
 func (m *Manager) Snapshot(ctx context.Context, sandbox, template uuid.UUID, name string, defaults *image.Defaults) (image.Template, error) {
 	if template == uuid.Nil {
 		return image.Template{}, fail(ErrInvalid, "the built-in template is not to be replaced")
@@ -38,7 +38,7 @@ func (m *Manager) Snapshot(ctx context.Context, sandbox, template uuid.UUID, nam
 		t, err = b.snapshot(ctx, template, name, defaults)
 		return err
 	})
-	if err != nil { // it may go on: t is not to be read
+	if err != nil { // the order may still run and write t
 		return image.Template{}, err
 	}
 	return t, nil
@@ -86,9 +86,9 @@ func (b *box) snapshot(ctx context.Context, template uuid.UUID, name string, def
 	return image.Find(dir, spec.Team, template)
 }
 
-// holdCapture holds room on the host's disk for a capture of the sandbox, and for more
-// bytes besides. If the sandbox runs, a capture writes its memory and a copy of its
-// overlay; if it is paused, a capture links to what the pause wrote.
+// holdCapture holds room on the host's disk for a capture of the sandbox and for more bytes.
+// A capture of a running sandbox writes its memory and a copy of its overlay. A capture of a
+// paused one only makes links.
 func (b *box) holdCapture(more int64) (release func(), err error) {
 	if b.rec.State == Running {
 		size, err := disk.Allocated(b.rec.disk(b.m.Dir, b.rec.Disks-1))
@@ -101,8 +101,8 @@ func (b *box) holdCapture(more int64) (release func(), err error) {
 	return release, Full(err)
 }
 
-// capture captures the sandbox into a new folder. The sandbox goes on. What
-// begins with it has the defaults that are given, or else the sandbox's own.
+// capture captures the sandbox to a new folder. The sandbox stays in its state. defaults are
+// those of the capture (nil: those of the sandbox's template).
 func (b *box) capture(ctx context.Context, into string, defaults *image.Defaults) (_ *image.Capture, err error) {
 	dir, home, spec := b.m.Dir, b.rec.Home, &b.rec.Spec
 	running := b.rec.State == Running
@@ -134,10 +134,10 @@ func (b *box) capture(ctx context.Context, into string, defaults *image.Defaults
 	}
 	defer func() {
 		if err != nil {
-			_ = os.RemoveAll(into) // else a sweep does
+			_ = os.RemoveAll(into) // otherwise a sweep removes it
 		}
 	}()
-	// What the disk is now becomes a layer that nobody writes to any more.
+	// The present overlay becomes a layer to which nobody writes.
 	disks := b.rec.Disks
 	if err := b.step(ctx, "overlay", func(ctx context.Context) error { return b.addDisk() }); err != nil {
 		return nil, err
@@ -171,22 +171,21 @@ func (b *box) capture(ctx context.Context, into string, defaults *image.Defaults
 	})
 }
 
-// layersFit fails with [ErrCaptures] if the layers below the sandbox's disk, without
-// the template's file system, take more than twice its size. Each capture adds a layer
-// that stays as long as anything began with it, and a guest can write all of its disk
-// between two captures.
+// layersFit returns [ErrCaptures] if the layers of the sandbox's disk, without the template's
+// file system, take more than twice the disk's size. Each capture adds a layer, and a guest
+// can write its whole disk between two captures.
 func (b *box) layersFit(origin *image.Capture) error {
 	taken, err := b.layersTake(origin)
 	if err != nil {
 		return err
 	}
 	if most := 2 * int64(b.rec.Spec.DiskMiB) << 20; taken > most {
-		return fail(ErrCaptures, "the layers of the sandbox's disk take %d MiB, and it can be captured while they take %d", taken>>20, most>>20)
+		return fail(ErrCaptures, "the layers of the sandbox's disk take %d MiB; it can be captured only while they take %d", taken>>20, most>>20)
 	}
 	return nil
 }
 
-// layersTake returns how many bytes the layers of the sandbox's disk take.
+// layersTake returns the size of the layers of the sandbox's disk in bytes.
 func (b *box) layersTake(origin *image.Capture) (taken int64, err error) {
 	layers := originLayers(origin)
 	for n := range b.rec.Disks {
@@ -202,9 +201,8 @@ func (b *box) layersTake(origin *image.Capture) (taken int64, err error) {
 	return taken, nil
 }
 
-// addDisk lays a new overlay, which is empty, over the sandbox's disk. That
-// its machine still writes to the one below makes no difference to what is
-// read: so this is right at every moment.
+// addDisk adds an empty overlay to the sandbox's disk. Its machine may still write to the one
+// below, because an empty overlay does not change what is read.
 func (b *box) addDisk() error {
 	n := b.rec.Disks
 	uid := 0
@@ -212,7 +210,7 @@ func (b *box) addDisk() error {
 		uid = b.uid()
 	}
 	name := b.rec.disk(b.m.Dir, n)
-	if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) { // of one that failed
+	if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) { // left by a failed attempt
 		return err
 	}
 	format, err := b.format(b.rec.DiskFormat)
@@ -233,19 +231,18 @@ func (b *box) addDisk() error {
 	return nil
 }
 
-// format returns the format of that name, in which the sandbox's layers are. It
-// must be that of the host's driver.
+// format returns the disk format with this name. It fails unless that is the format of the
+// host's driver.
 func (b *box) format(name string) (disk.Format, error) {
 	format := b.m.Driver.Disks()
 	if name = cmp.Or(name, disk.Qcow2.Name()); name != format.Name() {
-		return nil, fail(ErrState, "the sandbox's disk is in the format %s, and this host's monitor has %s", name, format.Name())
+		return nil, fail(ErrState, "the sandbox's disk is in the format %s, but this host's monitor uses %s", name, format.Name())
 	}
 	return format, nil
 }
 
-// captureRunning captures memory and devices of a running machine, and has it
-// write to the new overlay from then on. It is held for as long as it takes to
-// copy the pages that changed.
+// captureRunning captures memory and devices of a running machine, and makes it write to the
+// new overlay. It holds the machine for the time that it takes to copy the changed pages.
 func (b *box) captureRunning(ctx context.Context, c *image.Capture) error {
 	if uses, err := b.vm.Memory(); err == nil {
 		if free, err := availableMemory(); err == nil && int(uses>>20)+slackMiB > free {
@@ -278,7 +275,7 @@ func (b *box) captureRunning(ctx context.Context, c *image.Capture) error {
 	if err != nil {
 		return err
 	}
-	b.log.Debug("sandbox goes on", "stopped_for", time.Since(begin))
+	b.log.Debug("sandbox continues", "stopped_for", time.Since(begin))
 	return b.step(ctx, "save", func(ctx context.Context) error {
 		if err := writeDevices(c.Devices(), devices); err != nil {
 			return err
@@ -287,7 +284,7 @@ func (b *box) captureRunning(ctx context.Context, c *image.Capture) error {
 	})
 }
 
-// copyPages copies pages so that they stay as they are.
+// copyPages copies pages, so that they stay valid when the machine continues.
 func copyPages(pages memory.Pages) (memory.Pages, error) {
 	const perChunk = 1024
 	var blocks []uint64
@@ -313,10 +310,9 @@ func copyPages(pages memory.Pages) (memory.Pages, error) {
 	}, nil
 }
 
-// shareDisk makes the n-th overlay, which is not written to any more, a file of
-// another folder too. A machine that its guest has taken over may still be able
-// to write to it: then the other folder gets a copy, which takes its place here
-// as well.
+// shareDisk links overlay n, to which the machine does not write any more, to another folder.
+// If a machine that its guest has taken over could still write to it, shareDisk links a copy
+// instead, which also replaces the overlay.
 func (b *box) shareDisk(ctx context.Context, n int, to string) error {
 	own := b.rec.disk(b.m.Dir, n)
 	if n < b.rec.Sealed || b.rec.State == Paused {
@@ -337,13 +333,13 @@ func (b *box) shareDisk(ctx context.Context, n int, to string) error {
 	return nil
 }
 
-// Copy is one of a sandbox's copies to be.
+// Copy is a copy to make of a sandbox.
 type Copy struct {
 	ID    uuid.UUID
 	Token string
 }
 
-// Fork makes copies of a running sandbox, which goes on: all of them or none.
+// Fork makes copies of a running sandbox, which keeps running. It makes all of them or none.
 func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_ []Info, err error) {
 	b, err := m.find(sandbox)
 	if err != nil {
@@ -376,7 +372,7 @@ func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_
 		defer func() { end(err) }()
 		spec, under = b.rec.Spec, b.base
 		_, err = b.capture(ctx, hidden, nil)
-		if caller.Err() != nil { // nobody is to have what came of it
+		if caller.Err() != nil { // Fork has returned, so nobody else removes it
 			err = errors.Join(err, discard(hidden))
 		}
 		return Full(err)
@@ -401,7 +397,7 @@ func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_
 		}
 	}
 	if begins.base == nil {
-		// Made once for all, and not dropped between them.
+		// Acquire it here, so that it stays loaded for all copies.
 		one, err := m.bases.acquire(ctx, c)
 		if err != nil {
 			return nil, fmt.Errorf("fork: %w", err)
@@ -448,11 +444,10 @@ func discard(capture string) error {
 	return os.RemoveAll(gone)
 }
 
-// sharesMemory tells whether n copies that begin with c are to have the memory
-// of the sandbox that they are copies of under theirs, each with all that had
-// changed in it, or together a new one that has it all: whichever takes less.
-// One who has changed more than it shares pauses slowly, though, where the
-// kernel does not tell what is written to.
+// sharesMemory reports whether n copies that begin with c share the base of their original,
+// each with its own changed pages. Otherwise they share a new base with everything. It
+// chooses what takes less memory, but without tracking of writes, a machine with more changed
+// than shared pages would pause slowly.
 func (m *Manager) sharesMemory(c *image.Capture, under *base, n int) (bool, error) {
 	all, err := memory.Open(c.Memory())
 	if err != nil {
@@ -465,8 +460,8 @@ func (m *Manager) sharesMemory(c *image.Capture, under *base, n int) (bool, erro
 	return int64(n-1)*changed <= under.bytes && (changed <= under.bytes || m.Driver.TracksMemory()), nil
 }
 
-// DeleteTemplate removes a template's files. Sandboxes that began with it have
-// links to what they need. That there is none is no error.
+// DeleteTemplate removes a template's files. Sandboxes that began with it have links to what
+// they need. It is idempotent.
 func (m *Manager) DeleteTemplate(team, template uuid.UUID) error {
 	if template == uuid.Nil {
 		return fail(ErrState, "a built-in template cannot be deleted")
@@ -478,7 +473,7 @@ func (m *Manager) DeleteTemplate(team, template uuid.UUID) error {
 		captures, err = t.Captures(m.Dir)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		m.Log.Warn("a template that is deleted cannot be read", "template", template, "error", err)
+		m.Log.Warn("cannot read a template before its deletion", "template", template, "error", err)
 	}
 	err = image.Delete(m.Dir, team, template, m.Hook)
 	m.warm.forget(template)

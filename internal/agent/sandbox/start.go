@@ -22,18 +22,17 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/room"
 )
 
-// start is what a sandbox begins with.
+// start says what a sandbox starts from.
 type start struct {
 	template image.Template
-	capture  *image.Capture // nil: the template's for what the sandbox is to have
-	copied   bool           // it is a copy of a sandbox: the capture will be gone
-	base     *base          // not nil: a memory to begin with, under what differs in the capture's
-	ready    *box           // a machine that waits, not nil: it begins with that
-	nested   bool           // of a machine that boots: see [vmm.Spec]
+	capture  *image.Capture // nil: the template's capture for the sandbox's size
+	copied   bool           // the sandbox is a copy, whose capture will be deleted
+	base     *base          // if not nil, the memory below what the capture changed
+	ready    *box           // if not nil, the warm machine that becomes the sandbox
+	nested   bool           // for a machine that boots; see [vmm.Spec]
 }
 
-// create makes all of a sandbox's parts. After an error [box.clean] removes
-// those that there are.
+// create makes all parts of a sandbox. After an error, [box.clean] removes them.
 func (b *box) create(ctx context.Context) error {
 	if b.begin.ready == nil && b.begin.capture == nil {
 		err := b.step(ctx, "capture", func(ctx context.Context) (err error) {
@@ -67,7 +66,7 @@ func (b *box) create(ctx context.Context) error {
 	return b.awake(ctx)
 }
 
-// queue waits until few enough machines start at once.
+// queue waits until fewer than Boots machines start. The caller must call leave.
 func (b *box) queue(ctx context.Context) (leave func(), err error) {
 	err = b.step(ctx, "wait", func(ctx context.Context) error {
 		select {
@@ -80,7 +79,7 @@ func (b *box) queue(ctx context.Context) (leave func(), err error) {
 	return func() { <-b.m.boots }, err
 }
 
-// prepare makes a machine that is held where c was captured.
+// prepare restores a machine from c, and leaves it held.
 func (b *box) prepare(ctx context.Context, c *image.Capture) error {
 	dir, home := b.m.Dir, b.rec.Home
 	if err := b.m.Driver.Restores(c.Kind); err != nil {
@@ -100,7 +99,7 @@ func (b *box) prepare(ctx context.Context, c *image.Capture) error {
 		if err := b.rec.jot(dir); err != nil {
 			return Full(err)
 		}
-		// What is linked to stays, whatever becomes of the template.
+		// Links, so that the files stay if the template is deleted.
 		err := image.LinkTree(c.Dir, dir.SandboxOrigin(home))
 		if errors.Is(err, fs.ErrNotExist) {
 			return fail(ErrNotFound, "the template is gone")
@@ -148,14 +147,14 @@ func (b *box) prepare(ctx context.Context, c *image.Capture) error {
 	})
 }
 
-// firstDisk makes the first layer of the sandbox's own.
+// firstDisk makes the sandbox's first layer.
 func (b *box) firstDisk(bytes int64) error {
 	format := b.m.Driver.Disks()
 	b.rec.Disks, b.rec.DiskFormat = 1, format.Name()
 	return Full(disk.Create(format, b.rec.disk(b.m.Dir, 0), bytes, b.uid()))
 }
 
-// acquire gets the sandbox a network.
+// acquire acquires a network slot for the sandbox.
 func (b *box) acquire(ctx context.Context) error {
 	s, err := b.m.Networks.Acquire(ctx)
 	if errors.Is(err, network.ErrExhausted) {
@@ -173,13 +172,13 @@ func (b *box) acquire(ctx context.Context) error {
 }
 
 // mayNest reports whether the guests of a team's sandboxes may run virtual machines
-// of their own.
+// themselves.
 func (m *Manager) mayNest(team uuid.UUID) bool {
 	return slices.ContainsFunc(m.NestedTeams, func(t Team) bool { return uuid.UUID(t) == team })
 }
 
-// checkNesting fails, with an error of the given sort, if a machine of the kind
-// lets its guest run virtual machines and the sandbox's team may not.
+// checkNesting returns an error of the given sort if a machine of the kind lets its guest run
+// virtual machines, but the sandbox's team may not.
 func (b *box) checkNesting(kind string, sort error, what string) error {
 	if !b.m.Driver.Nested(kind) || b.m.mayNest(b.rec.Spec.Team) {
 		return nil
@@ -187,12 +186,12 @@ func (b *box) checkNesting(kind string, sort error, what string) error {
 	return fail(sort, "%s was saved with nested virtualization, which this host does not allow the team", what)
 }
 
-// rates are what the sandbox may take of the host's disk and network.
+// rates returns the sandbox's limits on the host's disk and network.
 func (b *box) rates() rates.Rates {
 	return b.rec.Limits.Within(b.m.TemplateRates.Of(b.rec.Spec.Template, b.m.Rates))
 }
 
-// uid is the user that the sandbox's machine runs as.
+// uid returns the user of the sandbox's machine.
 func (b *box) uid() int { return firstUID + b.slot.Index() }
 
 // Full wraps err in [ErrExhausted] if it reports a full disk, or a [room.FullError].
@@ -207,8 +206,8 @@ func Full(err error) error {
 	return err
 }
 
-// machine says what machine the sandbox has, which begins with origin and the layers
-// of that. The caller closes its tap.
+// machine returns the spec of the sandbox's machine, whose disk is on origin's file system
+// and the given layers. The caller must close its tap.
 func (b *box) machine(origin *image.Capture, layers []string) (vmm.Spec, error) {
 	dir, home, spec := b.m.Dir, b.rec.Home, &b.rec.Spec
 	tap, err := b.slot.OpenTap()
@@ -228,14 +227,14 @@ func (b *box) machine(origin *image.Capture, layers []string) (vmm.Spec, error) 
 	}, nil
 }
 
-// restore makes a machine, held, that goes on from what was saved above origin.
+// restore restores the sandbox's machine from a saved state above origin, and leaves it held.
 func (b *box) restore(ctx context.Context, origin *image.Capture, from vmm.Saved) error {
 	return b.launch(ctx, "restore", origin, originLayers(origin), func(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
 		return b.m.Driver.Restore(ctx, spec, from)
 	})
 }
 
-// originLayers returns the paths of a capture's layers, the lowest first.
+// originLayers returns the paths of a capture's layers, lowest first.
 func originLayers(c *image.Capture) (layers []string) {
 	for n := range c.Layers {
 		layers = append(layers, c.Layer(n))
@@ -243,7 +242,7 @@ func originLayers(c *image.Capture) (layers []string) {
 	return layers
 }
 
-// launch has f make the sandbox's machine; doing says what that is.
+// launch calls f to make the sandbox's machine. doing names the operation for errors.
 func (b *box) launch(ctx context.Context, doing string, origin *image.Capture, layers []string, f func(context.Context, vmm.Spec) (vmm.VM, error)) error {
 	spec, err := b.machine(origin, layers)
 	if err != nil {
@@ -262,8 +261,8 @@ func (b *box) launch(ctx context.Context, doing string, origin *image.Capture, l
 	return nil
 }
 
-// boot boots a machine from the disk of origin and its layers. It has the host's present
-// kernel, so it gets the modules of that, and keeps them for as long as it goes on.
+// boot boots a machine from the disk of origin and its layers. It boots the host's present
+// kernel, so it gets and keeps that kernel's modules.
 func (b *box) boot(ctx context.Context, origin *image.Capture, layers []string) error {
 	if b.m.Modules != "" {
 		own := b.m.Dir.SandboxModules(b.rec.Home)
@@ -278,8 +277,8 @@ func (b *box) boot(ctx context.Context, origin *image.Capture, layers []string) 
 	return b.launch(ctx, "start", origin, layers, b.m.Driver.Start)
 }
 
-// modules is the path of the kernel's modules that the machine has, which began with
-// origin; empty: none.
+// modules returns the path of the machine's kernel modules (empty: none). origin is the
+// capture from which it began.
 func (b *box) modules(origin *image.Capture) string {
 	own := b.m.Dir.SandboxModules(b.rec.Home)
 	if _, err := os.Stat(own); err == nil {
@@ -288,13 +287,13 @@ func (b *box) modules(origin *image.Capture) string {
 	return origin.Modules()
 }
 
-// hold notes which machine the sandbox has.
+// hold sets the sandbox's machine.
 func (b *box) hold(vm vmm.VM) {
 	st := vm.State()
 	b.set(func() { b.vm, b.rec.VM = vm, &st })
 }
 
-// take makes a machine that waits the sandbox's.
+// take makes a warm machine the sandbox's.
 func (b *box) take(w *box) error {
 	b.base, b.maybeVM = w.base, true
 	b.set(func() {
@@ -306,8 +305,7 @@ func (b *box) take(w *box) error {
 	return Full(b.rec.jot(b.m.Dir))
 }
 
-// awake lets a held machine that has what is in its capture go on as the
-// sandbox that it is to be.
+// awake runs a held machine that was restored from a capture, and makes it the sandbox.
 func (b *box) awake(ctx context.Context) error {
 	spec := &b.rec.Spec
 	origin, err := image.OpenCapture(b.m.Dir.SandboxOrigin(b.rec.Home))
@@ -320,7 +318,7 @@ func (b *box) awake(ctx context.Context) error {
 		}
 		if spec.DiskMiB > origin.DiskMiB {
 			if err := b.vm.Grow(ctx, int64(spec.DiskMiB)<<20); err != nil {
-				return fmt.Errorf("make the disk larger: %w", err)
+				return fmt.Errorf("grow the disk: %w", err)
 			}
 		}
 		return b.vm.Run(ctx)
@@ -350,9 +348,8 @@ func (b *box) awake(ctx context.Context) error {
 	})
 }
 
-// init makes the guest the sandbox's own: its token, environment and name,
-// random numbers and clock. When the machine ends or time is up the error has
-// the console's end.
+// init configures the guest for the sandbox: its token, environment, name, random pool and
+// clock. If the machine ends or ctx does, the error has the end of the console.
 func (b *box) init(ctx context.Context, grow bool) error {
 	spec := &b.rec.Spec
 	origin, err := image.OpenCapture(b.m.Dir.SandboxOrigin(b.rec.Home))
@@ -367,8 +364,7 @@ func (b *box) init(ctx context.Context, grow bool) error {
 	}
 	err = b.become(ctx, settings)
 	if b.rec.Lost != nil && guest.Said(err) {
-		// A guest that has booted takes no user that it does not have, and the sandbox's
-		// disk may have lost the one of its template.
+		// A booted guest rejects a default user that its disk does not have any more.
 		settings.User = ""
 		err = b.become(ctx, settings)
 	}
@@ -380,30 +376,30 @@ func (b *box) become(ctx context.Context, settings guest.Settings) error {
 	return b.guarded(ctx, func(ctx context.Context) error {
 		report, err := b.guest.Init(ctx, settings)
 		for _, w := range report.Warnings {
-			b.log.Warn("the guest warns", "warning", firstLine(w))
+			b.log.Warn("warning of the guest", "warning", firstLine(w))
 		}
 		return err
 	})
 }
 
-// defaults are a template's settings of every guest.
+// defaults returns a guest's settings from a template's defaults.
 func defaults(d image.Defaults) guest.Settings {
 	s := guest.Settings{Envs: map[string]string{}, User: d.User, Workdir: d.Workdir}
 	maps.Copy(s.Envs, d.Envs)
 	return s
 }
 
-// errBoot is wrapped by the errors of a guest that does not come up.
+// errBoot is wrapped by errors of guests that do not start.
 var errBoot = errors.New("boot")
 
-// inTime bounds ctx by the BootTimeout. to completes the error "the guest did not …".
-// A timeout does not show whose fault it is: the host may be busy.
+// inTime bounds ctx by BootTimeout. to completes the error "the guest did not …". The error
+// is not [ErrGuest], because the host may just be busy.
 func (m *Manager) inTime(ctx context.Context, to string) (context.Context, context.CancelFunc) {
 	late := fail(ErrSlow, "the guest did not %s within %v; its host may be overloaded", to, m.BootTimeout)
 	return context.WithTimeoutCause(ctx, m.BootTimeout, late)
 }
 
-// guarded calls f with a context that ends when the machine does.
+// guarded calls f with a context that ends with the machine.
 func (b *box) guarded(ctx context.Context, f func(context.Context) error) error {
 	died := errors.New("the virtual machine ended while it started")
 	guarded, cancel := context.WithCancelCause(ctx)
@@ -429,7 +425,7 @@ func (b *box) guarded(ctx context.Context, f func(context.Context) error) error 
 	case errors.Is(err, died):
 		err = fmt.Errorf("%w: %w", died, b.vm.Err())
 	case errors.Is(err, ErrState), errors.Is(err, ErrClosing):
-		return err // the guest is not to blame
+		return err // not the guest's fault
 	case errors.Is(err, ErrSlow):
 		return fmt.Errorf("%w%s", err, b.lastWords())
 	}

@@ -13,28 +13,27 @@ import (
 )
 
 const (
-	// maxWarm is of how many captures machines wait: those used last.
+	// maxWarm is the maximum number of captures with warm machines: the last used ones.
 	maxWarm = 16
-	// maxRest bounds how long after a start nothing is made.
+	// maxRest bounds the time after a start in which keep makes no warm machine.
 	maxRest = time.Second
 )
 
-// warm are machines that were restored and wait to become sandboxes. One
-// goroutine makes them, when nothing else is being started and there is memory
-// to spare. What is here is under the manager's mu.
+// warm are restored machines that wait to become sandboxes. One goroutine makes them while no
+// sandbox is being started and there is spare memory. The manager's mu guards the fields.
 type warm struct {
 	m    *Manager
-	wake chan struct{} // there may be something to do
+	wake chan struct{} // wakes keep
 
-	wanted      []wanted // used last first
+	wanted      []wanted // last used first
 	ready       []*box
 	reservedMiB int
-	lastStart   time.Time // when the start of a sandbox has ended last
+	lastStart   time.Time // end of the last start of a sandbox
 
-	took time.Duration // to make the last one; keep's own
+	took time.Duration // duration of the last make; only keep uses it
 }
 
-// wanted is a capture of which machines wait.
+// wanted is a capture that needs warm machines.
 type wanted struct {
 	template uuid.UUID
 	capture  *image.Capture
@@ -44,7 +43,7 @@ func (w *warm) init(m *Manager) {
 	w.m, w.wake = m, make(chan struct{}, 1)
 }
 
-// look has the goroutine look for something to do.
+// look wakes keep.
 func (w *warm) look() {
 	select {
 	case w.wake <- struct{}{}:
@@ -52,9 +51,9 @@ func (w *warm) look() {
 	}
 }
 
-// want notes that a sandbox was made from a capture.
+// want notes that a sandbox was made from a capture, which then gets warm machines.
 func (w *warm) want(s Spec, c *image.Capture) {
-	if w.m.Warm == 0 || w.m.Driver.Nested(c.Kind) { // few sandboxes could take it
+	if w.m.Warm == 0 || w.m.Driver.Nested(c.Kind) { // few sandboxes could use a nested one
 		return
 	}
 	w.wanted = slices.DeleteFunc(w.wanted, func(have wanted) bool { return have.capture.ID == c.ID })
@@ -63,10 +62,10 @@ func (w *warm) want(s Spec, c *image.Capture) {
 	w.look()
 }
 
-// take returns a machine that can become the sandbox s, or nil.
+// take returns a warm machine for the sandbox s, or nil.
 func (w *warm) take(s Spec) *box {
 	if w.m.mayNest(s.Team) {
-		return nil // none that waits is nested
+		return nil // no warm machine is nested
 	}
 	for i := 0; i < len(w.ready); i++ {
 		b := w.ready[i]
@@ -87,7 +86,7 @@ func (w *warm) take(s Spec) *box {
 	return nil
 }
 
-// remove takes the i-th machine out.
+// remove removes machine i from ready.
 func (w *warm) remove(i int) {
 	b := w.ready[i]
 	w.ready = slices.Delete(w.ready, i, i+1)
@@ -97,14 +96,13 @@ func (w *warm) remove(i int) {
 
 func need(b *box) int { return b.rec.Spec.MemoryMiB + overheadMiB }
 
-// discard ends a machine that was taken out. The caller holds the lock.
+// discard ends a machine that was removed from ready. The caller holds the manager's mu.
 func (w *warm) discard(b *box) {
 	w.m.nameless[b] = struct{}{}
 	w.m.wg.Go(func() { b.clean(ending{Reason: "nobody needs it", Time: time.Now().UTC()}, nil) })
 }
 
-// shed ends machines, those of what was used longest ago first, until they
-// take no more than what is free.
+// shed ends warm machines, newest first, until they reserve at most freeMiB.
 func (w *warm) shed(freeMiB int) {
 	for len(w.ready) > 0 && w.reservedMiB > freeMiB {
 		last := len(w.ready) - 1
@@ -114,7 +112,7 @@ func (w *warm) shed(freeMiB int) {
 	}
 }
 
-// forget ends the machines of a template that was deleted.
+// forget ends the warm machines of a deleted template.
 func (w *warm) forget(template uuid.UUID) {
 	w.m.mu.Lock()
 	defer w.m.mu.Unlock()
@@ -127,7 +125,7 @@ func (w *warm) forget(template uuid.UUID) {
 	}
 }
 
-// keep makes machines until the agent ends.
+// keep makes warm machines until the manager closes.
 func (w *warm) keep() {
 	if w.m.DefaultVCPUs > 0 {
 		w.m.wg.Go(w.captureDefault)
@@ -142,7 +140,7 @@ func (w *warm) keep() {
 			return
 		}
 		if !w.rest() {
-			continue // the agent ends
+			continue // the manager closes
 		}
 		for next := w.next(); next != nil; next = w.next() {
 			begin := time.Now()
@@ -152,8 +150,8 @@ func (w *warm) keep() {
 	}
 }
 
-// rest leaves a sandbox that has just been started the processors for what it
-// was started for, once, for as long as it takes to make a machine.
+// rest waits after the start of a sandbox for as long as making a machine takes, to leave the
+// processors to that sandbox. It returns false if the manager closes.
 func (w *warm) rest() bool {
 	w.m.mu.Lock()
 	left := min(w.took, maxRest) - time.Since(w.lastStart)
@@ -171,8 +169,7 @@ func (w *warm) rest() bool {
 	}
 }
 
-// captureDefault captures what most sandboxes will begin with. A capture ends
-// when the agent does.
+// captureDefault captures the built-in template for the default size.
 func (w *warm) captureDefault() {
 	t, err := w.m.Template(uuid.Nil, uuid.Nil)
 	if err == nil {
@@ -184,17 +181,17 @@ func (w *warm) captureDefault() {
 		}
 	}
 	if err != nil && !w.m.isClosed() {
-		w.m.Log.Error("the built-in template is not captured", "error", err)
+		w.m.Log.Error("cannot capture the built-in template", "error", err)
 	}
 }
 
-// next says of what a machine is to be made, if any.
+// next returns the capture for the next warm machine, or nil.
 func (w *warm) next() *wanted {
 	m := w.m
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.refuse != nil || m.starting > 0 {
-		return nil // the end of a start wakes
+		return nil // started wakes keep
 	}
 	for i := range w.wanted {
 		c := w.wanted[i].capture
@@ -213,7 +210,7 @@ func (w *warm) next() *wanted {
 	return nil
 }
 
-// make makes a machine that waits.
+// make makes a warm machine.
 func (w *warm) make(of wanted) {
 	m, home := w.m, uuid.New()
 	b := newBox(m, record{
@@ -234,19 +231,19 @@ func (w *warm) make(of wanted) {
 	defer m.mu.Unlock()
 	if err != nil || m.refuse != nil {
 		if ctx.Err() == nil {
-			m.Log.Warn("no machine waits for a template's next sandbox", "template", of.template, "error", err)
+			m.Log.Warn("cannot make a warm machine", "template", of.template, "error", err)
 		}
-		// Until the next sandbox is made from it.
+		// No retry until the next sandbox is made from this capture.
 		w.wanted = slices.DeleteFunc(w.wanted, func(have wanted) bool { return have.capture.ID == of.capture.ID })
 		w.discard(b)
 		return
 	}
-	b.log.Info("a machine waits", "template", of.template, "took", time.Since(begin), "steps", stepsValue(b.steps))
+	b.log.Info("made a warm machine", "template", of.template, "took", time.Since(begin), "steps", stepsValue(b.steps))
 	w.ready = append(w.ready, b)
 	w.reservedMiB += need(b)
 }
 
-// wait makes a machine that is held.
+// wait prepares and warms up a machine, and leaves it held.
 func (b *box) wait(ctx context.Context, c *image.Capture) error {
 	ctx, cancel := context.WithTimeout(ctx, b.m.BootTimeout)
 	defer cancel()
@@ -259,7 +256,7 @@ func (b *box) wait(ctx context.Context, c *image.Capture) error {
 		return err
 	}
 	b.rec.Spec.Token = c.Token
-	if c.Inputs == "" || c.Runs { // what runs in it is to know at once that it is another's
+	if c.Inputs == "" || c.Runs { // programs of the capture must not run before they belong to a sandbox
 		return nil
 	}
 	return b.step(ctx, "warm up", func(ctx context.Context) error {
