@@ -126,7 +126,7 @@ type InsertAuditParams struct {
 	Bucket    *string
 }
 
-// What falls into the bucket of a record that is there is counted in that one.
+// Counts the request in an existing record with the same bucket.
 func (q *Queries) InsertAudit(ctx context.Context, arg InsertAuditParams) error {
 	_, err := q.db.Exec(ctx, insertAudit,
 		arg.ID,

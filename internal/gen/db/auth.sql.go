@@ -27,7 +27,7 @@ const countUsers = `-- name: CountUsers :one
 SELECT count(*) FROM (SELECT 1 FROM users WHERE verified_at IS NOT NULL LIMIT 1) u
 `
 
-// 1: there is somebody, 0: there is nobody yet.
+// 1 if there are users, otherwise 0.
 func (q *Queries) CountUsers(ctx context.Context) (int64, error) {
 	row := q.db.QueryRow(ctx, countUsers)
 	var count int64
@@ -109,7 +109,7 @@ type GetAPIKeyByHashRow struct {
 	Payer  uuid.UUID
 }
 
-// A key whose maker was deactivated, or whose team is being deleted, is none.
+// No row if the key's creator is inactive or its team is being deleted.
 func (q *Queries) GetAPIKeyByHash(ctx context.Context, hash []byte) (GetAPIKeyByHashRow, error) {
 	row := q.db.QueryRow(ctx, getAPIKeyByHash, hash)
 	var i GetAPIKeyByHashRow
@@ -161,8 +161,7 @@ type GetCallerRow struct {
 	Payer    uuid.UUID
 }
 
-// Who holds a session and, where they have one, their team: the one asked for,
-// else the one that they have been in for longest.
+// The user of a session and their team: the given one, or else the one they joined first.
 func (q *Queries) GetCaller(ctx context.Context, arg GetCallerParams) (GetCallerRow, error) {
 	row := q.db.QueryRow(ctx, getCaller, arg.Team, arg.Session, arg.UserID)
 	var i GetCallerRow
@@ -318,7 +317,8 @@ const lockBootstrap = `-- name: LockBootstrap :exec
 SELECT pg_advisory_xact_lock(7746925301)
 `
 
-// Held to the end of the transaction: of several servers one makes the first admin.
+// Locks until the transaction ends, so that only one of several servers creates the first
+// admin.
 func (q *Queries) LockBootstrap(ctx context.Context) error {
 	_, err := q.db.Exec(ctx, lockBootstrap)
 	return err

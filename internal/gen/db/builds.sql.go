@@ -21,7 +21,7 @@ type AddArchiveParams struct {
 	Digest string
 }
 
-// It gets its size when it is written, see SetArchiveSize.
+// Without a size; see SetArchiveSize.
 func (q *Queries) AddArchive(ctx context.Context, arg AddArchiveParams) (int64, error) {
 	result, err := q.db.Exec(ctx, addArchive, arg.TeamID, arg.Digest)
 	if err != nil {
@@ -126,7 +126,7 @@ type BuildSucceedsParams struct {
 	Worker     *uuid.UUID
 }
 
-// No row: it was cancelled meanwhile, or is another worker's.
+// No row: it was cancelled, or another worker has taken over.
 func (q *Queries) BuildSucceeds(ctx context.Context, arg BuildSucceedsParams) (Build, error) {
 	row := q.db.QueryRow(ctx, buildSucceeds,
 		arg.TemplateID,
@@ -173,7 +173,7 @@ type BuildTemplatesGoParams struct {
 	BuildID *uuid.UUID
 }
 
-// What a build began to capture, and did not finish, is to be removed.
+// Marks deleting what a build began to capture and did not finish.
 func (q *Queries) BuildTemplatesGo(ctx context.Context, arg BuildTemplatesGoParams) ([]Template, error) {
 	rows, err := q.db.Query(ctx, buildTemplatesGo, arg.Worker, arg.BuildID)
 	if err != nil {
@@ -225,7 +225,7 @@ type CancelBuildParams struct {
 	TeamID uuid.UUID
 }
 
-// What waits has ended at once; what runs is ended by who works on it.
+// A queued build ends at once. The worker of a running one ends it.
 func (q *Queries) CancelBuild(ctx context.Context, arg CancelBuildParams) (Build, error) {
 	row := q.db.QueryRow(ctx, cancelBuild, arg.ID, arg.TeamID)
 	var i Build
@@ -283,10 +283,10 @@ type ClaimBuildParams struct {
 	Own    int64
 }
 
-// Claims a build that waits or whose worker is lost: the oldest one of the owner with
-// the fewest running. Bounds on what all teams of one owner run, in all and of one
-// worker's places (own), leave places to others. now() is when this transaction began,
-// so a lease that was renewed since ends later than one from now; one that ends much
+// Claims a build that is queued or whose lease has expired: the oldest one of the owner
+// with the fewest running. Limits on the running builds of one owner, in total and per
+// worker (own), leave places to others. now() is when this transaction began, so a lease
+// that was renewed since then ends later than a new one would. A lease that ends much
 // later is from before the clock was set back.
 func (q *Queries) ClaimBuild(ctx context.Context, arg ClaimBuildParams) (Build, error) {
 	row := q.db.QueryRow(ctx, claimBuild,
@@ -349,7 +349,8 @@ type ClaimBuiltParams struct {
 	LayerKey     []byte
 }
 
-// What a build captures: the next version of its name, or a layer, which has none.
+// Inserts what a build captures: the next version of its name, or a layer, which has no
+// version.
 func (q *Queries) ClaimBuilt(ctx context.Context, arg ClaimBuiltParams) (Template, error) {
 	row := q.db.QueryRow(ctx, claimBuilt,
 		arg.ID,
@@ -392,7 +393,7 @@ const clearBuildSteps = `-- name: ClearBuildSteps :exec
 DELETE FROM build_steps WHERE build_id = $1
 `
 
-// One worker alone has the build.
+// Only the worker that holds the lease calls this.
 func (q *Queries) ClearBuildSteps(ctx context.Context, buildID uuid.UUID) error {
 	_, err := q.db.Exec(ctx, clearBuildSteps, buildID)
 	return err
@@ -438,7 +439,7 @@ type FindLayersParams struct {
 	Keys   [][]byte
 }
 
-// The layers that a build can begin with.
+// The layers that a build can start from.
 func (q *Queries) FindLayers(ctx context.Context, arg FindLayersParams) ([]Template, error) {
 	rows, err := q.db.Query(ctx, findLayers, arg.TeamID, arg.Keys)
 	if err != nil {
@@ -484,9 +485,9 @@ DELETE FROM build_archives WHERE build_archives.ctid = ANY (ARRAY(
     ORDER BY a.team_id, a.digest FOR UPDATE OF a))
 `
 
-// Forgets archives that no waiting or running build copies from, in the order of
-// their teams, whose usage is locked after them. One that is used meanwhile has
-// another place (ctid) and stays.
+// Deletes archives that no queued or running build copies from, in the order of their
+// teams, whose usage is locked after them. A concurrent use gives an archive another
+// ctid, so it stays.
 func (q *Queries) ForgetArchives(ctx context.Context, before time.Time) error {
 	_, err := q.db.Exec(ctx, forgetArchives, before)
 	return err
@@ -512,8 +513,8 @@ type ForgetBuildsParams struct {
 	MostBytes int64
 }
 
-// Forgets the oldest builds of a team that has more than it keeps. One that left
-// something behind stays, and one whose version a later build would otherwise repeat.
+// Deletes the oldest builds of a team beyond its limits. It keeps builds with leftovers,
+// and builds whose version a later build would otherwise repeat.
 func (q *Queries) ForgetBuilds(ctx context.Context, arg ForgetBuildsParams) error {
 	_, err := q.db.Exec(ctx, forgetBuilds, arg.TeamID, arg.Most, arg.MostBytes)
 	return err
@@ -633,7 +634,7 @@ type InsertBuildParams struct {
 	Most       int64
 }
 
-// No row: the team has as many builds waiting and running as it may.
+// No row: the team has the maximum number of queued and running builds.
 func (q *Queries) InsertBuild(ctx context.Context, arg InsertBuildParams) (Build, error) {
 	row := q.db.QueryRow(ctx, insertBuild,
 		arg.ID,
@@ -685,7 +686,7 @@ WHERE state NOT IN ('queued', 'running')
        UNION SELECT build_id FROM templates WHERE build_id IS NOT NULL AND templates.state = 'pending')
 `
 
-// Builds that have ended, and left something behind.
+// Finished builds with leftovers.
 func (q *Queries) ListBuildLeftovers(ctx context.Context) ([]uuid.UUID, error) {
 	rows, err := q.db.Query(ctx, listBuildLeftovers)
 	if err != nil {
@@ -865,7 +866,7 @@ type ListUnusedLayersParams struct {
 	Most   int64
 }
 
-// Layers that nothing was begun with for long, or that a team has too many of.
+// Layers that no build has started from for long, or that exceed a team's limit.
 func (q *Queries) ListUnusedLayers(ctx context.Context, arg ListUnusedLayersParams) ([]Template, error) {
 	rows, err := q.db.Query(ctx, listUnusedLayers, arg.Before, arg.Most)
 	if err != nil {
@@ -908,7 +909,7 @@ const lockBuilds = `-- name: LockBuilds :exec
 SELECT pg_advisory_xact_lock(7239150284)
 `
 
-// One claim at a time, so that a team's builds are counted right.
+// Serializes claims, so that a team's builds are counted correctly.
 func (q *Queries) LockBuilds(ctx context.Context) error {
 	_, err := q.db.Exec(ctx, lockBuilds)
 	return err
@@ -924,7 +925,7 @@ type ReleaseBuildParams struct {
 	Worker *uuid.UUID
 }
 
-// It is somebody else's to begin again, and this attempt does not count.
+// Requeues the build without counting this attempt.
 func (q *Queries) ReleaseBuild(ctx context.Context, arg ReleaseBuildParams) error {
 	_, err := q.db.Exec(ctx, releaseBuild, arg.ID, arg.Worker)
 	return err
@@ -942,7 +943,7 @@ type RenewBuildParams struct {
 	Attempts int32
 }
 
-// No row: another works on it by now, or it has ended.
+// No row: another worker has taken over, or the build has ended.
 func (q *Queries) RenewBuild(ctx context.Context, arg RenewBuildParams) (bool, error) {
 	row := q.db.QueryRow(ctx, renewBuild,
 		arg.Lease,
@@ -965,7 +966,7 @@ type SetArchiveSizeParams struct {
 	Digest    string
 }
 
-// Charges the team, whose other charges wait until the transaction ends.
+// Charges the team. Its other charges wait until the transaction ends.
 func (q *Queries) SetArchiveSize(ctx context.Context, arg SetArchiveSizeParams) error {
 	_, err := q.db.Exec(ctx, setArchiveSize, arg.SizeBytes, arg.TeamID, arg.Digest)
 	return err
@@ -978,8 +979,8 @@ WHERE builds.id = ANY (ARRAY(
     ORDER BY b.team_id, b.id LIMIT $1 FOR NO KEY UPDATE SKIP LOCKED)) RETURNING team_id
 `
 
-// Measures the logs of builds that have ended, in the order of their teams, whose usage
-// is locked after them.
+// Measures the logs of finished builds, in the order of their teams, whose usage is
+// locked after them.
 func (q *Queries) SettleBuilds(ctx context.Context, maxRows int32) ([]uuid.UUID, error) {
 	rows, err := q.db.Query(ctx, settleBuilds, maxRows)
 	if err != nil {

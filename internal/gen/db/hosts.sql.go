@@ -21,7 +21,7 @@ type CountHostLosesRow struct {
 	N     int64
 }
 
-// What would be lost with a host.
+// The sandboxes that deleting a host would lose.
 func (q *Queries) CountHostLoses(ctx context.Context, hostID *uuid.UUID) ([]CountHostLosesRow, error) {
 	rows, err := q.db.Query(ctx, countHostLoses, hostID)
 	if err != nil {
@@ -48,7 +48,7 @@ WHERE host_templates.host_id = $1 AND team_id <> '00000000-0000-0000-0000-000000
   AND NOT EXISTS (SELECT 1 FROM host_templates o WHERE o.template_id = host_templates.template_id AND o.host_id <> host_templates.host_id)
 `
 
-// Teams' templates that no other host has.
+// Counts teams' templates that no other host has.
 func (q *Queries) CountHostOnlyTemplates(ctx context.Context, hostID uuid.UUID) (int64, error) {
 	row := q.db.QueryRow(ctx, countHostOnlyTemplates, hostID)
 	var count int64
@@ -131,8 +131,8 @@ forgotten AS (DELETE FROM lost_templates WHERE lost_templates.host_id = $1 AND l
 DELETE FROM templates WHERE templates.id = ANY (ARRAY(SELECT going.id FROM going))
 `
 
-// Also drops teams' templates that are then on no host, which frees their names.
-// Locks templates before what hosts have of them, as deleting one does.
+// Also deletes teams' templates that are on no host afterwards, which frees their names.
+// Locks templates before the rows of what hosts have, as deleting a template does.
 func (q *Queries) DropTemplatesOfHost(ctx context.Context, hostID uuid.UUID) error {
 	_, err := q.db.Exec(ctx, dropTemplatesOfHost, hostID)
 	return err
@@ -142,7 +142,7 @@ const endHostRegistration = `-- name: EndHostRegistration :exec
 UPDATE hosts SET registration_hash = NULL, registration_expires_at = NULL WHERE id = $1
 `
 
-// Its agent has shown that it got its credentials.
+// The agent has proved that it received its credentials.
 func (q *Queries) EndHostRegistration(ctx context.Context, id uuid.UUID) error {
 	_, err := q.db.Exec(ctx, endHostRegistration, id)
 	return err
@@ -216,7 +216,7 @@ type HostBeatParams struct {
 	Epoch         int32
 }
 
-// The agent says that it is there. Whether it can be called is another matter.
+// A heartbeat does not show that the server can call the agent.
 func (q *Queries) HostBeat(ctx context.Context, arg HostBeatParams) (Host, error) {
 	row := q.db.QueryRow(ctx, hostBeat,
 		arg.Version,
@@ -317,7 +317,8 @@ type HostSeenParams struct {
 	ID            uuid.UUID
 }
 
-// It answered. One whose heartbeats stopped is not back before they come again.
+// The host responded to a call. If its heartbeats have stopped, it stays unreachable
+// until they resume.
 func (q *Queries) HostSeen(ctx context.Context, arg HostSeenParams) (Host, error) {
 	row := q.db.QueryRow(ctx, hostSeen,
 		arg.Version,
@@ -390,8 +391,8 @@ type HostsUnreachableRow struct {
 	URL  *string
 }
 
-// Those that neither answered nor said that they are there for too long. A time
-// that is yet to come is from before the clock was set back, and says nothing.
+// Marks unreachable the hosts that have neither responded nor sent a heartbeat for too
+// long. Times in the future are from before the clock was set back and are ignored.
 func (q *Queries) HostsUnreachable(ctx context.Context, within float64) ([]HostsUnreachableRow, error) {
 	rows, err := q.db.Query(ctx, hostsUnreachable, within)
 	if err != nil {
@@ -426,7 +427,7 @@ type InsertHostParams struct {
 	RegistrationExpiresAt *time.Time
 }
 
-// A host that is to register itself.
+// Adds a host that will register itself.
 func (q *Queries) InsertHost(ctx context.Context, arg InsertHostParams) (Host, error) {
 	row := q.db.QueryRow(ctx, insertHost,
 		arg.ID,
@@ -491,7 +492,7 @@ const listHosts = `-- name: ListHosts :many
 SELECT id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher, problems FROM hosts WHERE deleted_at IS NULL ORDER BY created_at, id
 `
 
-// There are few: every server knows them all.
+// Not paginated: there are few hosts, and every server needs all.
 func (q *Queries) ListHosts(ctx context.Context) ([]Host, error) {
 	rows, err := q.db.Query(ctx, listHosts)
 	if err != nil {
@@ -571,7 +572,7 @@ type ListPlacesRow struct {
 	PromisedMib   int64
 }
 
-// The hosts that may take a sandbox of a template, and what they have already.
+// The hosts that may take a sandbox of a template, with what they have already.
 func (q *Queries) ListPlaces(ctx context.Context, templateID uuid.UUID) ([]ListPlacesRow, error) {
 	rows, err := q.db.Query(ctx, listPlaces, templateID)
 	if err != nil {
@@ -716,7 +717,8 @@ type LockPlaceRow struct {
 	DiskFreeBytes int64
 }
 
-// Held to the end of the transaction: of servers that reserve on one host, one after the other does.
+// Locks until the transaction ends, so that servers reserve on one host one after
+// another.
 func (q *Queries) LockPlace(ctx context.Context, id uuid.UUID) (LockPlaceRow, error) {
 	row := q.db.QueryRow(ctx, lockPlace, id)
 	var i LockPlaceRow
@@ -765,7 +767,8 @@ DELETE FROM host_certificates WHERE host_certificates.serial = ANY (ARRAY(
     ORDER BY old.serial FOR UPDATE))
 `
 
-// The newest stay: a host whose answer got lost goes on with the one before.
+// Keeps the newest ones: a host that missed a response continues with the previous
+// certificate.
 func (q *Queries) PruneHostCertificates(ctx context.Context, hostID uuid.UUID) error {
 	_, err := q.db.Exec(ctx, pruneHostCertificates, hostID)
 	return err
@@ -931,7 +934,7 @@ type SandboxFoundParams struct {
 	HostID    *uuid.UUID
 }
 
-// Its host is back and has it.
+// Its host is reachable again and has it.
 func (q *Queries) SandboxFound(ctx context.Context, arg SandboxFoundParams) (Sandbox, error) {
 	row := q.db.QueryRow(ctx, sandboxFound, arg.ExpiresAt, arg.ID, arg.HostID)
 	var i Sandbox
@@ -983,7 +986,7 @@ type SandboxMovesParams struct {
 	FromHost *uuid.UUID
 }
 
-// It could not start on one host and is tried on another.
+// Moves a starting sandbox to another host.
 func (q *Queries) SandboxMoves(ctx context.Context, arg SandboxMovesParams) (Sandbox, error) {
 	row := q.db.QueryRow(ctx, sandboxMoves, arg.ToHost, arg.ID, arg.FromHost)
 	var i Sandbox
@@ -1033,7 +1036,7 @@ WHERE sandboxes.id = ANY (ARRAY(
 RETURNING sandboxes.id
 `
 
-// What ran on hosts that are gone. It is found again by whoever compares the host.
+// Marks missing what ran on unreachable hosts. Reconciliation finds it again.
 func (q *Queries) SandboxesMissing(ctx context.Context) ([]uuid.UUID, error) {
 	rows, err := q.db.Query(ctx, sandboxesMissing)
 	if err != nil {
@@ -1137,7 +1140,7 @@ type UpsertHostParams struct {
 	URL *string
 }
 
-// The host that the server's configuration names.
+// Adds or returns the host from the server's configuration.
 func (q *Queries) UpsertHost(ctx context.Context, arg UpsertHostParams) (Host, error) {
 	row := q.db.QueryRow(ctx, upsertHost, arg.ID, arg.URL)
 	var i Host
@@ -1190,7 +1193,7 @@ type UsedPlaceRow struct {
 	PromisedMib int64
 }
 
-// Promised is the disk that pauses at timeouts will take.
+// Promised is the disk space that pauses after timeouts will take.
 func (q *Queries) UsedPlace(ctx context.Context, hostID *uuid.UUID) (UsedPlaceRow, error) {
 	row := q.db.QueryRow(ctx, usedPlace, hostID)
 	var i UsedPlaceRow

@@ -98,8 +98,8 @@ type ClaimDeliveryParams struct {
 	BusyTeams    []uuid.UUID
 }
 
-// One that is due, which nobody else tries until it is due again: of no channel
-// and no team that has as many under way as it may.
+// Claims a due delivery until the claim expires, of a channel and a team below their
+// limits.
 func (q *Queries) ClaimDelivery(ctx context.Context, arg ClaimDeliveryParams) (Delivery, error) {
 	row := q.db.QueryRow(ctx, claimDelivery, arg.Secs, arg.BusyChannels, arg.BusyTeams)
 	var i Delivery
@@ -157,7 +157,7 @@ type CountPendingDeliveriesRow struct {
 	Later int64
 }
 
-// Those that are due, and those that are being tried or wait for the next attempt.
+// Pending deliveries: due now, or being attempted or waiting for the next attempt.
 func (q *Queries) CountPendingDeliveries(ctx context.Context) (CountPendingDeliveriesRow, error) {
 	row := q.db.QueryRow(ctx, countPendingDeliveries)
 	var i CountPendingDeliveriesRow
@@ -361,7 +361,7 @@ type InsertDeliveryParams struct {
 	Body      []byte
 }
 
-// One that is being tried.
+// Inserts a delivery that is being attempted.
 func (q *Queries) InsertDelivery(ctx context.Context, arg InsertDeliveryParams) (Delivery, error) {
 	row := q.db.QueryRow(ctx, insertDelivery,
 		arg.ID,
@@ -486,7 +486,7 @@ type NextDeliveryParams struct {
 	BusyTeams    []uuid.UUID
 }
 
-// Seconds until the next is due that [ClaimDelivery] would return.
+// Seconds until [ClaimDelivery] will return one.
 func (q *Queries) NextDelivery(ctx context.Context, arg NextDeliveryParams) (float64, error) {
 	row := q.db.QueryRow(ctx, nextDelivery, arg.BusyChannels, arg.BusyTeams)
 	var secs float64
@@ -507,7 +507,7 @@ type TrimDeliveriesParams struct {
 	MaxRows int32
 }
 
-// Of each channel the newest stay.
+// Keeps the newest deliveries of each channel.
 func (q *Queries) TrimDeliveries(ctx context.Context, arg TrimDeliveriesParams) (int64, error) {
 	result, err := q.db.Exec(ctx, trimDeliveries, arg.Keep, arg.MaxRows)
 	if err != nil {
@@ -542,8 +542,8 @@ type UpdateChannelParams struct {
 	ID           uuid.UUID
 }
 
-// Enabling it forgets its failures. A link that was sent to the old address does not
-// confirm the new one.
+// Enabling it resets its failures. A link sent to the old address does not confirm the
+// new one.
 func (q *Queries) UpdateChannel(ctx context.Context, arg UpdateChannelParams) (Channel, error) {
 	row := q.db.QueryRow(ctx, updateChannel,
 		arg.Name,
@@ -587,7 +587,7 @@ type WasToldParams struct {
 	Secs   float64
 }
 
-// Whether a team's channels were told of an event lately.
+// Whether a team has had an event within the last secs seconds.
 func (q *Queries) WasTold(ctx context.Context, arg WasToldParams) (bool, error) {
 	row := q.db.QueryRow(ctx, wasTold, arg.TeamID, arg.Event, arg.Secs)
 	var exists bool

@@ -194,7 +194,7 @@ type GetUsageRow struct {
 	StoredMiB int64
 }
 
-// What is stored includes records.
+// Stored size includes records.
 func (q *Queries) GetUsage(ctx context.Context, teamID uuid.UUID) (GetUsageRow, error) {
 	row := q.db.QueryRow(ctx, getUsage, teamID)
 	var i GetUsageRow

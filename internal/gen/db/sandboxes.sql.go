@@ -78,8 +78,8 @@ WHERE sandboxes.id = ANY (ARRAY(
     ORDER BY s.id FOR NO KEY UPDATE)) RETURNING sandboxes.id
 `
 
-// Sandboxes of a host that nobody has resumed and whose time is over. One that has lost
-// its memory ends because of that.
+// Marks stopping a host's drained sandboxes whose timeout has passed. One that has lost
+// its memory ends for that reason.
 func (q *Queries) DrainedExpire(ctx context.Context, hostID *uuid.UUID) ([]uuid.UUID, error) {
 	rows, err := q.db.Query(ctx, drainedExpire, hostID)
 	if err != nil {
@@ -105,8 +105,8 @@ DELETE FROM sandboxes WHERE sandboxes.id = ANY (ARRAY(
     SELECT s.id FROM sandboxes s WHERE s.id = ANY ($1::uuid[]) AND sandbox_is_starting(s.state) ORDER BY s.id FOR UPDATE))
 `
 
-// Forgets sandboxes that no host was ever asked for, or that it refused, and
-// their idempotency keys.
+// Deletes sandboxes that no host was asked for, or that it refused, with their
+// idempotency keys.
 func (q *Queries) DropUnstarted(ctx context.Context, ids []uuid.UUID) error {
 	_, err := q.db.Exec(ctx, dropUnstarted, ids)
 	return err
@@ -210,7 +210,7 @@ type GetSandboxPayerRow struct {
 	Payer   uuid.UUID
 }
 
-// A sandbox with the payer that GetTeamPayer returns for its team.
+// A sandbox with its team's payer, as in GetTeamPayer.
 func (q *Queries) GetSandboxPayer(ctx context.Context, id uuid.UUID) (GetSandboxPayerRow, error) {
 	row := q.db.QueryRow(ctx, getSandboxPayer, id)
 	var i GetSandboxPayerRow
@@ -262,7 +262,7 @@ type GetTeamSandboxParams struct {
 	TeamID uuid.UUID
 }
 
-// A build's sandbox is nobody's but the build's.
+// Excludes sandboxes of builds, which only their build may use.
 func (q *Queries) GetTeamSandbox(ctx context.Context, arg GetTeamSandboxParams) (Sandbox, error) {
 	row := q.db.QueryRow(ctx, getTeamSandbox, arg.ID, arg.TeamID)
 	var i Sandbox
@@ -329,14 +329,13 @@ type InsertSandboxParams struct {
 	BuildID        *uuid.UUID
 }
 
-// Every change of state names the states that it may come from, so that of two
-// that race one wins and the other learns of it (no row comes back). A change
-// that a host reports, or is asked for, names the host too: no other host can
-// make it.
+// Every change of state names the allowed previous states, so that of two concurrent
+// changes one wins and the other gets no row. A change that a host reports or executes
+// also names the host, so that no other host can make it.
 //
-// Whatever changes several rows locks them first, in the order of their keys, so
-// that no two wait for each other in a circle (TestLockOrder): once, in an array
-// that is made before anything is changed.
+// Statements that change several rows lock them first, all at once and sorted by key, so
+// that no two wait for each other (TestLockOrder). An array of the keys, computed before
+// any change, keeps that order.
 func (q *Queries) InsertSandbox(ctx context.Context, arg InsertSandboxParams) (Sandbox, error) {
 	row := q.db.QueryRow(ctx, insertSandbox,
 		arg.ID,
@@ -495,7 +494,7 @@ type ListLiveSandboxesParams struct {
 	MaxRows  int32
 }
 
-// A partial index serves it.
+// Uses a partial index.
 func (q *Queries) ListLiveSandboxes(ctx context.Context, arg ListLiveSandboxesParams) ([]Sandbox, error) {
 	rows, err := q.db.Query(ctx, listLiveSandboxes,
 		arg.TeamID,
@@ -641,8 +640,8 @@ const lockSandboxes = `-- name: LockSandboxes :exec
 SELECT FROM sandboxes WHERE id = ANY ($1::uuid[]) ORDER BY id FOR UPDATE
 `
 
-// Before a transaction changes several: rows come before what the teams have
-// (see charge_team), and in one order.
+// Call this before a transaction changes several sandboxes: rows are locked before their
+// teams' use (see charge_team), and in one order.
 func (q *Queries) LockSandboxes(ctx context.Context, ids []uuid.UUID) error {
 	_, err := q.db.Exec(ctx, lockSandboxes, ids)
 	return err
@@ -703,7 +702,7 @@ UPDATE sandboxes SET state = 'pausing', drained = true
 WHERE sandboxes.id = $1 AND state = 'running' AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.draining) RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because
 `
 
-// It is to be paused because its host drains, if that still does.
+// Marks pausing a sandbox because its host drains, if it still does.
 func (q *Queries) SandboxDrains(ctx context.Context, id uuid.UUID) (Sandbox, error) {
 	row := q.db.QueryRow(ctx, sandboxDrains, id)
 	var i Sandbox
@@ -759,7 +758,7 @@ type SandboxEndedParams struct {
 	HostID    *uuid.UUID
 }
 
-// It ended without being asked to.
+// It ended without a request.
 func (q *Queries) SandboxEnded(ctx context.Context, arg SandboxEndedParams) (Sandbox, error) {
 	row := q.db.QueryRow(ctx, sandboxEnded,
 		arg.EndReason,
@@ -981,8 +980,8 @@ type SandboxMemoryLostParams struct {
 	CameFrom []string
 }
 
-// Its host has it paused without its memory. Nobody asked for that, so the next use
-// resumes it, and its timeout goes on if that destroys it.
+// Its host has it paused without its memory. Nobody requested that, so the next use
+// resumes it, and its timeout continues if that destroys it.
 func (q *Queries) SandboxMemoryLost(ctx context.Context, arg SandboxMemoryLostParams) (Sandbox, error) {
 	row := q.db.QueryRow(ctx, sandboxMemoryLost,
 		arg.PausedAt,
@@ -1238,7 +1237,7 @@ type SandboxRevivedParams struct {
 	HostID   *uuid.UUID
 }
 
-// Its host, which had ended or lost it, has it paused after all.
+// Its host had ended or lost it and now has it paused.
 func (q *Queries) SandboxRevived(ctx context.Context, arg SandboxRevivedParams) (Sandbox, error) {
 	row := q.db.QueryRow(ctx, sandboxRevived, arg.PausedAt, arg.ID, arg.HostID)
 	var i Sandbox
@@ -1347,7 +1346,7 @@ const sandboxStaysPaused = `-- name: SandboxStaysPaused :one
 UPDATE sandboxes SET drained = false, expires_at = NULL WHERE id = $1 AND state = 'paused' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because
 `
 
-// Somebody asked for it to be paused, which so far it was because its host drains.
+// Records that somebody requested the pause of a drained sandbox.
 func (q *Queries) SandboxStaysPaused(ctx context.Context, id uuid.UUID) (Sandbox, error) {
 	row := q.db.QueryRow(ctx, sandboxStaysPaused, id)
 	var i Sandbox
@@ -1445,7 +1444,7 @@ type SandboxStoppingParams struct {
 	ID      uuid.UUID
 }
 
-// Stopping a sandbox that stops is no change, yet answers with the row.
+// Idempotent: returns the row also if the sandbox is already stopping.
 func (q *Queries) SandboxStopping(ctx context.Context, arg SandboxStoppingParams) (Sandbox, error) {
 	row := q.db.QueryRow(ctx, sandboxStopping, arg.EndedBy, arg.ID)
 	var i Sandbox
@@ -1503,7 +1502,7 @@ type SandboxesConditionParams struct {
 	Sinces  []time.Time
 }
 
-// What their host says of those that run. An empty reason ends a condition.
+// Stores what the host reports for running sandboxes. An empty reason clears a condition.
 func (q *Queries) SandboxesCondition(ctx context.Context, arg SandboxesConditionParams) ([]uuid.UUID, error) {
 	rows, err := q.db.Query(ctx, sandboxesCondition,
 		arg.Ids,

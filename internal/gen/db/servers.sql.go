@@ -24,8 +24,8 @@ type ClaimHostsParams struct {
 	Within float64
 }
 
-// Hosts that nobody watches, or whose watcher is dead. A time that is yet to come
-// is from before the clock was set back, and says nothing.
+// Claims hosts without a watcher or with a dead one. Times in the future are from before
+// the clock was set back and are ignored.
 func (q *Queries) ClaimHosts(ctx context.Context, arg ClaimHostsParams) error {
 	_, err := q.db.Exec(ctx, claimHosts, arg.Server, arg.Within)
 	return err
@@ -53,7 +53,7 @@ type ListAtWorkParams struct {
 	Within float64
 }
 
-// A host's sandboxes that another living server is at work on.
+// A host's sandboxes that another live server works on.
 func (q *Queries) ListAtWork(ctx context.Context, arg ListAtWorkParams) ([]uuid.UUID, error) {
 	rows, err := q.db.Query(ctx, listAtWork, arg.HostID, arg.Server, arg.Within)
 	if err != nil {
@@ -79,7 +79,7 @@ UPDATE hosts SET watcher = NULL WHERE hosts.id = ANY (ARRAY(
     SELECT h.id FROM hosts h WHERE h.watcher = $1::uuid ORDER BY h.id FOR NO KEY UPDATE))
 `
 
-// The server stops: another one may watch its hosts at once.
+// The server stops, so others may take over its hosts at once.
 func (q *Queries) ReleaseHosts(ctx context.Context, server uuid.UUID) error {
 	_, err := q.db.Exec(ctx, releaseHosts, server)
 	return err

@@ -123,7 +123,7 @@ const getTeamPayer = `-- name: GetTeamPayer :one
 SELECT COALESCE(team_owner($1), $1)::uuid AS payer
 `
 
-// On whom what a team has counts: its owner, or itself if it has none.
+// Whose quota a team's use counts towards: its owner, or itself if it has none.
 func (q *Queries) GetTeamPayer(ctx context.Context, team uuid.UUID) (uuid.UUID, error) {
 	row := q.db.QueryRow(ctx, getTeamPayer, team)
 	var payer uuid.UUID
@@ -135,8 +135,9 @@ const keepTeam = `-- name: KeepTeam :one
 SELECT id FROM teams WHERE id = $1 AND deleting_at IS NULL FOR SHARE
 `
 
-// Keeps a team until the transaction ends. Lock order: sandboxes, team_usage,
-// teams (charge_team). revoke_tokens locks sandboxes after this, so it must be shared.
+// Locks a team against deletion until the transaction ends. Lock order: sandboxes,
+// team_usage, teams (charge_team). revoke_tokens locks sandboxes after this, so the lock
+// must be shared.
 func (q *Queries) KeepTeam(ctx context.Context, id uuid.UUID) (uuid.UUID, error) {
 	row := q.db.QueryRow(ctx, keepTeam, id)
 	var id_2 uuid.UUID
@@ -368,8 +369,8 @@ type LockLimitParams struct {
 	TeamID uuid.UUID
 }
 
-// Held to the end of the transaction: of several that count what a team has of
-// something and then add to it, one after the other does.
+// Locks until the transaction ends, so that transactions which count a team's objects and
+// then add one run one after another.
 func (q *Queries) LockLimit(ctx context.Context, arg LockLimitParams) error {
 	_, err := q.db.Exec(ctx, lockLimit, arg.What, arg.TeamID)
 	return err

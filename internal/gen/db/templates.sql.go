@@ -57,8 +57,8 @@ type ClaimImportParams struct {
 	LayerKey  []byte
 }
 
-// What is made of an image: the next version of a name, or for a build a layer.
-// No row: somebody else has claimed that version meanwhile.
+// Inserts an import: the next version of a name, or a layer for a build. No row: a
+// concurrent request has claimed that version.
 func (q *Queries) ClaimImport(ctx context.Context, arg ClaimImportParams) (Template, error) {
 	row := q.db.QueryRow(ctx, claimImport,
 		arg.ID,
@@ -114,8 +114,8 @@ type ClaimTemplateParams struct {
 	Worker       *uuid.UUID
 }
 
-// A template that is captured from a sandbox under a name of its own. No row:
-// the team has a template of that name.
+// Claims a name for a template captured from a sandbox. No row: the team already has a
+// template of that name.
 func (q *Queries) ClaimTemplate(ctx context.Context, arg ClaimTemplateParams) (Template, error) {
 	row := q.db.QueryRow(ctx, claimTemplate,
 		arg.ID,
@@ -173,7 +173,7 @@ DELETE FROM templates WHERE templates.id = ANY (ARRAY(
     ORDER BY t.id FOR UPDATE OF t)) RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at, limits
 `
 
-// A team's template that no host has any more.
+// Deletes teams' templates that no host has any more.
 func (q *Queries) DropLostTemplates(ctx context.Context, ids []uuid.UUID) ([]Template, error) {
 	rows, err := q.db.Query(ctx, dropLostTemplates, ids)
 	if err != nil {
@@ -230,7 +230,7 @@ type FindLostTemplateParams struct {
 	TemplateID uuid.UUID
 }
 
-// A template that a host had lost is there again. False: it had not.
+// Restores a template that a host had lost. False: it had not lost it.
 func (q *Queries) FindLostTemplate(ctx context.Context, arg FindLostTemplateParams) (bool, error) {
 	row := q.db.QueryRow(ctx, findLostTemplate, arg.HostID, arg.TemplateID)
 	var found bool
@@ -256,7 +256,7 @@ type FindTemplateParams struct {
 	Tag     interface{}
 }
 
-// Like ResolveTemplate, in any state: the one that is there before those that go.
+// Like ResolveTemplate, in any state. Prefers templates that are not being deleted.
 func (q *Queries) FindTemplate(ctx context.Context, arg FindTemplateParams) (Template, error) {
 	row := q.db.QueryRow(ctx, findTemplate,
 		arg.TeamID,
@@ -398,7 +398,7 @@ type KeepLostTemplateParams struct {
 	HostID uuid.UUID
 }
 
-// Remembers what a host has lost, so that it can have it again.
+// Records what a host has lost, so that it may have it again.
 func (q *Queries) KeepLostTemplate(ctx context.Context, arg KeepLostTemplateParams) error {
 	_, err := q.db.Exec(ctx, keepLostTemplate, arg.ID, arg.HostID)
 	return err
@@ -410,8 +410,8 @@ UNION ALL
 SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker, templates.kind, templates.version, templates.build_id, templates.layer_key, templates.used_at, templates.limits FROM templates WHERE templates.state = 'deleting' AND NOT EXISTS (SELECT 1 FROM host_templates AS elsewhere WHERE elsewhere.template_id = templates.id)
 `
 
-// Those that a host has, is to have, or is to be rid of, and those that every
-// host is rid of, of which only the row is left to remove.
+// The templates that a host has, is creating or must delete, and those that all hosts
+// have deleted but whose row is left.
 func (q *Queries) ListHostTemplates(ctx context.Context, hostID uuid.UUID) ([]Template, error) {
 	rows, err := q.db.Query(ctx, listHostTemplates, hostID)
 	if err != nil {
@@ -643,7 +643,7 @@ type ListTemplatesAtWorkParams struct {
 	Within float64
 }
 
-// Those that another living server captures or removes.
+// Templates that another live server captures or deletes.
 func (q *Queries) ListTemplatesAtWork(ctx context.Context, arg ListTemplatesAtWorkParams) ([]uuid.UUID, error) {
 	rows, err := q.db.Query(ctx, listTemplatesAtWork, arg.Server, arg.Within)
 	if err != nil {
@@ -673,8 +673,7 @@ ORDER BY id
 LIMIT 100
 `
 
-// Built templates that no tag names any more and no sandbox was started from
-// that is still there.
+// Built templates without tags and without live sandboxes.
 func (q *Queries) ListUnusedVersions(ctx context.Context) ([]Template, error) {
 	rows, err := q.db.Query(ctx, listUnusedVersions)
 	if err != nil {
@@ -722,7 +721,7 @@ type ListVersionsParams struct {
 	Name   string
 }
 
-// Those of one name that a team has, whatever becomes of them.
+// All versions of a team's name, in any state.
 func (q *Queries) ListVersions(ctx context.Context, arg ListVersionsParams) ([]Template, error) {
 	rows, err := q.db.Query(ctx, listVersions, arg.TeamID, arg.Name)
 	if err != nil {
@@ -765,7 +764,7 @@ const lockTemplate = `-- name: LockTemplate :exec
 SELECT FROM templates WHERE id = $1 FOR UPDATE
 `
 
-// Lock it before what hosts have of it, as a deletion does.
+// Lock a template before the rows of what hosts have, as a deletion does.
 func (q *Queries) LockTemplate(ctx context.Context, id uuid.UUID) error {
 	_, err := q.db.Exec(ctx, lockTemplate, id)
 	return err
@@ -789,8 +788,8 @@ type NoteFailedImportParams struct {
 	Since time.Time
 }
 
-// The newest twenty of a team are remembered, and of a name the newest, unless
-// that was noted since.
+// Keeps the newest twenty failures of a team and the newest one of each name, unless a
+// later failure was stored since.
 func (q *Queries) NoteFailedImport(ctx context.Context, arg NoteFailedImportParams) error {
 	_, err := q.db.Exec(ctx, noteFailedImport, arg.Error, arg.ID, arg.Since)
 	return err
@@ -834,7 +833,7 @@ type ResolveTemplateParams struct {
 	Tag     *string
 }
 
-// A team's own template goes before the platform's of the same name.
+// A team's own template takes precedence over the platform's.
 func (q *Queries) ResolveTemplate(ctx context.Context, arg ResolveTemplateParams) (Template, error) {
 	row := q.db.QueryRow(ctx, resolveTemplate,
 		arg.TeamID,
@@ -877,7 +876,7 @@ type SetTagParams struct {
 	ID  uuid.UUID
 }
 
-// No row: the template goes.
+// No row: the template is being deleted.
 func (q *Queries) SetTag(ctx context.Context, arg SetTagParams) (int64, error) {
 	result, err := q.db.Exec(ctx, setTag, arg.Tag, arg.ID)
 	if err != nil {
@@ -898,7 +897,7 @@ type TemplateDeletingParams struct {
 	ID     uuid.UUID
 }
 
-// Deleting what is being deleted is no change, yet answers with the row.
+// Idempotent: returns the row also if the template is already being deleted.
 func (q *Queries) TemplateDeleting(ctx context.Context, arg TemplateDeletingParams) (Template, error) {
 	row := q.db.QueryRow(ctx, templateDeleting, arg.Worker, arg.ID)
 	var i Template
@@ -937,8 +936,8 @@ type TemplateMeasuredParams struct {
 	HostID    uuid.UUID
 }
 
-// What a template takes on a host that has it. Of the built-in one, which each
-// host makes, the size of the disk is the hosts' too.
+// Stores a template's size on a host. For the built-in template, which each host builds,
+// also the size of the disk.
 func (q *Queries) TemplateMeasured(ctx context.Context, arg TemplateMeasuredParams) error {
 	_, err := q.db.Exec(ctx, templateMeasured,
 		arg.SizeBytes,
@@ -967,7 +966,7 @@ type TemplateReadyParams struct {
 	HostID    uuid.UUID
 }
 
-// A host that is to make it has made it.
+// Marks ready a template that its host has finished.
 func (q *Queries) TemplateReady(ctx context.Context, arg TemplateReadyParams) (Template, error) {
 	row := q.db.QueryRow(ctx, templateReady,
 		arg.SizeBytes,
@@ -1017,7 +1016,7 @@ type UseImportedParams struct {
 	LayerKey []byte
 }
 
-// What was made of an image for builds of a team.
+// The layer that builds of a team imported from an image.
 func (q *Queries) UseImported(ctx context.Context, arg UseImportedParams) (Template, error) {
 	row := q.db.QueryRow(ctx, useImported, arg.TeamID, arg.LayerKey)
 	var i Template

@@ -34,7 +34,7 @@ type ForgetRunsParams struct {
 	MaxRows int32
 }
 
-// In small batches. Their days are computed, and are not changed any more.
+// In small batches. The runs' days are summed up and no longer change.
 func (q *Queries) ForgetRuns(ctx context.Context, arg ForgetRunsParams) (int64, error) {
 	result, err := q.db.Exec(ctx, forgetRuns, arg.Before, arg.MaxRows)
 	if err != nil {
@@ -74,7 +74,7 @@ type ListLiveUsageRow struct {
 	Starts           int64
 }
 
-// Days that are not computed yet.
+// Days that are not summed up yet.
 func (q *Queries) ListLiveUsage(ctx context.Context, arg ListLiveUsageParams) ([]ListLiveUsageRow, error) {
 	rows, err := q.db.Query(ctx, listLiveUsage, arg.Days, arg.TeamID)
 	if err != nil {
@@ -165,7 +165,7 @@ type ListUsageByTeamRow struct {
 	StoredMiB        int64
 }
 
-// Includes teams that used nothing but have something stored.
+// Includes teams without use that store something.
 func (q *Queries) ListUsageByTeam(ctx context.Context, arg ListUsageByTeamParams) ([]ListUsageByTeamRow, error) {
 	rows, err := q.db.Query(ctx, listUsageByTeam,
 		arg.Rolled,
@@ -245,8 +245,8 @@ const lockUsage = `-- name: LockUsage :exec
 SELECT pg_advisory_xact_lock(hashtext('wrenn.usage'))
 `
 
-// Of a run that is missing what counts ends when it was last heard of.
-// Held to the end of the transaction.
+// The run of a missing sandbox counts until its host was last seen.
+// Locks until the transaction ends.
 func (q *Queries) LockUsage(ctx context.Context) error {
 	_, err := q.db.Exec(ctx, lockUsage)
 	return err

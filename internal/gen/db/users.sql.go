@@ -85,7 +85,7 @@ DELETE FROM users WHERE users.id = ANY (ARRAY(
     SELECT u.id FROM users u WHERE u.verified_at IS NULL AND u.created_at < now() - interval '7 days' ORDER BY u.id FOR UPDATE))
 `
 
-// Who did not use their link in a week may sign up again, and so may whom the address belongs to.
+// After a week without verification, the address is free for a new sign-up.
 func (q *Queries) DeleteUnverifiedUsers(ctx context.Context) error {
 	_, err := q.db.Exec(ctx, deleteUnverifiedUsers)
 	return err
@@ -101,7 +101,7 @@ type DeleteUserSessionsParams struct {
 	Keep   uuid.UUID
 }
 
-// All of a user's, but for one.
+// Deletes all of a user's sessions except one.
 func (q *Queries) DeleteUserSessions(ctx context.Context, arg DeleteUserSessionsParams) error {
 	_, err := q.db.Exec(ctx, deleteUserSessions, arg.UserID, arg.Keep)
 	return err
@@ -127,7 +127,7 @@ type FindUserParams struct {
 	AskedBy uuid.UUID
 }
 
-// The one with an address, for somebody who may add members to a team.
+// Finds the user with an address, for a caller who may add members to a team.
 func (q *Queries) FindUser(ctx context.Context, arg FindUserParams) ([]User, error) {
 	rows, err := q.db.Query(ctx, findUser, arg.Email, arg.AskedBy)
 	if err != nil {
@@ -465,7 +465,7 @@ type SignUpAgainParams struct {
 	ID           uuid.UUID
 }
 
-// An account that was never opened is whoever's signed up last.
+// An account with an unverified address belongs to the last one who signed up.
 func (q *Queries) SignUpAgain(ctx context.Context, arg SignUpAgainParams) error {
 	_, err := q.db.Exec(ctx, signUpAgain, arg.PasswordHash, arg.Admin, arg.ID)
 	return err

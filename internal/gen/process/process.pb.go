@@ -1478,7 +1478,7 @@ func (*ProcessEvent_DataEvent_Pty) isProcessEvent_DataEvent_Output() {}
 type ProcessEvent_EndEvent struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	ExitCode int32                  `protobuf:"zigzag32,1,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
-	// False where a signal ended the process.
+	// False if a signal ended the process.
 	Exited        bool    `protobuf:"varint,2,opt,name=exited,proto3" json:"exited,omitempty"`
 	Status        string  `protobuf:"bytes,3,opt,name=status,proto3" json:"status,omitempty"`
 	Error         *string `protobuf:"bytes,4,opt,name=error,proto3,oneof" json:"error,omitempty"`

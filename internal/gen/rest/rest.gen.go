@@ -1011,7 +1011,7 @@ type ChannelDeliveryList struct {
 }
 
 // ChannelEvent `sandbox.started`, `sandbox.paused`, `sandbox.ended` (as `reason` and `ended_because` say),
-// `sandbox.failed` (it did not start), `sandbox.missing` (its host is not heard of),
+// `sandbox.failed` (it did not start), `sandbox.missing` (its host is unreachable),
 // `sandbox.lost`; `sandbox.unresponsive`, `sandbox.responsive` and `sandbox.memory_lost` (its
 // condition, with its reason); `build.finished` (`state` says how); `quota.reached` (something
 // was refused for the team's quota; once an hour). For the platform's admins alone:
@@ -2478,13 +2478,13 @@ type ListBuildsAdminParams struct {
 
 // DeleteHostParams defines parameters for DeleteHost.
 type DeleteHostParams struct {
-	// Force Whatever is lost.
+	// Force Delete the host even if that loses sandboxes or templates.
 	Force *bool `form:"force,omitempty" json:"force,omitempty"`
 }
 
 // GetHostParams defines parameters for GetHost.
 type GetHostParams struct {
-	// Preview Say what would be lost with the host, too.
+	// Preview Also return what deleting the host would lose.
 	Preview *bool `form:"preview,omitempty" json:"preview,omitempty"`
 }
 
@@ -2548,7 +2548,7 @@ type GetUsageByTeamParams struct {
 
 // AdminListUsersParams defines parameters for AdminListUsers.
 type AdminListUsersParams struct {
-	// EmailPrefix Only addresses that begin so.
+	// EmailPrefix Only addresses with this prefix.
 	EmailPrefix *string `form:"email_prefix,omitempty" json:"email_prefix,omitempty"`
 
 	// Limit The most entries to return.
@@ -2593,19 +2593,19 @@ type ListAuditParamsFormat string
 
 // StartGitHubParams defines parameters for StartGitHub.
 type StartGitHubParams struct {
-	// Link Connect GitHub with the account that is logged in.
+	// Link Connect the GitHub account to the logged-in user.
 	Link *bool `form:"link,omitempty" json:"link,omitempty"`
 }
 
 // FinishGitHubParams defines parameters for FinishGitHub.
 type FinishGitHubParams struct {
-	// Code What GitHub gave.
+	// Code The authorization code from GitHub.
 	Code *string `form:"code,omitempty" json:"code,omitempty"`
 
-	// State What the login began with.
+	// State The state from the start of the login.
 	State *string `form:"state,omitempty" json:"state,omitempty"`
 
-	// Error Why GitHub gave nothing.
+	// Error GitHub's error.
 	Error *string `form:"error,omitempty" json:"error,omitempty"`
 }
 
@@ -2647,7 +2647,7 @@ type ListSandboxesParams struct {
 	// State Only sandboxes in this state; repeat it for several.
 	State *[]SandboxState `form:"state,omitempty" json:"state,omitempty"`
 
-	// Metadata Only sandboxes whose metadata has this `key=value`; repeat it to ask for several at once.
+	// Metadata Only sandboxes whose metadata has this `key=value`; repeat it for several.
 	Metadata *[]string `form:"metadata,omitempty" json:"metadata,omitempty"`
 
 	// Limit The most entries to return.
@@ -2704,7 +2704,7 @@ type ReadFileParams struct {
 	// Range One range, for example `bytes=0-1023`, `bytes=1024-` or `bytes=-512`.
 	Range *string `json:"Range,omitempty"`
 
-	// IfRange The version of the file that the range is of. None is the file's, so the range is ignored.
+	// IfRange The file version that the range belongs to. Files have no versions, so the range is ignored.
 	IfRange *string `json:"If-Range,omitempty"`
 }
 
@@ -2905,40 +2905,40 @@ type ChannelMessageJSONRequestBody = ChannelMessage
 
 // ServerInterface represents all server handlers.
 type ServerInterface interface {
-	// GetConfirmPage The page that confirms a notification channel
+	// GetConfirmPage Channel confirmation page (HTML)
 	// (GET /confirm-channel)
 	GetConfirmPage(w http.ResponseWriter, r *http.Request)
 	// GetDocs API reference (HTML)
 	// (GET /docs)
 	GetDocs(w http.ResponseWriter, r *http.Request)
-	// GetHealth Whether everything the service needs answers
+	// GetHealth Check the service's health
 	// (GET /health)
 	GetHealth(w http.ResponseWriter, r *http.Request)
-	// GetOpenAPI This document
+	// GetOpenAPI Get this OpenAPI document
 	// (GET /openapi.yaml)
 	GetOpenAPI(w http.ResponseWriter, r *http.Request)
-	// GetResetPage The page that sets a new password
+	// GetResetPage Password reset page (HTML)
 	// (GET /reset-password)
 	GetResetPage(w http.ResponseWriter, r *http.Request)
-	// ListAllAudit Who changed what, of all teams and the platform
+	// ListAllAudit List audit records of all teams and the platform
 	// (GET /v1/admin/audit)
 	ListAllAudit(w http.ResponseWriter, r *http.Request, params ListAllAuditParams)
-	// ListBuildsAdmin List builds of the platform
+	// ListBuildsAdmin List platform builds
 	// (GET /v1/admin/builds)
 	ListBuildsAdmin(w http.ResponseWriter, r *http.Request, params ListBuildsAdminParams)
-	// CreateBuildAdmin Build a template of the platform
+	// CreateBuildAdmin Create a platform build
 	// (POST /v1/admin/builds)
 	CreateBuildAdmin(w http.ResponseWriter, r *http.Request)
 	// PutBuildArchiveAdmin Upload a folder that builds copy from
 	// (PUT /v1/admin/builds/archives/{digest})
 	PutBuildArchiveAdmin(w http.ResponseWriter, r *http.Request, digest ArchiveDigest)
-	// GetBuildAdmin Show a build with its steps
+	// GetBuildAdmin Get a build with its steps
 	// (GET /v1/admin/builds/{build_id})
 	GetBuildAdmin(w http.ResponseWriter, r *http.Request, buildID BuildID)
 	// CancelBuildAdmin Cancel a build
 	// (POST /v1/admin/builds/{build_id}/cancel)
 	CancelBuildAdmin(w http.ResponseWriter, r *http.Request, buildID BuildID)
-	// FollowBuildAdmin Follow a build
+	// FollowBuildAdmin Stream a build's log
 	// (GET /v1/admin/builds/{build_id}/logs)
 	FollowBuildAdmin(w http.ResponseWriter, r *http.Request, buildID BuildID)
 	// ListHosts List hosts
@@ -2947,28 +2947,28 @@ type ServerInterface interface {
 	// AddHost Add a host
 	// (POST /v1/admin/hosts)
 	AddHost(w http.ResponseWriter, r *http.Request)
-	// DeleteHost Remove a host
+	// DeleteHost Delete a host
 	// (DELETE /v1/admin/hosts/{host_id})
 	DeleteHost(w http.ResponseWriter, r *http.Request, hostID HostID, params DeleteHostParams)
 	// GetHost Get a host
 	// (GET /v1/admin/hosts/{host_id})
 	GetHost(w http.ResponseWriter, r *http.Request, hostID HostID, params GetHostParams)
-	// ChangeHost Drain, name or tag a host
+	// ChangeHost Update a host
 	// (PATCH /v1/admin/hosts/{host_id})
 	ChangeHost(w http.ResponseWriter, r *http.Request, hostID HostID)
-	// RenewHostToken Make another registration token
+	// RenewHostToken Create a new registration token
 	// (POST /v1/admin/hosts/{host_id}/token)
 	RenewHostToken(w http.ResponseWriter, r *http.Request, hostID HostID)
-	// AdminListSandboxes List every team's sandboxes
+	// AdminListSandboxes List all teams' sandboxes
 	// (GET /v1/admin/sandboxes)
 	AdminListSandboxes(w http.ResponseWriter, r *http.Request, params AdminListSandboxesParams)
 	// AdminDeleteSandbox Destroy any sandbox
 	// (DELETE /v1/admin/sandboxes/{sandbox_id})
 	AdminDeleteSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
-	// GetSettings The platform's settings
+	// GetSettings Get the platform's settings
 	// (GET /v1/admin/settings)
 	GetSettings(w http.ResponseWriter, r *http.Request)
-	// SetSettings Change the platform's settings
+	// SetSettings Update the platform's settings
 	// (PUT /v1/admin/settings)
 	SetSettings(w http.ResponseWriter, r *http.Request)
 	// AdminListTeams List all teams
@@ -2977,46 +2977,46 @@ type ServerInterface interface {
 	// AdminDeleteTeam Delete any team
 	// (DELETE /v1/admin/teams/{team_id})
 	AdminDeleteTeam(w http.ResponseWriter, r *http.Request, teamID TeamID)
-	// AdminDeleteQuota Let the platform's quota hold for a team
+	// AdminDeleteQuota Reset a team to the default quota
 	// (DELETE /v1/admin/teams/{team_id}/quota)
 	AdminDeleteQuota(w http.ResponseWriter, r *http.Request, teamID TeamID)
-	// AdminGetQuota A team's usage and quota
+	// AdminGetQuota Get any team's usage and quota
 	// (GET /v1/admin/teams/{team_id}/quota)
 	AdminGetQuota(w http.ResponseWriter, r *http.Request, teamID TeamID)
-	// AdminSetQuota Give a team a quota of its own
+	// AdminSetQuota Set a team's quota
 	// (PUT /v1/admin/teams/{team_id}/quota)
 	AdminSetQuota(w http.ResponseWriter, r *http.Request, teamID TeamID)
-	// AdminListTemplates List every team's templates
+	// AdminListTemplates List all teams' templates
 	// (GET /v1/admin/templates)
 	AdminListTemplates(w http.ResponseWriter, r *http.Request, params AdminListTemplatesParams)
-	// ImportPlatformTemplate Make a template of an OCI image for every team
+	// ImportPlatformTemplate Import a platform template from an OCI image
 	// (POST /v1/admin/templates/import)
 	ImportPlatformTemplate(w http.ResponseWriter, r *http.Request)
-	// ImportPlatformArchive Make a template of an archive for every team
+	// ImportPlatformArchive Import a platform template from an image archive
 	// (POST /v1/admin/templates/import/archive)
 	ImportPlatformArchive(w http.ResponseWriter, r *http.Request, params ImportPlatformArchiveParams)
 	// AdminDeleteTemplate Delete any template
 	// (DELETE /v1/admin/templates/{template_id})
 	AdminDeleteTemplate(w http.ResponseWriter, r *http.Request, templateID TemplateIDPath)
-	// GetUsageByTeam What each team used
+	// GetUsageByTeam List usage by team
 	// (GET /v1/admin/usage)
 	GetUsageByTeam(w http.ResponseWriter, r *http.Request, params GetUsageByTeamParams)
 	// AdminListUsers List users
 	// (GET /v1/admin/users)
 	AdminListUsers(w http.ResponseWriter, r *http.Request, params AdminListUsersParams)
-	// AdminCreateUser Make an account for somebody
+	// AdminCreateUser Create an account
 	// (POST /v1/admin/users)
 	AdminCreateUser(w http.ResponseWriter, r *http.Request)
-	// AdminChangeUser Activate, deactivate, or make admin
+	// AdminChangeUser Update a user
 	// (PATCH /v1/admin/users/{user_id})
 	AdminChangeUser(w http.ResponseWriter, r *http.Request, userID UserID)
-	// ListAudit Who changed what
+	// ListAudit List audit records
 	// (GET /v1/audit)
 	ListAudit(w http.ResponseWriter, r *http.Request, params ListAuditParams)
 	// StartGitHub Log in with GitHub
 	// (GET /v1/auth/github)
 	StartGitHub(w http.ResponseWriter, r *http.Request, params StartGitHubParams)
-	// FinishGitHub Come back from GitHub
+	// FinishGitHub Finish login with GitHub
 	// (GET /v1/auth/github/callback)
 	FinishGitHub(w http.ResponseWriter, r *http.Request, params FinishGitHubParams)
 	// LogIn Log in
@@ -3025,61 +3025,61 @@ type ServerInterface interface {
 	// LogOut Log out
 	// (POST /v1/auth/logout)
 	LogOut(w http.ResponseWriter, r *http.Request)
-	// LogOutAll Log out everywhere
+	// LogOutAll Log out of all sessions
 	// (POST /v1/auth/logout-all)
 	LogOutAll(w http.ResponseWriter, r *http.Request)
-	// GetAuthMethods How one can log in here
+	// GetAuthMethods List login methods
 	// (GET /v1/auth/methods)
 	GetAuthMethods(w http.ResponseWriter, r *http.Request)
 	// ChangePassword Change the password
 	// (POST /v1/auth/password)
 	ChangePassword(w http.ResponseWriter, r *http.Request)
-	// ForgotPassword Ask for a reset link
+	// ForgotPassword Request a password reset link
 	// (POST /v1/auth/password/forgot)
 	ForgotPassword(w http.ResponseWriter, r *http.Request)
-	// ResetPassword Set a new password with a reset link
+	// ResetPassword Reset a password with the mailed link
 	// (POST /v1/auth/password/reset)
 	ResetPassword(w http.ResponseWriter, r *http.Request)
-	// Refresh Change the refresh token for new ones
+	// Refresh Refresh a session
 	// (POST /v1/auth/refresh)
 	Refresh(w http.ResponseWriter, r *http.Request)
-	// SignUp Make an account
+	// SignUp Sign up
 	// (POST /v1/auth/signup)
 	SignUp(w http.ResponseWriter, r *http.Request)
-	// VerifyEmail Open an account with the link that was mailed
+	// VerifyEmail Verify an account with the mailed link
 	// (POST /v1/auth/verify)
 	VerifyEmail(w http.ResponseWriter, r *http.Request)
-	// ConfirmChannel Confirm a channel with the mailed link
+	// ConfirmChannel Confirm a notification channel
 	// (POST /v1/channel-confirmations)
 	ConfirmChannel(w http.ResponseWriter, r *http.Request)
 	// ListChannels List notification channels
 	// (GET /v1/channels)
 	ListChannels(w http.ResponseWriter, r *http.Request)
-	// CreateChannel Have events told
+	// CreateChannel Create a notification channel
 	// (POST /v1/channels)
 	CreateChannel(w http.ResponseWriter, r *http.Request)
-	// DeleteChannel Delete a channel
+	// DeleteChannel Delete a notification channel
 	// (DELETE /v1/channels/{channel_id})
 	DeleteChannel(w http.ResponseWriter, r *http.Request, channelID ChannelID)
-	// GetChannel Get a channel
+	// GetChannel Get a notification channel
 	// (GET /v1/channels/{channel_id})
 	GetChannel(w http.ResponseWriter, r *http.Request, channelID ChannelID)
-	// ChangeChannel Change a channel
+	// ChangeChannel Update a notification channel
 	// (PATCH /v1/channels/{channel_id})
 	ChangeChannel(w http.ResponseWriter, r *http.Request, channelID ChannelID)
-	// AskConfirmation Send the confirmation letter again
+	// AskConfirmation Resend the confirmation mail
 	// (POST /v1/channels/{channel_id}/confirmation)
 	AskConfirmation(w http.ResponseWriter, r *http.Request, channelID ChannelID)
-	// ListDeliveries What a channel was told
+	// ListDeliveries List deliveries
 	// (GET /v1/channels/{channel_id}/deliveries)
 	ListDeliveries(w http.ResponseWriter, r *http.Request, channelID ChannelID, params ListDeliveriesParams)
-	// TestChannel Try a channel
+	// TestChannel Send a test notification
 	// (POST /v1/channels/{channel_id}/test)
 	TestChannel(w http.ResponseWriter, r *http.Request, channelID ChannelID)
-	// HostHeartbeat Say that an agent is there, or that it goes
+	// HostHeartbeat Send a heartbeat
 	// (POST /v1/hosts/heartbeat)
 	HostHeartbeat(w http.ResponseWriter, r *http.Request)
-	// RefreshHost Change an agent's credentials for new ones
+	// RefreshHost Refresh an agent's credentials
 	// (POST /v1/hosts/refresh)
 	RefreshHost(w http.ResponseWriter, r *http.Request)
 	// RegisterHost Register an agent
@@ -3088,13 +3088,13 @@ type ServerInterface interface {
 	// ListKeys List a team's API keys
 	// (GET /v1/keys)
 	ListKeys(w http.ResponseWriter, r *http.Request, params ListKeysParams)
-	// CreateKey Make an API key
+	// CreateKey Create an API key
 	// (POST /v1/keys)
 	CreateKey(w http.ResponseWriter, r *http.Request, params CreateKeyParams)
 	// RevokeKey Revoke an API key
 	// (DELETE /v1/keys/{key_id})
 	RevokeKey(w http.ResponseWriter, r *http.Request, keyID KeyID, params RevokeKeyParams)
-	// GetMe Who is logged in
+	// GetMe Get the logged-in user
 	// (GET /v1/me)
 	GetMe(w http.ResponseWriter, r *http.Request)
 	// ListSandboxes List sandboxes
@@ -3109,31 +3109,31 @@ type ServerInterface interface {
 	// GetSandbox Get a sandbox
 	// (GET /v1/sandboxes/{sandbox_id})
 	GetSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
-	// ReadArchive Read a file or folder as a tar archive
+	// ReadArchive Download a file or folder as a tar archive
 	// (GET /v1/sandboxes/{sandbox_id}/archive)
 	ReadArchive(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params ReadArchiveParams)
 	// WriteArchive Unpack a tar archive into a folder
 	// (PUT /v1/sandboxes/{sandbox_id}/archive)
 	WriteArchive(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params WriteArchiveParams)
-	// RunCode Run code in a context
+	// RunCode Run code
 	// (POST /v1/sandboxes/{sandbox_id}/code)
 	RunCode(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
-	// ListContexts List a sandbox's contexts
+	// ListContexts List code contexts
 	// (GET /v1/sandboxes/{sandbox_id}/code/contexts)
 	ListContexts(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
-	// CreateContext Make a context
+	// CreateContext Create a code context
 	// (POST /v1/sandboxes/{sandbox_id}/code/contexts)
 	CreateContext(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
-	// DeleteContext Remove a context, whatever runs in it
+	// DeleteContext Delete a code context
 	// (DELETE /v1/sandboxes/{sandbox_id}/code/contexts/{context_id})
 	DeleteContext(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, contextID ContextID)
-	// ChangeContext Interrupt or restart a context
+	// ChangeContext Interrupt or restart a code context
 	// (POST /v1/sandboxes/{sandbox_id}/code/contexts/{context_id}/{action})
 	ChangeContext(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, contextID ContextID, action string)
-	// Exec Run a command to its end
+	// Exec Run a command
 	// (POST /v1/sandboxes/{sandbox_id}/exec)
 	Exec(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
-	// ExecStream Run a command, streaming (WebSocket)
+	// ExecStream Run a command with streamed input and output (WebSocket)
 	// (GET /v1/sandboxes/{sandbox_id}/exec/stream)
 	ExecStream(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params ExecStreamParams)
 	// ReadFile Read a file
@@ -3142,22 +3142,22 @@ type ServerInterface interface {
 	// WriteFile Write a file
 	// (PUT /v1/sandboxes/{sandbox_id}/files)
 	WriteFile(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params WriteFileParams)
-	// ForkSandbox Copy a running sandbox
+	// ForkSandbox Fork a sandbox
 	// (POST /v1/sandboxes/{sandbox_id}/fork)
 	ForkSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params ForkSandboxParams)
-	// GetSandboxLogs The guest's console
+	// GetSandboxLogs Get a sandbox's console output
 	// (GET /v1/sandboxes/{sandbox_id}/logs)
 	GetSandboxLogs(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
-	// GetSandboxMetrics What a sandbox uses now
+	// GetSandboxMetrics Get a sandbox's current resource use
 	// (GET /v1/sandboxes/{sandbox_id}/metrics)
 	GetSandboxMetrics(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
-	// GetSandboxMetricsHistory What a sandbox used lately
+	// GetSandboxMetricsHistory Get a sandbox's resource use over time
 	// (GET /v1/sandboxes/{sandbox_id}/metrics/history)
 	GetSandboxMetricsHistory(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params GetSandboxMetricsHistoryParams)
 	// PauseSandbox Pause a sandbox
 	// (POST /v1/sandboxes/{sandbox_id}/pause)
 	PauseSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
-	// PingSandbox Extend a sandbox's life
+	// PingSandbox Extend a sandbox's timeout
 	// (POST /v1/sandboxes/{sandbox_id}/ping)
 	PingSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
 	// RebootSandbox Reboot a sandbox
@@ -3178,10 +3178,10 @@ type ServerInterface interface {
 	// DeleteSnapshot Delete a template of the team
 	// (DELETE /v1/snapshots/{name})
 	DeleteSnapshot(w http.ResponseWriter, r *http.Request, name string)
-	// ListTeams List the teams that one is in
+	// ListTeams List the caller's teams
 	// (GET /v1/teams)
 	ListTeams(w http.ResponseWriter, r *http.Request)
-	// CreateTeam Make a team
+	// CreateTeam Create a team
 	// (POST /v1/teams)
 	CreateTeam(w http.ResponseWriter, r *http.Request)
 	// DeleteTeam Delete a team
@@ -3208,55 +3208,55 @@ type ServerInterface interface {
 	// ChangeMember Change a member's role
 	// (PATCH /v1/teams/{team_id}/members/{user_id})
 	ChangeMember(w http.ResponseWriter, r *http.Request, teamID TeamID, userID UserID)
-	// GetTeamQuota What a team has and may have
+	// GetTeamQuota Get a team's usage and quota
 	// (GET /v1/teams/{team_id}/quota)
 	GetTeamQuota(w http.ResponseWriter, r *http.Request, teamID TeamID)
 	// ListTemplates List templates
 	// (GET /v1/templates)
 	ListTemplates(w http.ResponseWriter, r *http.Request, params ListTemplatesParams)
-	// ListBuilds List builds of the team
+	// ListBuilds List builds
 	// (GET /v1/templates/builds)
 	ListBuilds(w http.ResponseWriter, r *http.Request, params ListBuildsParams)
-	// CreateBuild Build a template of the team
+	// CreateBuild Create a build
 	// (POST /v1/templates/builds)
 	CreateBuild(w http.ResponseWriter, r *http.Request)
 	// PutBuildArchive Upload a folder that builds copy from
 	// (PUT /v1/templates/builds/archives/{digest})
 	PutBuildArchive(w http.ResponseWriter, r *http.Request, digest ArchiveDigest)
-	// GetBuild Show a build with its steps
+	// GetBuild Get a build with its steps
 	// (GET /v1/templates/builds/{build_id})
 	GetBuild(w http.ResponseWriter, r *http.Request, buildID BuildID)
 	// CancelBuild Cancel a build
 	// (POST /v1/templates/builds/{build_id}/cancel)
 	CancelBuild(w http.ResponseWriter, r *http.Request, buildID BuildID)
-	// FollowBuild Follow a build
+	// FollowBuild Stream a build's log
 	// (GET /v1/templates/builds/{build_id}/logs)
 	FollowBuild(w http.ResponseWriter, r *http.Request, buildID BuildID)
-	// ImportTemplate Make a template of an OCI image
+	// ImportTemplate Import a template from an OCI image
 	// (POST /v1/templates/import)
 	ImportTemplate(w http.ResponseWriter, r *http.Request)
-	// ImportArchive Make a template of an OCI image in an archive
+	// ImportArchive Import a template from an image archive
 	// (POST /v1/templates/import/archive)
 	ImportArchive(w http.ResponseWriter, r *http.Request, params ImportArchiveParams)
 	// DeleteTemplate Delete a template of the team
 	// (DELETE /v1/templates/{template})
 	DeleteTemplate(w http.ResponseWriter, r *http.Request, template TemplateRef)
-	// GetTemplate Show a template
+	// GetTemplate Get a template
 	// (GET /v1/templates/{template})
 	GetTemplate(w http.ResponseWriter, r *http.Request, template TemplateRef)
-	// RemoveTag Take a tag away
+	// RemoveTag Delete a tag
 	// (DELETE /v1/templates/{template}/tags/{tag})
 	RemoveTag(w http.ResponseWriter, r *http.Request, template TemplateRef, tag TemplateTag)
-	// SetTag Have a tag mean a template of the team
+	// SetTag Set a tag
 	// (PUT /v1/templates/{template}/tags/{tag})
 	SetTag(w http.ResponseWriter, r *http.Request, template TemplateRef, tag TemplateTag)
-	// GetUsage What the team used, by day
+	// GetUsage Get the team's usage by day
 	// (GET /v1/usage)
 	GetUsage(w http.ResponseWriter, r *http.Request, params GetUsageParams)
 	// FindUsers Find a user by e-mail address
 	// (GET /v1/users)
 	FindUsers(w http.ResponseWriter, r *http.Request, params FindUsersParams)
-	// GetVerifyPage The page that opens an account
+	// GetVerifyPage Account verification page (HTML)
 	// (GET /verify)
 	GetVerifyPage(w http.ResponseWriter, r *http.Request)
 }
@@ -3265,7 +3265,7 @@ type ServerInterface interface {
 
 type Unimplemented struct{}
 
-// GetConfirmPage The page that confirms a notification channel
+// GetConfirmPage Channel confirmation page (HTML)
 // (GET /confirm-channel)
 func (_ Unimplemented) GetConfirmPage(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3277,37 +3277,37 @@ func (_ Unimplemented) GetDocs(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// GetHealth Whether everything the service needs answers
+// GetHealth Check the service's health
 // (GET /health)
 func (_ Unimplemented) GetHealth(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// GetOpenAPI This document
+// GetOpenAPI Get this OpenAPI document
 // (GET /openapi.yaml)
 func (_ Unimplemented) GetOpenAPI(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// GetResetPage The page that sets a new password
+// GetResetPage Password reset page (HTML)
 // (GET /reset-password)
 func (_ Unimplemented) GetResetPage(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// ListAllAudit Who changed what, of all teams and the platform
+// ListAllAudit List audit records of all teams and the platform
 // (GET /v1/admin/audit)
 func (_ Unimplemented) ListAllAudit(w http.ResponseWriter, r *http.Request, params ListAllAuditParams) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// ListBuildsAdmin List builds of the platform
+// ListBuildsAdmin List platform builds
 // (GET /v1/admin/builds)
 func (_ Unimplemented) ListBuildsAdmin(w http.ResponseWriter, r *http.Request, params ListBuildsAdminParams) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// CreateBuildAdmin Build a template of the platform
+// CreateBuildAdmin Create a platform build
 // (POST /v1/admin/builds)
 func (_ Unimplemented) CreateBuildAdmin(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3319,7 +3319,7 @@ func (_ Unimplemented) PutBuildArchiveAdmin(w http.ResponseWriter, r *http.Reque
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// GetBuildAdmin Show a build with its steps
+// GetBuildAdmin Get a build with its steps
 // (GET /v1/admin/builds/{build_id})
 func (_ Unimplemented) GetBuildAdmin(w http.ResponseWriter, r *http.Request, buildID BuildID) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3331,7 +3331,7 @@ func (_ Unimplemented) CancelBuildAdmin(w http.ResponseWriter, r *http.Request, 
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// FollowBuildAdmin Follow a build
+// FollowBuildAdmin Stream a build's log
 // (GET /v1/admin/builds/{build_id}/logs)
 func (_ Unimplemented) FollowBuildAdmin(w http.ResponseWriter, r *http.Request, buildID BuildID) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3349,7 +3349,7 @@ func (_ Unimplemented) AddHost(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// DeleteHost Remove a host
+// DeleteHost Delete a host
 // (DELETE /v1/admin/hosts/{host_id})
 func (_ Unimplemented) DeleteHost(w http.ResponseWriter, r *http.Request, hostID HostID, params DeleteHostParams) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3361,19 +3361,19 @@ func (_ Unimplemented) GetHost(w http.ResponseWriter, r *http.Request, hostID Ho
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// ChangeHost Drain, name or tag a host
+// ChangeHost Update a host
 // (PATCH /v1/admin/hosts/{host_id})
 func (_ Unimplemented) ChangeHost(w http.ResponseWriter, r *http.Request, hostID HostID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// RenewHostToken Make another registration token
+// RenewHostToken Create a new registration token
 // (POST /v1/admin/hosts/{host_id}/token)
 func (_ Unimplemented) RenewHostToken(w http.ResponseWriter, r *http.Request, hostID HostID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// AdminListSandboxes List every team's sandboxes
+// AdminListSandboxes List all teams' sandboxes
 // (GET /v1/admin/sandboxes)
 func (_ Unimplemented) AdminListSandboxes(w http.ResponseWriter, r *http.Request, params AdminListSandboxesParams) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3385,13 +3385,13 @@ func (_ Unimplemented) AdminDeleteSandbox(w http.ResponseWriter, r *http.Request
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// GetSettings The platform's settings
+// GetSettings Get the platform's settings
 // (GET /v1/admin/settings)
 func (_ Unimplemented) GetSettings(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// SetSettings Change the platform's settings
+// SetSettings Update the platform's settings
 // (PUT /v1/admin/settings)
 func (_ Unimplemented) SetSettings(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3409,37 +3409,37 @@ func (_ Unimplemented) AdminDeleteTeam(w http.ResponseWriter, r *http.Request, t
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// AdminDeleteQuota Let the platform's quota hold for a team
+// AdminDeleteQuota Reset a team to the default quota
 // (DELETE /v1/admin/teams/{team_id}/quota)
 func (_ Unimplemented) AdminDeleteQuota(w http.ResponseWriter, r *http.Request, teamID TeamID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// AdminGetQuota A team's usage and quota
+// AdminGetQuota Get any team's usage and quota
 // (GET /v1/admin/teams/{team_id}/quota)
 func (_ Unimplemented) AdminGetQuota(w http.ResponseWriter, r *http.Request, teamID TeamID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// AdminSetQuota Give a team a quota of its own
+// AdminSetQuota Set a team's quota
 // (PUT /v1/admin/teams/{team_id}/quota)
 func (_ Unimplemented) AdminSetQuota(w http.ResponseWriter, r *http.Request, teamID TeamID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// AdminListTemplates List every team's templates
+// AdminListTemplates List all teams' templates
 // (GET /v1/admin/templates)
 func (_ Unimplemented) AdminListTemplates(w http.ResponseWriter, r *http.Request, params AdminListTemplatesParams) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// ImportPlatformTemplate Make a template of an OCI image for every team
+// ImportPlatformTemplate Import a platform template from an OCI image
 // (POST /v1/admin/templates/import)
 func (_ Unimplemented) ImportPlatformTemplate(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// ImportPlatformArchive Make a template of an archive for every team
+// ImportPlatformArchive Import a platform template from an image archive
 // (POST /v1/admin/templates/import/archive)
 func (_ Unimplemented) ImportPlatformArchive(w http.ResponseWriter, r *http.Request, params ImportPlatformArchiveParams) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3451,7 +3451,7 @@ func (_ Unimplemented) AdminDeleteTemplate(w http.ResponseWriter, r *http.Reques
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// GetUsageByTeam What each team used
+// GetUsageByTeam List usage by team
 // (GET /v1/admin/usage)
 func (_ Unimplemented) GetUsageByTeam(w http.ResponseWriter, r *http.Request, params GetUsageByTeamParams) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3463,19 +3463,19 @@ func (_ Unimplemented) AdminListUsers(w http.ResponseWriter, r *http.Request, pa
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// AdminCreateUser Make an account for somebody
+// AdminCreateUser Create an account
 // (POST /v1/admin/users)
 func (_ Unimplemented) AdminCreateUser(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// AdminChangeUser Activate, deactivate, or make admin
+// AdminChangeUser Update a user
 // (PATCH /v1/admin/users/{user_id})
 func (_ Unimplemented) AdminChangeUser(w http.ResponseWriter, r *http.Request, userID UserID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// ListAudit Who changed what
+// ListAudit List audit records
 // (GET /v1/audit)
 func (_ Unimplemented) ListAudit(w http.ResponseWriter, r *http.Request, params ListAuditParams) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3487,7 +3487,7 @@ func (_ Unimplemented) StartGitHub(w http.ResponseWriter, r *http.Request, param
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// FinishGitHub Come back from GitHub
+// FinishGitHub Finish login with GitHub
 // (GET /v1/auth/github/callback)
 func (_ Unimplemented) FinishGitHub(w http.ResponseWriter, r *http.Request, params FinishGitHubParams) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3505,13 +3505,13 @@ func (_ Unimplemented) LogOut(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// LogOutAll Log out everywhere
+// LogOutAll Log out of all sessions
 // (POST /v1/auth/logout-all)
 func (_ Unimplemented) LogOutAll(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// GetAuthMethods How one can log in here
+// GetAuthMethods List login methods
 // (GET /v1/auth/methods)
 func (_ Unimplemented) GetAuthMethods(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3523,37 +3523,37 @@ func (_ Unimplemented) ChangePassword(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// ForgotPassword Ask for a reset link
+// ForgotPassword Request a password reset link
 // (POST /v1/auth/password/forgot)
 func (_ Unimplemented) ForgotPassword(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// ResetPassword Set a new password with a reset link
+// ResetPassword Reset a password with the mailed link
 // (POST /v1/auth/password/reset)
 func (_ Unimplemented) ResetPassword(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// Refresh Change the refresh token for new ones
+// Refresh Refresh a session
 // (POST /v1/auth/refresh)
 func (_ Unimplemented) Refresh(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// SignUp Make an account
+// SignUp Sign up
 // (POST /v1/auth/signup)
 func (_ Unimplemented) SignUp(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// VerifyEmail Open an account with the link that was mailed
+// VerifyEmail Verify an account with the mailed link
 // (POST /v1/auth/verify)
 func (_ Unimplemented) VerifyEmail(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// ConfirmChannel Confirm a channel with the mailed link
+// ConfirmChannel Confirm a notification channel
 // (POST /v1/channel-confirmations)
 func (_ Unimplemented) ConfirmChannel(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3565,55 +3565,55 @@ func (_ Unimplemented) ListChannels(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// CreateChannel Have events told
+// CreateChannel Create a notification channel
 // (POST /v1/channels)
 func (_ Unimplemented) CreateChannel(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// DeleteChannel Delete a channel
+// DeleteChannel Delete a notification channel
 // (DELETE /v1/channels/{channel_id})
 func (_ Unimplemented) DeleteChannel(w http.ResponseWriter, r *http.Request, channelID ChannelID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// GetChannel Get a channel
+// GetChannel Get a notification channel
 // (GET /v1/channels/{channel_id})
 func (_ Unimplemented) GetChannel(w http.ResponseWriter, r *http.Request, channelID ChannelID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// ChangeChannel Change a channel
+// ChangeChannel Update a notification channel
 // (PATCH /v1/channels/{channel_id})
 func (_ Unimplemented) ChangeChannel(w http.ResponseWriter, r *http.Request, channelID ChannelID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// AskConfirmation Send the confirmation letter again
+// AskConfirmation Resend the confirmation mail
 // (POST /v1/channels/{channel_id}/confirmation)
 func (_ Unimplemented) AskConfirmation(w http.ResponseWriter, r *http.Request, channelID ChannelID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// ListDeliveries What a channel was told
+// ListDeliveries List deliveries
 // (GET /v1/channels/{channel_id}/deliveries)
 func (_ Unimplemented) ListDeliveries(w http.ResponseWriter, r *http.Request, channelID ChannelID, params ListDeliveriesParams) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// TestChannel Try a channel
+// TestChannel Send a test notification
 // (POST /v1/channels/{channel_id}/test)
 func (_ Unimplemented) TestChannel(w http.ResponseWriter, r *http.Request, channelID ChannelID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// HostHeartbeat Say that an agent is there, or that it goes
+// HostHeartbeat Send a heartbeat
 // (POST /v1/hosts/heartbeat)
 func (_ Unimplemented) HostHeartbeat(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// RefreshHost Change an agent's credentials for new ones
+// RefreshHost Refresh an agent's credentials
 // (POST /v1/hosts/refresh)
 func (_ Unimplemented) RefreshHost(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3631,7 +3631,7 @@ func (_ Unimplemented) ListKeys(w http.ResponseWriter, r *http.Request, params L
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// CreateKey Make an API key
+// CreateKey Create an API key
 // (POST /v1/keys)
 func (_ Unimplemented) CreateKey(w http.ResponseWriter, r *http.Request, params CreateKeyParams) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3643,7 +3643,7 @@ func (_ Unimplemented) RevokeKey(w http.ResponseWriter, r *http.Request, keyID K
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// GetMe Who is logged in
+// GetMe Get the logged-in user
 // (GET /v1/me)
 func (_ Unimplemented) GetMe(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3673,7 +3673,7 @@ func (_ Unimplemented) GetSandbox(w http.ResponseWriter, r *http.Request, sandbo
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// ReadArchive Read a file or folder as a tar archive
+// ReadArchive Download a file or folder as a tar archive
 // (GET /v1/sandboxes/{sandbox_id}/archive)
 func (_ Unimplemented) ReadArchive(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params ReadArchiveParams) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3685,43 +3685,43 @@ func (_ Unimplemented) WriteArchive(w http.ResponseWriter, r *http.Request, sand
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// RunCode Run code in a context
+// RunCode Run code
 // (POST /v1/sandboxes/{sandbox_id}/code)
 func (_ Unimplemented) RunCode(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// ListContexts List a sandbox's contexts
+// ListContexts List code contexts
 // (GET /v1/sandboxes/{sandbox_id}/code/contexts)
 func (_ Unimplemented) ListContexts(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// CreateContext Make a context
+// CreateContext Create a code context
 // (POST /v1/sandboxes/{sandbox_id}/code/contexts)
 func (_ Unimplemented) CreateContext(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// DeleteContext Remove a context, whatever runs in it
+// DeleteContext Delete a code context
 // (DELETE /v1/sandboxes/{sandbox_id}/code/contexts/{context_id})
 func (_ Unimplemented) DeleteContext(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, contextID ContextID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// ChangeContext Interrupt or restart a context
+// ChangeContext Interrupt or restart a code context
 // (POST /v1/sandboxes/{sandbox_id}/code/contexts/{context_id}/{action})
 func (_ Unimplemented) ChangeContext(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, contextID ContextID, action string) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// Exec Run a command to its end
+// Exec Run a command
 // (POST /v1/sandboxes/{sandbox_id}/exec)
 func (_ Unimplemented) Exec(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// ExecStream Run a command, streaming (WebSocket)
+// ExecStream Run a command with streamed input and output (WebSocket)
 // (GET /v1/sandboxes/{sandbox_id}/exec/stream)
 func (_ Unimplemented) ExecStream(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params ExecStreamParams) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3739,25 +3739,25 @@ func (_ Unimplemented) WriteFile(w http.ResponseWriter, r *http.Request, sandbox
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// ForkSandbox Copy a running sandbox
+// ForkSandbox Fork a sandbox
 // (POST /v1/sandboxes/{sandbox_id}/fork)
 func (_ Unimplemented) ForkSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params ForkSandboxParams) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// GetSandboxLogs The guest's console
+// GetSandboxLogs Get a sandbox's console output
 // (GET /v1/sandboxes/{sandbox_id}/logs)
 func (_ Unimplemented) GetSandboxLogs(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// GetSandboxMetrics What a sandbox uses now
+// GetSandboxMetrics Get a sandbox's current resource use
 // (GET /v1/sandboxes/{sandbox_id}/metrics)
 func (_ Unimplemented) GetSandboxMetrics(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// GetSandboxMetricsHistory What a sandbox used lately
+// GetSandboxMetricsHistory Get a sandbox's resource use over time
 // (GET /v1/sandboxes/{sandbox_id}/metrics/history)
 func (_ Unimplemented) GetSandboxMetricsHistory(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params GetSandboxMetricsHistoryParams) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3769,7 +3769,7 @@ func (_ Unimplemented) PauseSandbox(w http.ResponseWriter, r *http.Request, sand
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// PingSandbox Extend a sandbox's life
+// PingSandbox Extend a sandbox's timeout
 // (POST /v1/sandboxes/{sandbox_id}/ping)
 func (_ Unimplemented) PingSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3811,13 +3811,13 @@ func (_ Unimplemented) DeleteSnapshot(w http.ResponseWriter, r *http.Request, na
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// ListTeams List the teams that one is in
+// ListTeams List the caller's teams
 // (GET /v1/teams)
 func (_ Unimplemented) ListTeams(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// CreateTeam Make a team
+// CreateTeam Create a team
 // (POST /v1/teams)
 func (_ Unimplemented) CreateTeam(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3871,7 +3871,7 @@ func (_ Unimplemented) ChangeMember(w http.ResponseWriter, r *http.Request, team
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// GetTeamQuota What a team has and may have
+// GetTeamQuota Get a team's usage and quota
 // (GET /v1/teams/{team_id}/quota)
 func (_ Unimplemented) GetTeamQuota(w http.ResponseWriter, r *http.Request, teamID TeamID) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3883,13 +3883,13 @@ func (_ Unimplemented) ListTemplates(w http.ResponseWriter, r *http.Request, par
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// ListBuilds List builds of the team
+// ListBuilds List builds
 // (GET /v1/templates/builds)
 func (_ Unimplemented) ListBuilds(w http.ResponseWriter, r *http.Request, params ListBuildsParams) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// CreateBuild Build a template of the team
+// CreateBuild Create a build
 // (POST /v1/templates/builds)
 func (_ Unimplemented) CreateBuild(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3901,7 +3901,7 @@ func (_ Unimplemented) PutBuildArchive(w http.ResponseWriter, r *http.Request, d
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// GetBuild Show a build with its steps
+// GetBuild Get a build with its steps
 // (GET /v1/templates/builds/{build_id})
 func (_ Unimplemented) GetBuild(w http.ResponseWriter, r *http.Request, buildID BuildID) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3913,19 +3913,19 @@ func (_ Unimplemented) CancelBuild(w http.ResponseWriter, r *http.Request, build
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// FollowBuild Follow a build
+// FollowBuild Stream a build's log
 // (GET /v1/templates/builds/{build_id}/logs)
 func (_ Unimplemented) FollowBuild(w http.ResponseWriter, r *http.Request, buildID BuildID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// ImportTemplate Make a template of an OCI image
+// ImportTemplate Import a template from an OCI image
 // (POST /v1/templates/import)
 func (_ Unimplemented) ImportTemplate(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// ImportArchive Make a template of an OCI image in an archive
+// ImportArchive Import a template from an image archive
 // (POST /v1/templates/import/archive)
 func (_ Unimplemented) ImportArchive(w http.ResponseWriter, r *http.Request, params ImportArchiveParams) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3937,25 +3937,25 @@ func (_ Unimplemented) DeleteTemplate(w http.ResponseWriter, r *http.Request, te
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// GetTemplate Show a template
+// GetTemplate Get a template
 // (GET /v1/templates/{template})
 func (_ Unimplemented) GetTemplate(w http.ResponseWriter, r *http.Request, template TemplateRef) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// RemoveTag Take a tag away
+// RemoveTag Delete a tag
 // (DELETE /v1/templates/{template}/tags/{tag})
 func (_ Unimplemented) RemoveTag(w http.ResponseWriter, r *http.Request, template TemplateRef, tag TemplateTag) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// SetTag Have a tag mean a template of the team
+// SetTag Set a tag
 // (PUT /v1/templates/{template}/tags/{tag})
 func (_ Unimplemented) SetTag(w http.ResponseWriter, r *http.Request, template TemplateRef, tag TemplateTag) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// GetUsage What the team used, by day
+// GetUsage Get the team's usage by day
 // (GET /v1/usage)
 func (_ Unimplemented) GetUsage(w http.ResponseWriter, r *http.Request, params GetUsageParams) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3967,7 +3967,7 @@ func (_ Unimplemented) FindUsers(w http.ResponseWriter, r *http.Request, params 
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// GetVerifyPage The page that opens an account
+// GetVerifyPage Account verification page (HTML)
 // (GET /verify)
 func (_ Unimplemented) GetVerifyPage(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)

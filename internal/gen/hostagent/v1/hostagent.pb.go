@@ -4,7 +4,7 @@
 // 	protoc        (unknown)
 // source: hostagent/v1/hostagent.proto
 
-// What the control plane asks of a host's agent.
+// The RPCs of a host's agent for the control plane.
 
 package hostagentv1
 
@@ -90,11 +90,11 @@ type Event_Kind int32
 
 const (
 	Event_KIND_UNSPECIFIED Event_Kind = 0
-	// The sandbox's timeout ended and it was destroyed.
+	// The sandbox's timeout passed and destroyed it.
 	Event_KIND_EXPIRED Event_Kind = 1
-	// The virtual machine ended by itself and was cleaned up.
+	// The VM exited by itself and was cleaned up.
 	Event_KIND_EXITED Event_Kind = 2
-	// The sandbox was paused: its timeout ended, or the agent was terminated.
+	// The sandbox was paused: its timeout passed, or the agent was terminated.
 	Event_KIND_PAUSED Event_Kind = 3
 )
 
@@ -151,16 +151,15 @@ type Sandbox struct {
 	MemoryMib  int32                  `protobuf:"varint,6,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
 	DiskMib    int32                  `protobuf:"varint,7,opt,name=disk_mib,json=diskMib,proto3" json:"disk_mib,omitempty"`
 	CreatedAt  *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
-	// When the sandbox ends, or is paused, unless it is used or pinged before;
-	// absent: never, or it is paused.
+	// When the sandbox's timeout destroys or pauses it, unless it is used before; absent:
+	// never, or it is paused.
 	ExpiresAt      *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
 	PauseOnTimeout bool                   `protobuf:"varint,10,opt,name=pause_on_timeout,json=pauseOnTimeout,proto3" json:"pause_on_timeout,omitempty"`
-	// For how long nothing has used it; 0: something does. Absent where nothing
-	// can: it does not run.
+	// How long the sandbox has been idle; 0: it is in use. Absent if it does not run.
 	Idle *durationpb.Duration `protobuf:"bytes,11,opt,name=idle,proto3" json:"idle,omitempty"`
-	// Since when it is paused; absent: it is not, or that is not known.
+	// Since when it is paused; absent: not paused, or unknown.
 	PausedAt *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=paused_at,json=pausedAt,proto3" json:"paused_at,omitempty"`
-	// What is wrong with it; absent: nothing.
+	// Its condition; absent: none.
 	Condition     *Condition `protobuf:"bytes,13,opt,name=condition,proto3" json:"condition,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -287,12 +286,12 @@ func (x *Sandbox) GetCondition() *Condition {
 	return nil
 }
 
-// Condition is what is wrong with a sandbox beside its state.
+// Condition is a problem of a sandbox beside its state.
 type Condition struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// A word that stays the same between releases, such as "oom"; see package condition.
+	// A word that is stable between releases, such as "oom"; see package condition.
 	Reason string `protobuf:"bytes,1,opt,name=reason,proto3" json:"reason,omitempty"`
-	// What more is known; may be empty. It can be the guest's own text.
+	// Details, possibly empty. They can be the guest's own text.
 	Detail        string                 `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"`
 	Since         *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=since,proto3" json:"since,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -355,19 +354,19 @@ type CreateRequest struct {
 	SandboxId  string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
 	TeamId     string                 `protobuf:"bytes,2,opt,name=team_id,json=teamId,proto3" json:"team_id,omitempty"`
 	TemplateId string                 `protobuf:"bytes,3,opt,name=template_id,json=templateId,proto3" json:"template_id,omitempty"`
-	// 0: the template's own. A template that was captured from a sandbox has
-	// the processors and the memory that this one had, and takes no others.
+	// 0: the template's. A template that was captured from a sandbox allows only that
+	// sandbox's vCPUs and memory.
 	Vcpus     int32 `protobuf:"varint,4,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
 	MemoryMib int32 `protobuf:"varint,5,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
-	// 0: the template's own size. It cannot be less.
+	// 0: the template's size, which is also the minimum.
 	DiskMib int32 `protobuf:"varint,6,opt,name=disk_mib,json=diskMib,proto3" json:"disk_mib,omitempty"`
-	// Seconds without use after which the sandbox ends; 0: never.
+	// Idle time in seconds after which the sandbox is destroyed or paused; 0: never.
 	TimeoutSeconds int32 `protobuf:"varint,7,opt,name=timeout_seconds,json=timeoutSeconds,proto3" json:"timeout_seconds,omitempty"`
-	// Environment of every process that is started in the sandbox.
+	// Environment of every process in the sandbox.
 	Envs map[string]string `protobuf:"bytes,8,rep,name=envs,proto3" json:"envs,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// What a client must show to the guest daemon.
+	// The token that envd requires of clients.
 	AccessToken string `protobuf:"bytes,9,opt,name=access_token,json=accessToken,proto3" json:"access_token,omitempty"`
-	// The sandbox is paused, not destroyed, when it was not used for its timeout.
+	// After timeout_seconds, pause the sandbox instead of destroying it.
 	PauseOnTimeout bool `protobuf:"varint,10,opt,name=pause_on_timeout,json=pauseOnTimeout,proto3" json:"pause_on_timeout,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
@@ -520,8 +519,8 @@ func (x *CreateResponse) GetSandbox() *Sandbox {
 type PauseRequest struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
-	// Only if nothing has used the sandbox for this long, else the call fails
-	// with ABORTED; absent: whoever uses it.
+	// Pause only if the sandbox was idle for this long, and fail with ABORTED otherwise;
+	// absent: pause in any case.
 	Idle          *durationpb.Duration `protobuf:"bytes,2,opt,name=idle,proto3" json:"idle,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -791,18 +790,18 @@ func (x *RebootResponse) GetSandbox() *Sandbox {
 	return nil
 }
 
-// What a template's sandboxes begin with: what processes have unless they, or
-// their sandbox, say otherwise, and what the sandbox may use.
+// Defaults for a template's sandboxes: of their processes, unless the request or the
+// sandbox sets others, and limits.
 type Defaults struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Envs  map[string]string      `protobuf:"bytes,1,rep,name=envs,proto3" json:"envs,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// A name or a number, and perhaps a group behind a colon; empty: "user", or
-	// root where there is no such user.
+	// A name or a number, optionally with ":" and a group; empty: "user", or root if that
+	// user does not exist.
 	User string `protobuf:"bytes,2,opt,name=user,proto3" json:"user,omitempty"`
 	// Empty: the user's home directory.
 	Workdir string `protobuf:"bytes,3,opt,name=workdir,proto3" json:"workdir,omitempty"`
-	// How much of the host's disk and network each sandbox may use per second,
-	// within what the host allows: disk_bytes, disk_ops, net_bytes, net_packets.
+	// Limits of each sandbox per second on the host's disk and network, below the host's
+	// own limits: disk_bytes, disk_ops, net_bytes, net_packets.
 	Limits        map[string]int64 `protobuf:"bytes,4,rep,name=limits,proto3" json:"limits,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -870,14 +869,14 @@ type SnapshotRequest struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	SandboxId  string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
 	TemplateId string                 `protobuf:"bytes,2,opt,name=template_id,json=templateId,proto3" json:"template_id,omitempty"`
-	// The template's name, which the server keeps unique in a team.
+	// The template's name. The server ensures that it is unique in a team.
 	Name string `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
 	// Absent: those of the sandbox's own template.
 	Defaults *Defaults `protobuf:"bytes,4,opt,name=defaults,proto3" json:"defaults,omitempty"`
-	// Only the disk is captured, as a file system of its own, without what was
-	// its template's. The host boots it once before it answers.
+	// Capture only the disk, as a complete file system that does not depend on the
+	// template. The host boots it once before it responds.
 	DiskOnly bool `protobuf:"varint,5,opt,name=disk_only,json=diskOnly,proto3" json:"disk_only,omitempty"`
-	// With disk_only: what is started when it is booted, and left running.
+	// With disk_only: the command that the host starts after booting and leaves running.
 	Start         []string `protobuf:"bytes,6,rep,name=start,proto3" json:"start,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1383,9 +1382,9 @@ func (*ListRequest) Descriptor() ([]byte, []int) {
 type ListResponse struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	Sandboxes []*Sandbox             `protobuf:"bytes,1,rep,name=sandboxes,proto3" json:"sandboxes,omitempty"`
-	// The host may have more: it cannot read all of its records now.
+	// The host may have more sandboxes, because it cannot read all its records now.
 	Incomplete bool `protobuf:"varint,2,opt,name=incomplete,proto3" json:"incomplete,omitempty"`
-	// If incomplete: the only other sandboxes that it may have. None: it may have any.
+	// If incomplete: the only other sandboxes that it may have. Empty: it may have any.
 	Unread        []string `protobuf:"bytes,3,rep,name=unread,proto3" json:"unread,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1532,7 +1531,7 @@ func (x *GetResponse) GetSandbox() *Sandbox {
 
 type Command struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// cmd is looked up in the PATH of the guest; it is not given to a shell.
+	// cmd is looked up in the guest's PATH. It is not passed to a shell.
 	Cmd  string            `protobuf:"bytes,1,opt,name=cmd,proto3" json:"cmd,omitempty"`
 	Args []string          `protobuf:"bytes,2,rep,name=args,proto3" json:"args,omitempty"`
 	Envs map[string]string `protobuf:"bytes,3,rep,name=envs,proto3" json:"envs,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
@@ -1540,7 +1539,7 @@ type Command struct {
 	Cwd string `protobuf:"bytes,4,opt,name=cwd,proto3" json:"cwd,omitempty"`
 	// Empty: the template's default user.
 	User string `protobuf:"bytes,5,opt,name=user,proto3" json:"user,omitempty"`
-	// Seconds after which the command and its children are killed; 0: none.
+	// Seconds after which the command and its children are killed; 0: no limit.
 	TimeoutSeconds int32 `protobuf:"varint,6,opt,name=timeout_seconds,json=timeoutSeconds,proto3" json:"timeout_seconds,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
@@ -1835,10 +1834,10 @@ type ExecResponse struct {
 	Stdout   []byte                 `protobuf:"bytes,1,opt,name=stdout,proto3" json:"stdout,omitempty"`
 	Stderr   []byte                 `protobuf:"bytes,2,opt,name=stderr,proto3" json:"stderr,omitempty"`
 	ExitCode int32                  `protobuf:"varint,3,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
-	// Why the command ended where it did not exit by itself.
+	// Why the command ended if it did not exit by itself.
 	Error    string `protobuf:"bytes,4,opt,name=error,proto3" json:"error,omitempty"`
 	TimedOut bool   `protobuf:"varint,5,opt,name=timed_out,json=timedOut,proto3" json:"timed_out,omitempty"`
-	// Output beyond the agent's bound (16 MiB a stream) was dropped.
+	// Output beyond the agent's limit (16 MiB per stream) was dropped.
 	Truncated     bool `protobuf:"varint,6,opt,name=truncated,proto3" json:"truncated,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2085,7 +2084,7 @@ type ExecStreamRequest_Resize struct {
 }
 
 type ExecStreamRequest_Signal struct {
-	// A signal's number as Linux on x86-64 has it.
+	// A signal number of Linux on x86-64.
 	Signal int32 `protobuf:"varint,5,opt,name=signal,proto3,oneof"`
 }
 
@@ -3232,7 +3231,7 @@ type Template struct {
 	SizeBytes  int64                  `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
 	CreatedAt  *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
 	DiskMib    int32                  `protobuf:"varint,6,opt,name=disk_mib,json=diskMib,proto3" json:"disk_mib,omitempty"`
-	// Of a template that was captured from a sandbox; else 0: any.
+	// Of a template captured from a sandbox; otherwise 0: any.
 	Vcpus         int32     `protobuf:"varint,7,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
 	MemoryMib     int32     `protobuf:"varint,8,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
 	Defaults      *Defaults `protobuf:"bytes,9,opt,name=defaults,proto3" json:"defaults,omitempty"`
@@ -3418,7 +3417,7 @@ func (*ImportTemplateRequest_Chunk) isImportTemplateRequest_Message() {}
 type ImportTemplateResponse struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Template *Template              `protobuf:"bytes,1,opt,name=template,proto3" json:"template,omitempty"`
-	// Of the image's configuration: "sha256:" and hexadecimal digits.
+	// Digest of the image's configuration: "sha256:" and hexadecimal digits.
 	Digest        string `protobuf:"bytes,2,opt,name=digest,proto3" json:"digest,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3514,8 +3513,8 @@ func (x *ResolveImageRequest) GetRegistry() *ImportTemplateRequest_Registry {
 
 type ResolveImageResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The reference with the digest of the image's manifest in the place of its
-	// tag. It never means anything else.
+	// The reference with the digest of the image's manifest instead of its tag. It always
+	// means this image.
 	Pinned        string `protobuf:"bytes,1,opt,name=pinned,proto3" json:"pinned,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3682,20 +3681,19 @@ type HostResponse struct {
 	MemoryFreeBytes int64                  `protobuf:"varint,4,opt,name=memory_free_bytes,json=memoryFreeBytes,proto3" json:"memory_free_bytes,omitempty"`
 	DiskBytes       int64                  `protobuf:"varint,5,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
 	DiskFreeBytes   int64                  `protobuf:"varint,6,opt,name=disk_free_bytes,json=diskFreeBytes,proto3" json:"disk_free_bytes,omitempty"`
-	// The VMM ("qemu") and what it runs on ("kvm" or "tcg").
+	// The VMM ("qemu") and its accelerator ("kvm" or "tcg").
 	Vmm         string `protobuf:"bytes,7,opt,name=vmm,proto3" json:"vmm,omitempty"`
 	Accelerator string `protobuf:"bytes,8,opt,name=accelerator,proto3" json:"accelerator,omitempty"`
 	Sandboxes   int32  `protobuf:"varint,9,opt,name=sandboxes,proto3" json:"sandboxes,omitempty"`
-	// What all sandboxes may have together, with what each needs beside its own
-	// memory, and what of it is promised.
+	// Memory for all sandboxes together, including the overhead of each, and how much of it
+	// is promised.
 	MemoryLimitMib int64 `protobuf:"varint,10,opt,name=memory_limit_mib,json=memoryLimitMib,proto3" json:"memory_limit_mib,omitempty"`
 	MemoryUsedMib  int64 `protobuf:"varint,11,opt,name=memory_used_mib,json=memoryUsedMib,proto3" json:"memory_used_mib,omitempty"`
 	VcpusUsed      int32 `protobuf:"varint,12,opt,name=vcpus_used,json=vcpusUsed,proto3" json:"vcpus_used,omitempty"`
-	// How many sandboxes can be at once, and which share of the machine's
-	// network slots the agent has.
+	// Maximum number of sandboxes, and the agent's share of the machine's network slots.
 	Slots        int32 `protobuf:"varint,13,opt,name=slots,proto3" json:"slots,omitempty"`
 	NetworkBlock int32 `protobuf:"varint,14,opt,name=network_block,json=networkBlock,proto3" json:"network_block,omitempty"`
-	// What is wrong with the host and the agent could not repair, oldest first.
+	// Problems that the agent could not repair, oldest first.
 	Problems      []*Problem `protobuf:"bytes,15,rep,name=problems,proto3" json:"problems,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3836,13 +3834,13 @@ func (x *HostResponse) GetProblems() []*Problem {
 	return nil
 }
 
-// Problem is one thing that is wrong with a host. It is reported until it is
-// over; kind and object together identify it.
+// Problem is a problem of a host. The agent reports it until it is over. kind and object
+// together identify it.
 type Problem struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// A lower-case word that stays the same between releases, such as "firewall".
+	// A lower-case word that is stable between releases, such as "firewall".
 	Kind string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
-	// What of that kind it concerns, such as a slot's number; empty: the host.
+	// The object of that kind, such as a slot's number; empty: the host.
 	Object string `protobuf:"bytes,2,opt,name=object,proto3" json:"object,omitempty"`
 	// What happened and what to do, in one or two sentences for an admin.
 	Message string `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
@@ -4485,9 +4483,9 @@ type WriteFileStreamRequest_Start struct {
 	File  *FileRef               `protobuf:"bytes,1,opt,name=file,proto3" json:"file,omitempty"`
 	// The content is a tar archive to unpack at path, a directory.
 	Archive bool `protobuf:"varint,2,opt,name=archive,proto3" json:"archive,omitempty"`
-	// With archive: whose all is that is unpacked, "user" or "user:group" by
-	// names or numbers; modes are the archive's then, setuid, setgid and sticky
-	// bits too. Empty: the file's user's, without these bits.
+	// With archive: the owner of everything unpacked, as "user" or "user:group" with
+	// names or numbers. Modes are then the archive's, including setuid, setgid and sticky
+	// bits. Empty: the file's user, without these bits.
 	Owner         string `protobuf:"bytes,3,opt,name=owner,proto3" json:"owner,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4546,9 +4544,9 @@ func (x *WriteFileStreamRequest_Start) GetOwner() string {
 
 type ReadFileStreamResponse_Start struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Size of the whole file in bytes; -1 where it is not known: of archives, of
-	// the kernel's own files, and of a file of more than 128 KiB unless a part of
-	// it is asked for, because it can be truncated while it is read.
+	// Size of the whole file in bytes; -1 if unknown: for archives, for the kernel's own
+	// files, and for a file of more than 128 KiB unless the request has a length, because
+	// the file can be truncated during the read.
 	Size          int64 `protobuf:"varint,1,opt,name=size,proto3" json:"size,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4595,12 +4593,11 @@ type SamplesResponse_Sample struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
 	Vcpus     int32                  `protobuf:"varint,2,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
-	// Time that its virtual machine has computed since it began; a resume
-	// begins another.
+	// CPU time of its VM since it started; a resume starts another VM.
 	CpuUs int64 `protobuf:"varint,3,opt,name=cpu_us,json=cpuUs,proto3" json:"cpu_us,omitempty"`
 	// Memory of the host that the virtual machine takes.
 	MemoryBytes int64 `protobuf:"varint,4,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
-	// What the sandbox's own files take on the host's disk.
+	// Size of the sandbox's own files on the host's disk.
 	DiskBytes     int64 `protobuf:"varint,5,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4675,7 +4672,7 @@ type ImportTemplateRequest_Registry struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// As `docker pull` takes it.
 	Reference string `protobuf:"bytes,1,opt,name=reference,proto3" json:"reference,omitempty"`
-	// Empty: nobody. Neither is written down anywhere.
+	// Empty: anonymous. Neither is stored.
 	Username      string `protobuf:"bytes,2,opt,name=username,proto3" json:"username,omitempty"`
 	Password      string `protobuf:"bytes,3,opt,name=password,proto3" json:"password,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -4733,11 +4730,11 @@ func (x *ImportTemplateRequest_Registry) GetPassword() string {
 	return ""
 }
 
-// What `docker save` writes or a tar of an OCI image layout, as it is or
-// compressed with gzip.
+// The output of `docker save` or a tar of an OCI image layout, optionally compressed
+// with gzip.
 type ImportTemplateRequest_Archive struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The image's name in it; empty: it has one image alone.
+	// The image's name in it; empty if it has only one image.
 	Tag           string `protobuf:"bytes,1,opt,name=tag,proto3" json:"tag,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4792,14 +4789,12 @@ type ImportTemplateRequest_Start struct {
 	Source isImportTemplateRequest_Start_Source `protobuf_oneof:"source"`
 	// Size of the template's file system; 0: hostwire.DefaultDiskMiB.
 	DiskMib int32 `protobuf:"varint,6,opt,name=disk_mib,json=diskMib,proto3" json:"disk_mib,omitempty"`
-	// The machine that it is captured on at once; 0: it is when it is first
-	// asked for.
+	// The size of the VM to capture at once; 0: capture on first use.
 	Vcpus     int32 `protobuf:"varint,7,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
 	MemoryMib int32 `protobuf:"varint,8,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
-	// The image's entry point and command are not started before the capture.
+	// Do not start the image's entry point and command before the capture.
 	Inert bool `protobuf:"varint,9,opt,name=inert,proto3" json:"inert,omitempty"`
-	// Whose the import is, where places are shared: all teams of one owner have the
-	// same. Empty: the team's.
+	// Owner of the import for limits that all teams of one owner share. Empty: the team.
 	Payer         string `protobuf:"bytes,10,opt,name=payer,proto3" json:"payer,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -54,21 +54,21 @@ const (
 
 // ProcessClient is a client for the process.Process service.
 type ProcessClient interface {
-	// List returns the processes that were started through this service and still run.
+	// List returns the running processes that this service started.
 	List(context.Context, *connect.Request[process.ListRequest]) (*connect.Response[process.ListResponse], error)
 	// Start runs a process and streams its start, output and end.
 	Start(context.Context, *connect.Request[process.StartRequest]) (*connect.ServerStreamForClient[process.StartResponse], error)
-	// Connect streams the output and end of a process that already runs.
+	// Connect streams the output and end of a running process.
 	Connect(context.Context, *connect.Request[process.ConnectRequest]) (*connect.ServerStreamForClient[process.ConnectResponse], error)
 	// Update changes the size of a process's terminal.
 	Update(context.Context, *connect.Request[process.UpdateRequest]) (*connect.Response[process.UpdateResponse], error)
-	// StreamInput feeds a process's standard input or terminal, chunks in order.
+	// StreamInput writes chunks in order to a process's standard input or terminal.
 	StreamInput(context.Context) *connect.ClientStreamForClient[process.StreamInputRequest, process.StreamInputResponse]
-	// SendInput feeds one chunk.
+	// SendInput writes one chunk.
 	SendInput(context.Context, *connect.Request[process.SendInputRequest]) (*connect.Response[process.SendInputResponse], error)
 	// SendSignal signals a process and its group.
 	SendSignal(context.Context, *connect.Request[process.SendSignalRequest]) (*connect.Response[process.SendSignalResponse], error)
-	// CloseStdin closes standard input. A terminal has none to close: send 0x04 there.
+	// CloseStdin closes standard input. For a terminal, send 0x04 instead.
 	CloseStdin(context.Context, *connect.Request[process.CloseStdinRequest]) (*connect.Response[process.CloseStdinResponse], error)
 }
 
@@ -188,21 +188,21 @@ func (c *processClient) CloseStdin(ctx context.Context, req *connect.Request[pro
 
 // ProcessHandler is an implementation of the process.Process service.
 type ProcessHandler interface {
-	// List returns the processes that were started through this service and still run.
+	// List returns the running processes that this service started.
 	List(context.Context, *connect.Request[process.ListRequest]) (*connect.Response[process.ListResponse], error)
 	// Start runs a process and streams its start, output and end.
 	Start(context.Context, *connect.Request[process.StartRequest], *connect.ServerStream[process.StartResponse]) error
-	// Connect streams the output and end of a process that already runs.
+	// Connect streams the output and end of a running process.
 	Connect(context.Context, *connect.Request[process.ConnectRequest], *connect.ServerStream[process.ConnectResponse]) error
 	// Update changes the size of a process's terminal.
 	Update(context.Context, *connect.Request[process.UpdateRequest]) (*connect.Response[process.UpdateResponse], error)
-	// StreamInput feeds a process's standard input or terminal, chunks in order.
+	// StreamInput writes chunks in order to a process's standard input or terminal.
 	StreamInput(context.Context, *connect.ClientStream[process.StreamInputRequest]) (*connect.Response[process.StreamInputResponse], error)
-	// SendInput feeds one chunk.
+	// SendInput writes one chunk.
 	SendInput(context.Context, *connect.Request[process.SendInputRequest]) (*connect.Response[process.SendInputResponse], error)
 	// SendSignal signals a process and its group.
 	SendSignal(context.Context, *connect.Request[process.SendSignalRequest]) (*connect.Response[process.SendSignalResponse], error)
-	// CloseStdin closes standard input. A terminal has none to close: send 0x04 there.
+	// CloseStdin closes standard input. For a terminal, send 0x04 instead.
 	CloseStdin(context.Context, *connect.Request[process.CloseStdinRequest]) (*connect.Response[process.CloseStdinResponse], error)
 }
 

@@ -1,5 +1,5 @@
 -- name: InsertAudit :exec
--- What falls into the bucket of a record that is there is counted in that one.
+-- Counts the request in an existing record with the same bucket.
 INSERT INTO audit_records (id, at, team_id, actor, actor_id, user_id, action, object, object_id, address, request_id, result, code, bucket)
 VALUES ($1, now(), $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
 ON CONFLICT (bucket) WHERE bucket IS NOT NULL DO UPDATE SET count = audit_records.count + 1;

@@ -1,5 +1,5 @@
 -- name: CountUsers :one
--- 1: there is somebody, 0: there is nobody yet.
+-- 1 if there are users, otherwise 0.
 SELECT count(*) FROM (SELECT 1 FROM users WHERE verified_at IS NOT NULL LIMIT 1) u;
 
 -- name: InsertUser :exec
@@ -18,7 +18,7 @@ INSERT INTO api_keys (id, team_id, user_id, name, prefix, hash, scopes, expires_
 SELECT count(*) FROM api_keys WHERE team_id = $1;
 
 -- name: GetAPIKeyByHash :one
--- A key whose maker was deactivated, or whose team is being deleted, is none.
+-- No row if the key's creator is inactive or its team is being deleted.
 SELECT sqlc.embed(k), COALESCE(u.admin, false)::boolean AS admin, COALESCE(u.epoch, 0)::integer AS epoch, COALESCE(team_owner(k.team_id), k.team_id)::uuid AS payer FROM api_keys k JOIN teams t ON t.id = k.team_id LEFT JOIN users u ON u.id = k.user_id
 WHERE k.hash = $1 AND (k.expires_at IS NULL OR k.expires_at > now()) AND t.deleting_at IS NULL AND COALESCE(u.active, true);
 
@@ -39,8 +39,7 @@ DELETE FROM api_keys WHERE api_keys.id = ANY (ARRAY(
     SELECT k.id FROM api_keys k WHERE k.team_id = $1 AND k.user_id = $2 ORDER BY k.id FOR UPDATE));
 
 -- name: GetCaller :one
--- Who holds a session and, where they have one, their team: the one asked for,
--- else the one that they have been in for longest.
+-- The user of a session and their team: the given one, or else the one they joined first.
 SELECT u.id, u.email, u.admin, u.epoch, COALESCE(m.created_at, 'epoch')::timestamptz AS joined_at, COALESCE(m.team_id, '00000000-0000-0000-0000-000000000000')::uuid AS team_id, COALESCE(m.role, '')::text AS role,
     COALESCE(team_owner(m.team_id), m.team_id, '00000000-0000-0000-0000-000000000000')::uuid AS payer
 FROM sessions s
@@ -58,5 +57,6 @@ FROM (SELECT unnest(@ids::uuid[]) AS id, unnest(@ats::timestamptz[]) AS at) AS u
 WHERE api_keys.id = used.id AND api_keys.id = ANY (ARRAY(SELECT k.id FROM api_keys k WHERE k.id = ANY (@ids::uuid[]) ORDER BY k.id FOR NO KEY UPDATE));
 
 -- name: LockBootstrap :exec
--- Held to the end of the transaction: of several servers one makes the first admin.
+-- Locks until the transaction ends, so that only one of several servers creates the first
+-- admin.
 SELECT pg_advisory_xact_lock(7746925301);

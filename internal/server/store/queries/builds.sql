@@ -1,5 +1,5 @@
 -- name: InsertBuild :one
--- No row: the team has as many builds waiting and running as it may.
+-- No row: the team has the maximum number of queued and running builds.
 INSERT INTO builds (id, team_id, name, tags, recipe, archive, options, registry, state, total_steps, created_at, trace)
 SELECT @id, @team_id, @name, @tags, @recipe, sqlc.narg('archive'), @options, sqlc.narg('registry'), 'queued', @total_steps, @created_at, @trace
 WHERE (SELECT count(*) FROM builds AS other WHERE other.team_id = @team_id AND other.state IN ('queued', 'running')) < @most::bigint
@@ -18,14 +18,14 @@ ORDER BY created_at DESC, id DESC
 LIMIT @max_rows;
 
 -- name: LockBuilds :exec
--- One claim at a time, so that a team's builds are counted right.
+-- Serializes claims, so that a team's builds are counted correctly.
 SELECT pg_advisory_xact_lock(7239150284);
 
 -- name: ClaimBuild :one
--- Claims a build that waits or whose worker is lost: the oldest one of the owner with
--- the fewest running. Bounds on what all teams of one owner run, in all and of one
--- worker's places (own), leave places to others. now() is when this transaction began,
--- so a lease that was renewed since ends later than one from now; one that ends much
+-- Claims a build that is queued or whose lease has expired: the oldest one of the owner
+-- with the fewest running. Limits on the running builds of one owner, in total and per
+-- worker (own), leave places to others. now() is when this transaction began, so a lease
+-- that was renewed since then ends later than a new one would. A lease that ends much
 -- later is from before the clock was set back.
 WITH payers AS MATERIALIZED (
     SELECT t.team_id, COALESCE(team_owner(t.team_id), t.team_id) AS payer FROM (SELECT DISTINCT o.team_id FROM builds o WHERE o.state IN ('queued', 'running')) t
@@ -45,12 +45,12 @@ WHERE builds.id = (
 RETURNING *;
 
 -- name: RenewBuild :one
--- No row: another works on it by now, or it has ended.
+-- No row: another worker has taken over, or the build has ended.
 UPDATE builds SET lease_until = now() + make_interval(secs => @lease::float8)
 WHERE id = @id AND state = 'running' AND worker = @worker AND attempts = @attempts RETURNING cancelling;
 
 -- name: ReleaseBuild :exec
--- It is somebody else's to begin again, and this attempt does not count.
+-- Requeues the build without counting this attempt.
 UPDATE builds SET state = 'queued', worker = NULL, lease_until = NULL, attempts = attempts - 1, done_steps = 0
 WHERE id = @id AND state = 'running' AND worker = @worker;
 
@@ -62,12 +62,12 @@ UPDATE builds SET state = @state, error = @error, ended_at = now(), worker = NUL
 WHERE id = @id AND state = 'running' AND worker = @worker RETURNING *;
 
 -- name: BuildSucceeds :one
--- No row: it was cancelled meanwhile, or is another worker's.
+-- No row: it was cancelled, or another worker has taken over.
 UPDATE builds SET state = 'succeeded', done_steps = total_steps, template_id = @template_id, version = @version, ended_at = now(), worker = NULL, lease_until = NULL, registry = NULL
 WHERE id = @id AND state = 'running' AND worker = @worker AND NOT cancelling RETURNING *;
 
 -- name: CancelBuild :one
--- What waits has ended at once; what runs is ended by who works on it.
+-- A queued build ends at once. The worker of a running one ends it.
 UPDATE builds SET cancelling = true,
     state = CASE WHEN state = 'queued' THEN 'cancelled' ELSE state END,
     ended_at = CASE WHEN state = 'queued' THEN now() ELSE ended_at END,
@@ -75,7 +75,7 @@ UPDATE builds SET cancelling = true,
 WHERE id = @id AND team_id = @team_id AND state IN ('queued', 'running') RETURNING *;
 
 -- name: ClearBuildSteps :exec
--- One worker alone has the build.
+-- Only the worker that holds the lease calls this.
 DELETE FROM build_steps WHERE build_id = $1;
 
 -- name: WriteBuildStep :exec
@@ -86,16 +86,16 @@ ON CONFLICT (build_id, number) DO UPDATE SET log = EXCLUDED.log;
 SELECT * FROM build_steps WHERE build_id = $1 ORDER BY number;
 
 -- name: SettleBuilds :many
--- Measures the logs of builds that have ended, in the order of their teams, whose usage
--- is locked after them.
+-- Measures the logs of finished builds, in the order of their teams, whose usage is
+-- locked after them.
 UPDATE builds SET log_bytes = (SELECT COALESCE(sum(pg_column_size(st.log) + 100), 0) FROM build_steps st WHERE st.build_id = builds.id)
 WHERE builds.id = ANY (ARRAY(
     SELECT b.id FROM builds b WHERE b.log_bytes IS NULL AND b.state NOT IN ('queued', 'running')
     ORDER BY b.team_id, b.id LIMIT @max_rows FOR NO KEY UPDATE SKIP LOCKED)) RETURNING team_id;
 
 -- name: ForgetBuilds :exec
--- Forgets the oldest builds of a team that has more than it keeps. One that left
--- something behind stays, and one whose version a later build would otherwise repeat.
+-- Deletes the oldest builds of a team beyond its limits. It keeps builds with leftovers,
+-- and builds whose version a later build would otherwise repeat.
 DELETE FROM builds WHERE builds.id = ANY (ARRAY(
     SELECT b.id FROM builds b
     JOIN (SELECT o.id, row_number() OVER w AS n, sum(build_bytes(o.log_bytes, o.recipe)) OVER w AS bytes
@@ -112,19 +112,20 @@ DELETE FROM builds WHERE builds.id = ANY (ARRAY(
 SELECT * FROM sandboxes WHERE build_id = @build_id AND sandbox_is_live(state);
 
 -- name: BuildTemplatesGo :many
--- What a build began to capture, and did not finish, is to be removed.
+-- Marks deleting what a build began to capture and did not finish.
 UPDATE templates SET state = 'deleting', worker = @worker WHERE templates.id = ANY (ARRAY(
     SELECT t.id FROM templates t WHERE t.build_id = @build_id AND t.state = 'pending' ORDER BY t.id FOR NO KEY UPDATE)) RETURNING *;
 
 -- name: ListBuildLeftovers :many
--- Builds that have ended, and left something behind.
+-- Finished builds with leftovers.
 SELECT id FROM builds
 WHERE state NOT IN ('queued', 'running')
   AND id IN (SELECT build_id FROM sandboxes WHERE build_id IS NOT NULL AND sandbox_is_live(sandboxes.state)
        UNION SELECT build_id FROM templates WHERE build_id IS NOT NULL AND templates.state = 'pending');
 
 -- name: ClaimBuilt :one
--- What a build captures: the next version of its name, or a layer, which has none.
+-- Inserts what a build captures: the next version of its name, or a layer, which has no
+-- version.
 INSERT INTO templates (id, team_id, name, size_bytes, created_at, state, kind, version, vcpus, memory_mib, disk_mib, captured_from, worker, build_id, layer_key)
 SELECT @id, @team_id, @name::text, 0, @created_at, 'pending', @kind::text,
     CASE WHEN @kind::text = 'layer' THEN 0 ELSE 1 + GREATEST(
@@ -134,7 +135,7 @@ SELECT @id, @team_id, @name::text, 0, @created_at, 'pending', @kind::text,
 RETURNING *;
 
 -- name: FindLayers :many
--- The layers that a build can begin with.
+-- The layers that a build can start from.
 SELECT * FROM templates
 WHERE team_id = @team_id AND kind = 'layer' AND state = 'ready' AND layer_key = ANY (@keys::bytea[])
   AND EXISTS (SELECT 1 FROM host_templates JOIN hosts ON hosts.id = host_id WHERE template_id = templates.id AND hosts.status = 'online');
@@ -143,7 +144,7 @@ WHERE team_id = @team_id AND kind = 'layer' AND state = 'ready' AND layer_key = 
 UPDATE templates SET used_at = now() WHERE id = $1;
 
 -- name: ListUnusedLayers :many
--- Layers that nothing was begun with for long, or that a team has too many of.
+-- Layers that no build has started from for long, or that exceed a team's limit.
 SELECT * FROM templates
 WHERE templates.kind = 'layer' AND templates.state = 'ready' AND (templates.used_at < @before
    OR (SELECT count(*) FROM templates AS newer WHERE newer.team_id = templates.team_id AND newer.kind = 'layer' AND newer.state = 'ready'
@@ -152,11 +153,11 @@ ORDER BY templates.used_at
 LIMIT 100;
 
 -- name: AddArchive :execrows
--- It gets its size when it is written, see SetArchiveSize.
+-- Without a size; see SetArchiveSize.
 INSERT INTO build_archives (team_id, digest, size_bytes) VALUES ($1, $2, 0) ON CONFLICT DO NOTHING;
 
 -- name: SetArchiveSize :exec
--- Charges the team, whose other charges wait until the transaction ends.
+-- Charges the team. Its other charges wait until the transaction ends.
 UPDATE build_archives SET size_bytes = @size_bytes WHERE team_id = @team_id AND digest = @digest;
 
 -- name: UseArchive :execrows
@@ -172,9 +173,9 @@ SELECT data FROM build_archive_chunks WHERE team_id = $1 AND digest = $2 AND num
 SELECT COALESCE(sum(size_bytes), 0)::bigint FROM build_archives WHERE team_id = $1;
 
 -- name: ForgetArchives :exec
--- Forgets archives that no waiting or running build copies from, in the order of
--- their teams, whose usage is locked after them. One that is used meanwhile has
--- another place (ctid) and stays.
+-- Deletes archives that no queued or running build copies from, in the order of their
+-- teams, whose usage is locked after them. A concurrent use gives an archive another
+-- ctid, so it stays.
 DELETE FROM build_archives WHERE build_archives.ctid = ANY (ARRAY(
     SELECT a.ctid FROM build_archives a WHERE a.used_at < @before
       AND NOT EXISTS (SELECT 1 FROM builds WHERE builds.team_id = a.team_id AND builds.archive = a.digest AND builds.state IN ('queued', 'running'))

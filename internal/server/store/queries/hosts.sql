@@ -1,11 +1,11 @@
 -- name: UpsertHost :one
--- The host that the server's configuration names.
+-- Adds or returns the host from the server's configuration.
 INSERT INTO hosts (id, url, status) VALUES ($1, $2, 'pending')
 ON CONFLICT (url) DO UPDATE SET url = EXCLUDED.url
 RETURNING *;
 
 -- name: InsertHost :one
--- A host that is to register itself.
+-- Adds a host that will register itself.
 INSERT INTO hosts (id, name, tags, status, enrolled, registration_hash, registration_expires_at)
 VALUES ($1, $2, $3, 'pending', true, $4, $5)
 RETURNING *;
@@ -14,7 +14,7 @@ RETURNING *;
 SELECT * FROM hosts WHERE id = $1 AND deleted_at IS NULL;
 
 -- name: ListHosts :many
--- There are few: every server knows them all.
+-- Not paginated: there are few hosts, and every server needs all.
 SELECT * FROM hosts WHERE deleted_at IS NULL ORDER BY created_at, id;
 
 -- name: RenewHostRegistration :one
@@ -31,7 +31,7 @@ UPDATE hosts SET url = @url, refresh_hash = @refresh_hash, previous_hash = @prev
 WHERE id = @id RETURNING *;
 
 -- name: EndHostRegistration :exec
--- Its agent has shown that it got its credentials.
+-- The agent has proved that it received its credentials.
 UPDATE hosts SET registration_hash = NULL, registration_expires_at = NULL WHERE id = $1;
 
 -- name: LockHostByRefresh :one
@@ -56,7 +56,8 @@ WHERE id = @id AND deleted_at IS NULL RETURNING *;
 INSERT INTO host_certificates (serial, host_id, not_after) VALUES ($1, $2, $3);
 
 -- name: PruneHostCertificates :exec
--- The newest stay: a host whose answer got lost goes on with the one before.
+-- Keeps the newest ones: a host that missed a response continues with the previous
+-- certificate.
 DELETE FROM host_certificates WHERE host_certificates.serial = ANY (ARRAY(
     SELECT old.serial FROM host_certificates old WHERE old.host_id = @host_id AND old.serial NOT IN (
         SELECT c.serial FROM host_certificates c WHERE c.host_id = @host_id AND c.not_after > now() ORDER BY c.created_at DESC LIMIT 3)
@@ -70,7 +71,7 @@ DELETE FROM host_certificates WHERE host_certificates.serial = ANY (ARRAY(
 SELECT EXISTS (SELECT 1 FROM host_certificates WHERE serial = @serial AND host_id = @host_id AND not_after > now());
 
 -- name: HostBeat :one
--- The agent says that it is there. Whether it can be called is another matter.
+-- A heartbeat does not show that the server can call the agent.
 UPDATE hosts SET heartbeat_at = now(), version = @version, vmm = @vmm, accelerator = @accelerator, cpus = @cpus,
     memory_bytes = @memory_bytes, disk_bytes = @disk_bytes, capacity_mib = @capacity_mib, slots = @slots, network_block = @network_block,
     sandboxes = @sandboxes, used_memory_mib = @used_memory_mib, used_vcpus = @used_vcpus, disk_free_bytes = @disk_free_bytes
@@ -81,7 +82,8 @@ UPDATE hosts SET heartbeat_at = NULL, status = 'offline'
 WHERE id = @id AND epoch = @epoch AND refresh_hash IS NOT NULL AND deleted_at IS NULL;
 
 -- name: HostSeen :one
--- It answered. One whose heartbeats stopped is not back before they come again.
+-- The host responded to a call. If its heartbeats have stopped, it stays unreachable
+-- until they resume.
 UPDATE hosts SET last_seen_at = now(), version = @version, vmm = @vmm, accelerator = @accelerator, cpus = @cpus, memory_bytes = @memory_bytes, disk_bytes = @disk_bytes,
     capacity_mib = @capacity_mib, slots = @slots, network_block = @network_block,
     sandboxes = @sandboxes, used_memory_mib = @used_memory_mib, used_vcpus = @used_vcpus, disk_free_bytes = @disk_free_bytes, problems = @problems,
@@ -89,8 +91,8 @@ UPDATE hosts SET last_seen_at = now(), version = @version, vmm = @vmm, accelerat
 WHERE id = @id AND deleted_at IS NULL RETURNING *;
 
 -- name: HostsUnreachable :many
--- Those that neither answered nor said that they are there for too long. A time
--- that is yet to come is from before the clock was set back, and says nothing.
+-- Marks unreachable the hosts that have neither responded nor sent a heartbeat for too
+-- long. Times in the future are from before the clock was set back and are ignored.
 UPDATE hosts SET status = 'unreachable'
 WHERE hosts.id = ANY (ARRAY(
     SELECT h.id FROM hosts h WHERE h.status = 'online' AND h.deleted_at IS NULL
@@ -100,7 +102,7 @@ WHERE hosts.id = ANY (ARRAY(
 RETURNING hosts.id, hosts.name, hosts.url;
 
 -- name: SandboxesMissing :many
--- What ran on hosts that are gone. It is found again by whoever compares the host.
+-- Marks missing what ran on unreachable hosts. Reconciliation finds it again.
 UPDATE sandboxes SET state = 'missing'
 WHERE sandboxes.id = ANY (ARRAY(
     SELECT s.id FROM sandboxes s WHERE s.state = 'running' AND s.host_id IN (SELECT hosts.id FROM hosts WHERE hosts.status IN ('unreachable', 'offline') AND hosts.deleted_at IS NULL)
@@ -108,7 +110,7 @@ WHERE sandboxes.id = ANY (ARRAY(
 RETURNING sandboxes.id;
 
 -- name: ListPlaces :many
--- The hosts that may take a sandbox of a template, and what they have already.
+-- The hosts that may take a sandbox of a template, with what they have already.
 SELECT hosts.id, hosts.tags, hosts.capacity_mib, hosts.cpus, hosts.slots, hosts.disk_bytes, hosts.disk_free_bytes,
     COALESCE(used.sandboxes, 0)::bigint AS sandboxes, COALESCE(used.memory_mib, 0)::bigint AS memory_mib, COALESCE(used.vcpus, 0)::bigint AS vcpus,
     COALESCE(used.promised_mib, 0)::bigint AS promised_mib
@@ -121,31 +123,32 @@ LEFT JOIN LATERAL (
 WHERE hosts.status = 'online' AND NOT hosts.draining AND hosts.deleted_at IS NULL;
 
 -- name: LockPlace :one
--- Held to the end of the transaction: of servers that reserve on one host, one after the other does.
+-- Locks until the transaction ends, so that servers reserve on one host one after
+-- another.
 SELECT id, tags, capacity_mib, cpus, slots, disk_bytes, disk_free_bytes FROM hosts
 WHERE id = $1 AND status = 'online' AND NOT draining AND deleted_at IS NULL FOR NO KEY UPDATE;
 
 -- name: UsedPlace :one
--- Promised is the disk that pauses at timeouts will take.
+-- Promised is the disk space that pauses after timeouts will take.
 SELECT count(*) AS sandboxes, COALESCE(sum(memory_mib), 0)::bigint AS memory_mib, COALESCE(sum(vcpus), 0)::bigint AS vcpus,
     COALESCE(sum(memory_mib) FILTER (WHERE on_timeout = 'pause' AND NOT saved), 0)::bigint AS promised_mib FROM sandboxes
 WHERE host_id = $1 AND sandbox_uses_host(state);
 
 -- name: SandboxMoves :one
--- It could not start on one host and is tried on another.
+-- Moves a starting sandbox to another host.
 UPDATE sandboxes SET host_id = @to_host WHERE id = @id AND state = 'starting' AND host_id = @from_host RETURNING *;
 
 -- name: SandboxFound :one
--- Its host is back and has it.
+-- Its host is reachable again and has it.
 UPDATE sandboxes SET state = 'running', expires_at = @expires_at
 WHERE sandboxes.id = @id AND sandboxes.host_id = @host_id AND state = 'missing' AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.status = 'online') RETURNING *;
 
 -- name: CountHostLoses :many
--- What would be lost with a host.
+-- The sandboxes that deleting a host would lose.
 SELECT state, count(*) AS n FROM sandboxes WHERE host_id = $1 AND sandbox_is_live(state) GROUP BY state;
 
 -- name: CountHostOnlyTemplates :one
--- Teams' templates that no other host has.
+-- Counts teams' templates that no other host has.
 SELECT count(*) FROM host_templates JOIN templates ON templates.id = template_id
 WHERE host_templates.host_id = $1 AND team_id <> '00000000-0000-0000-0000-000000000000'
   AND NOT EXISTS (SELECT 1 FROM host_templates o WHERE o.template_id = host_templates.template_id AND o.host_id <> host_templates.host_id);
@@ -156,8 +159,8 @@ WHERE sandboxes.id = ANY (ARRAY(
     SELECT s.id FROM sandboxes s WHERE s.host_id = $1 AND sandbox_is_live(s.state) ORDER BY s.id FOR NO KEY UPDATE)) RETURNING sandboxes.id;
 
 -- name: DropTemplatesOfHost :exec
--- Also drops teams' templates that are then on no host, which frees their names.
--- Locks templates before what hosts have of them, as deleting one does.
+-- Also deletes teams' templates that are on no host afterwards, which frees their names.
+-- Locks templates before the rows of what hosts have, as deleting a template does.
 WITH going AS MATERIALIZED (
     SELECT t.id FROM templates t JOIN host_templates has ON has.template_id = t.id
     WHERE has.host_id = $1 AND t.team_id <> '00000000-0000-0000-0000-000000000000'

@@ -34,8 +34,8 @@ SELECT * FROM channels WHERE id = $1 AND team_id = $2;
 SELECT * FROM channels WHERE id = $1;
 
 -- name: UpdateChannel :one
--- Enabling it forgets its failures. A link that was sent to the old address does not
--- confirm the new one.
+-- Enabling it resets its failures. A link sent to the old address does not confirm the
+-- new one.
 UPDATE channels SET name = COALESCE(sqlc.narg('name'), name), events = COALESCE(sqlc.narg('events')::text[], events),
     target = COALESCE(sqlc.narg('target'), target), sealed = COALESCE(sqlc.narg('sealed')::bytea, sealed),
     enabled = COALESCE(sqlc.narg('enabled')::boolean, enabled),
@@ -64,17 +64,17 @@ WHERE id = @id RETURNING enabled;
 SELECT notify_channels(@team::uuid, @event::text, @body::jsonb);
 
 -- name: WasTold :one
--- Whether a team's channels were told of an event lately.
+-- Whether a team has had an event within the last secs seconds.
 SELECT EXISTS (SELECT 1 FROM deliveries JOIN channels ON channels.id = deliveries.channel_id
     WHERE channels.team_id = @team_id AND deliveries.event = @event AND deliveries.created_at > now() - make_interval(secs => @secs::float8));
 
 -- name: InsertDelivery :one
--- One that is being tried.
+-- Inserts a delivery that is being attempted.
 INSERT INTO deliveries (id, channel_id, event, body, attempts, tried_at, state) VALUES ($1, $2, $3, $4, 1, now(), 'failed') RETURNING *;
 
 -- name: ClaimDelivery :one
--- One that is due, which nobody else tries until it is due again: of no channel
--- and no team that has as many under way as it may.
+-- Claims a due delivery until the claim expires, of a channel and a team below their
+-- limits.
 UPDATE deliveries SET attempts = attempts + 1, tried_at = now(), next_at = now() + make_interval(secs => @secs::float8)
 WHERE id = (
     SELECT d.id FROM deliveries d JOIN channels c ON c.id = d.channel_id
@@ -83,7 +83,7 @@ WHERE id = (
 RETURNING *;
 
 -- name: NextDelivery :one
--- Seconds until the next is due that [ClaimDelivery] would return.
+-- Seconds until [ClaimDelivery] will return one.
 SELECT COALESCE(EXTRACT(EPOCH FROM min(d.next_at) - now()), 3600)::float8 AS secs FROM deliveries d JOIN channels c ON c.id = d.channel_id
 WHERE d.state = 'pending' AND c.id <> ALL (@busy_channels::uuid[]) AND c.team_id <> ALL (@busy_teams::uuid[]);
 
@@ -100,7 +100,7 @@ DELETE FROM deliveries WHERE deliveries.id = ANY (ARRAY(
     ORDER BY going.id FOR UPDATE));
 
 -- name: TrimDeliveries :execrows
--- Of each channel the newest stay.
+-- Keeps the newest deliveries of each channel.
 DELETE FROM deliveries WHERE deliveries.id = ANY (ARRAY(
     SELECT going.id FROM deliveries going WHERE going.id = ANY (ARRAY(
         SELECT many.id FROM (SELECT d.id, row_number() OVER (PARTITION BY d.channel_id ORDER BY d.created_at DESC, d.id DESC) AS n FROM deliveries d) many
@@ -108,5 +108,5 @@ DELETE FROM deliveries WHERE deliveries.id = ANY (ARRAY(
     ORDER BY going.id FOR UPDATE));
 
 -- name: CountPendingDeliveries :one
--- Those that are due, and those that are being tried or wait for the next attempt.
+-- Pending deliveries: due now, or being attempted or waiting for the next attempt.
 SELECT count(*) FILTER (WHERE next_at <= now()) AS due, count(*) FILTER (WHERE next_at > now()) AS later FROM deliveries WHERE state = 'pending';

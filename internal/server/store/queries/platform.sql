@@ -8,7 +8,7 @@ UPDATE platform_settings SET signup_open = $1, max_running = $2, max_vcpus = $3,
 SELECT * FROM team_quotas WHERE team_id = $1;
 
 -- name: GetUsage :one
--- What is stored includes records.
+-- Stored size includes records.
 SELECT running, vcpus, memory_mib, disk_mib, (stored_mib + records_mib(record_bytes + unsettled_bytes(team_id)))::bigint AS stored_mib FROM team_usage WHERE team_id = $1;
 
 -- name: SetQuota :exec

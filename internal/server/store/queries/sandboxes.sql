@@ -1,11 +1,10 @@
--- Every change of state names the states that it may come from, so that of two
--- that race one wins and the other learns of it (no row comes back). A change
--- that a host reports, or is asked for, names the host too: no other host can
--- make it.
+-- Every change of state names the allowed previous states, so that of two concurrent
+-- changes one wins and the other gets no row. A change that a host reports or executes
+-- also names the host, so that no other host can make it.
 --
--- Whatever changes several rows locks them first, in the order of their keys, so
--- that no two wait for each other in a circle (TestLockOrder): once, in an array
--- that is made before anything is changed.
+-- Statements that change several rows lock them first, all at once and sorted by key, so
+-- that no two wait for each other (TestLockOrder). An array of the keys, computed before
+-- any change, keeps that order.
 
 -- name: InsertSandbox :one
 INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, on_timeout, auto_resume, forked_from, build_id)
@@ -31,15 +30,15 @@ DELETE FROM idempotency_keys WHERE idempotency_keys.ctid = ANY (ARRAY(
 SELECT * FROM sandboxes WHERE id = $1;
 
 -- name: GetSandboxPayer :one
--- A sandbox with the payer that GetTeamPayer returns for its team.
+-- A sandbox with its team's payer, as in GetTeamPayer.
 SELECT sqlc.embed(sandboxes), COALESCE(team_owner(team_id), team_id)::uuid AS payer FROM sandboxes WHERE id = $1;
 
 -- name: GetTeamSandbox :one
--- A build's sandbox is nobody's but the build's.
+-- Excludes sandboxes of builds, which only their build may use.
 SELECT * FROM sandboxes WHERE id = $1 AND team_id = $2 AND build_id IS NULL;
 
 -- name: ListLiveSandboxes :many
--- A partial index serves it.
+-- Uses a partial index.
 SELECT * FROM sandboxes
 WHERE team_id = @team_id
   AND sandbox_is_live(state)
@@ -78,8 +77,8 @@ UPDATE sandboxes SET state = 'error', end_reason = 'failed', error = @error, end
 WHERE id = @id AND host_id = @host_id AND sandbox_is_starting(state) RETURNING *;
 
 -- name: DropUnstarted :exec
--- Forgets sandboxes that no host was ever asked for, or that it refused, and
--- their idempotency keys.
+-- Deletes sandboxes that no host was asked for, or that it refused, with their
+-- idempotency keys.
 DELETE FROM sandboxes WHERE sandboxes.id = ANY (ARRAY(
     SELECT s.id FROM sandboxes s WHERE s.id = ANY (@ids::uuid[]) AND sandbox_is_starting(s.state) ORDER BY s.id FOR UPDATE));
 
@@ -87,17 +86,17 @@ DELETE FROM sandboxes WHERE sandboxes.id = ANY (ARRAY(
 UPDATE sandboxes SET state = 'pausing' WHERE id = $1 AND state = 'running' RETURNING *;
 
 -- name: SandboxDrains :one
--- It is to be paused because its host drains, if that still does.
+-- Marks pausing a sandbox because its host drains, if it still does.
 UPDATE sandboxes SET state = 'pausing', drained = true
 WHERE sandboxes.id = $1 AND state = 'running' AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.draining) RETURNING *;
 
 -- name: SandboxStaysPaused :one
--- Somebody asked for it to be paused, which so far it was because its host drains.
+-- Records that somebody requested the pause of a drained sandbox.
 UPDATE sandboxes SET drained = false, expires_at = NULL WHERE id = $1 AND state = 'paused' RETURNING *;
 
 -- name: DrainedExpire :many
--- Sandboxes of a host that nobody has resumed and whose time is over. One that has lost
--- its memory ends because of that.
+-- Marks stopping a host's drained sandboxes whose timeout has passed. One that has lost
+-- its memory ends for that reason.
 UPDATE sandboxes SET state = 'stopping', end_reason = CASE
     WHEN condition = 'memory_lost' AND condition_reason IN ('oom', 'crashed', 'restarted', 'killed') THEN condition_reason ELSE 'expired' END
 WHERE sandboxes.id = ANY (ARRAY(
@@ -111,15 +110,15 @@ UPDATE sandboxes SET state = 'paused', paused_at = COALESCE(paused_at, @paused_a
 WHERE id = @id AND host_id = @host_id AND state = ANY (@came_from::text[]) AND state IN ('running', 'missing', 'pausing', 'resuming') RETURNING *;
 
 -- name: SandboxMemoryLost :one
--- Its host has it paused without its memory. Nobody asked for that, so the next use
--- resumes it, and its timeout goes on if that destroys it.
+-- Its host has it paused without its memory. Nobody requested that, so the next use
+-- resumes it, and its timeout continues if that destroys it.
 UPDATE sandboxes SET state = 'paused', paused_at = COALESCE(paused_at, @paused_at::timestamptz), drained = true,
     expires_at = CASE WHEN on_timeout = 'destroy' THEN expires_at END,
     condition = 'memory_lost', condition_reason = @reason, condition_detail = @detail, condition_since = @since::timestamptz
 WHERE id = @id AND host_id = @host_id AND state = ANY (@came_from::text[]) AND state IN ('running', 'missing', 'pausing', 'resuming') RETURNING *;
 
 -- name: SandboxesCondition :many
--- What their host says of those that run. An empty reason ends a condition.
+-- Stores what the host reports for running sandboxes. An empty reason clears a condition.
 UPDATE sandboxes SET condition = CASE seen.reason WHEN '' THEN '' ELSE 'unresponsive' END,
     condition_reason = seen.reason, condition_detail = seen.detail, condition_since = CASE seen.reason WHEN '' THEN NULL ELSE seen.since END
 FROM (SELECT unnest(@ids::uuid[]) AS id, unnest(@reasons::text[]) AS reason, unnest(@details::text[]) AS detail, unnest(@sinces::timestamptz[]) AS since) AS seen
@@ -139,7 +138,7 @@ UPDATE sandboxes SET state = 'running', drained = false, paused_at = NULL, expir
 WHERE id = @id AND host_id = @host_id AND sandbox_has_image(state) RETURNING *;
 
 -- name: SandboxStopping :one
--- Stopping a sandbox that stops is no change, yet answers with the row.
+-- Idempotent: returns the row also if the sandbox is already stopping.
 UPDATE sandboxes SET state = 'stopping', ended_by = COALESCE(NULLIF(ended_by, ''), @ended_by)
 WHERE id = @id AND sandbox_is_live(state) RETURNING *;
 
@@ -148,13 +147,13 @@ UPDATE sandboxes SET state = 'stopped', end_reason = COALESCE(end_reason, 'delet
 WHERE id = $1 AND state = 'stopping' RETURNING *;
 
 -- name: SandboxEnded :one
--- It ended without being asked to.
+-- It ended without a request.
 UPDATE sandboxes SET state = 'stopped', end_reason = @end_reason::text, error = @error,
     ended_at = GREATEST(started_at, created_at, LEAST(@ended_at::timestamptz, now()))
 WHERE id = @id AND host_id = @host_id AND sandbox_is_live(state) AND NOT sandbox_is_starting(state) AND state <> 'stopping' RETURNING *;
 
 -- name: SandboxRevived :one
--- Its host, which had ended or lost it, has it paused after all.
+-- Its host had ended or lost it and now has it paused.
 UPDATE sandboxes SET state = 'paused', paused_at = @paused_at::timestamptz, drained = false, expires_at = NULL, end_reason = NULL, error = '', ended_at = NULL
 WHERE id = @id AND host_id = @host_id AND state = 'stopped' AND end_reason IN ('exited', 'lost') RETURNING *;
 
@@ -171,6 +170,6 @@ WHERE sandboxes.id = seen.id AND sandboxes.expires_at IS DISTINCT FROM seen.at A
     SELECT s.id FROM sandboxes s WHERE s.id = ANY (@ids::uuid[]) AND s.host_id = @host_id AND s.state = 'running' ORDER BY s.id FOR NO KEY UPDATE));
 
 -- name: LockSandboxes :exec
--- Before a transaction changes several: rows come before what the teams have
--- (see charge_team), and in one order.
+-- Call this before a transaction changes several sandboxes: rows are locked before their
+-- teams' use (see charge_team), and in one order.
 SELECT FROM sandboxes WHERE id = ANY (@ids::uuid[]) ORDER BY id FOR UPDATE;

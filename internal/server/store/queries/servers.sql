@@ -5,7 +5,7 @@ INSERT INTO servers (id, seen_at) VALUES ($1, now()) ON CONFLICT (id) DO UPDATE 
 DELETE FROM servers WHERE id = $1;
 
 -- name: ReleaseHosts :exec
--- The server stops: another one may watch its hosts at once.
+-- The server stops, so others may take over its hosts at once.
 UPDATE hosts SET watcher = NULL WHERE hosts.id = ANY (ARRAY(
     SELECT h.id FROM hosts h WHERE h.watcher = @server::uuid ORDER BY h.id FOR NO KEY UPDATE));
 
@@ -14,8 +14,8 @@ DELETE FROM servers WHERE servers.id = ANY (ARRAY(
     SELECT s.id FROM servers s WHERE s.seen_at < now() - interval '1 day' ORDER BY s.id FOR UPDATE));
 
 -- name: ClaimHosts :exec
--- Hosts that nobody watches, or whose watcher is dead. A time that is yet to come
--- is from before the clock was set back, and says nothing.
+-- Claims hosts without a watcher or with a dead one. Times in the future are from before
+-- the clock was set back and are ignored.
 UPDATE hosts SET watcher = @server
 WHERE hosts.id = ANY (ARRAY(
     SELECT h.id FROM hosts h WHERE h.deleted_at IS NULL AND h.url IS NOT NULL AND h.watcher IS DISTINCT FROM @server
@@ -23,7 +23,7 @@ WHERE hosts.id = ANY (ARRAY(
     ORDER BY h.id FOR NO KEY UPDATE));
 
 -- name: ListAtWork :many
--- A host's sandboxes that another living server is at work on.
+-- A host's sandboxes that another live server works on.
 SELECT sandboxes.id FROM sandboxes JOIN servers ON servers.id = sandboxes.worker
 WHERE sandboxes.host_id = @host_id AND sandbox_is_live(sandboxes.state)
   AND servers.id <> @server AND servers.seen_at BETWEEN now() - make_interval(secs => @within::float8) AND now() + make_interval(secs => @within::float8);

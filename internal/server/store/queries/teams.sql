@@ -10,13 +10,14 @@ SELECT count(*) FROM team_members m JOIN teams t ON t.id = m.team_id WHERE m.use
 SELECT * FROM teams WHERE id = $1 AND deleting_at IS NULL;
 
 -- name: KeepTeam :one
--- Keeps a team until the transaction ends. Lock order: sandboxes, team_usage,
--- teams (charge_team). revoke_tokens locks sandboxes after this, so it must be shared.
+-- Locks a team against deletion until the transaction ends. Lock order: sandboxes,
+-- team_usage, teams (charge_team). revoke_tokens locks sandboxes after this, so the lock
+-- must be shared.
 SELECT id FROM teams WHERE id = $1 AND deleting_at IS NULL FOR SHARE;
 
 -- name: LockLimit :exec
--- Held to the end of the transaction: of several that count what a team has of
--- something and then add to it, one after the other does.
+-- Locks until the transaction ends, so that transactions which count a team's objects and
+-- then add one run one after another.
 SELECT pg_advisory_xact_lock(hashtextextended(@what::text || ' ' || (sqlc.arg('team_id')::uuid)::text, 0));
 
 -- name: RenameTeam :one
@@ -71,5 +72,5 @@ SELECT id FROM teams WHERE id = $1 AND deleting_at IS NOT NULL FOR UPDATE;
 DELETE FROM teams t WHERE t.id = $1 AND t.deleting_at IS NOT NULL AND NOT EXISTS (SELECT FROM templates p WHERE p.team_id = t.id);
 
 -- name: GetTeamPayer :one
--- On whom what a team has counts: its owner, or itself if it has none.
+-- Whose quota a team's use counts towards: its owner, or itself if it has none.
 SELECT COALESCE(team_owner(@team), @team)::uuid AS payer;

@@ -1,17 +1,17 @@
 -- name: FindLostTemplate :one
--- A template that a host had lost is there again. False: it had not.
+-- Restores a template that a host had lost. False: it had not lost it.
 SELECT template_found(@host_id, @template_id)::boolean AS found;
 
 -- name: KeepLostTemplate :exec
--- Remembers what a host has lost, so that it can have it again.
+-- Records what a host has lost, so that it may have it again.
 INSERT INTO lost_templates (host_id, template_id, team_id, kept)
 SELECT host_templates.host_id, templates.id, templates.team_id, to_jsonb(templates) FROM templates JOIN host_templates ON template_id = templates.id
 WHERE templates.id = @id AND host_templates.host_id = @host_id AND templates.id <> '00000000-0000-0000-0000-000000000000'
 ON CONFLICT (host_id, template_id) DO UPDATE SET kept = EXCLUDED.kept, lost_at = now();
 
 -- name: ClaimTemplate :one
--- A template that is captured from a sandbox under a name of its own. No row:
--- the team has a template of that name.
+-- Claims a name for a template captured from a sandbox. No row: the team already has a
+-- template of that name.
 INSERT INTO templates (id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker)
 SELECT @id, @team_id, @name::text, 0, @created_at, 'pending', @vcpus, @memory_mib, @disk_mib, @captured_from, @worker
 WHERE NOT EXISTS (SELECT 1 FROM templates AS other WHERE other.team_id = @team_id AND other.name = @name::text AND other.kind = 'template' AND other.state <> 'deleting')
@@ -19,8 +19,8 @@ ON CONFLICT DO NOTHING
 RETURNING *;
 
 -- name: ClaimImport :one
--- What is made of an image: the next version of a name, or for a build a layer.
--- No row: somebody else has claimed that version meanwhile.
+-- Inserts an import: the next version of a name, or a layer for a build. No row: a
+-- concurrent request has claimed that version.
 INSERT INTO templates (id, team_id, name, kind, version, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, worker, build_id, layer_key)
 SELECT @id, @team_id, @name::text, @kind::text,
     CASE WHEN @kind::text = 'layer' THEN 0 ELSE (SELECT coalesce(max(other.version), 0) + 1 FROM templates AS other WHERE other.team_id = @team_id AND other.name = @name::text AND other.kind = 'template') END,
@@ -29,7 +29,7 @@ ON CONFLICT DO NOTHING
 RETURNING *;
 
 -- name: UseImported :one
--- What was made of an image for builds of a team.
+-- The layer that builds of a team imported from an image.
 UPDATE templates SET used_at = now() WHERE templates.id = (
     SELECT made.id FROM templates AS made
     WHERE made.team_id = @team_id AND made.kind = 'layer' AND made.state = 'ready' AND made.layer_key = @layer_key
@@ -39,15 +39,15 @@ UPDATE templates SET used_at = now() WHERE templates.id = (
 RETURNING *;
 
 -- name: TemplateReady :one
--- A host that is to make it has made it.
+-- Marks ready a template that its host has finished.
 UPDATE templates SET state = 'ready', size_bytes = @size_bytes, created_at = GREATEST(templates.created_at, LEAST(@created_at, now())),
     vcpus = @vcpus, memory_mib = @memory_mib, disk_mib = @disk_mib, limits = @limits
 WHERE templates.id = @id AND state IN ('pending', 'ready')
   AND EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id AND host_id = @host_id) RETURNING *;
 
 -- name: TemplateMeasured :exec
--- What a template takes on a host that has it. Of the built-in one, which each
--- host makes, the size of the disk is the hosts' too.
+-- Stores a template's size on a host. For the built-in template, which each host builds,
+-- also the size of the disk.
 UPDATE templates SET size_bytes = @size_bytes, disk_mib = CASE WHEN templates.id = '00000000-0000-0000-0000-000000000000' THEN @disk_mib::integer ELSE templates.disk_mib END
 WHERE templates.id = @id AND state = 'ready'
   AND EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id AND host_id = @host_id);
@@ -56,7 +56,7 @@ WHERE templates.id = @id AND state = 'ready'
 SELECT templates.* FROM templates JOIN host_templates ON template_id = templates.id WHERE templates.id = @id AND host_templates.host_id = @host_id;
 
 -- name: TemplateDeleting :one
--- Deleting what is being deleted is no change, yet answers with the row.
+-- Idempotent: returns the row also if the template is already being deleted.
 WITH unnamed AS (
     DELETE FROM template_tags WHERE template_id = (SELECT going.id FROM templates AS going WHERE going.id = @id AND going.state IN ('ready', 'deleting'))
 )
@@ -66,7 +66,7 @@ UPDATE templates SET state = 'deleting', worker = @worker WHERE templates.id = @
 DELETE FROM templates WHERE id = $1 AND state IN ('pending', 'deleting');
 
 -- name: DropLostTemplates :many
--- A team's template that no host has any more.
+-- Deletes teams' templates that no host has any more.
 DELETE FROM templates WHERE templates.id = ANY (ARRAY(
     SELECT t.id FROM templates t WHERE t.id = ANY (@ids::uuid[]) AND t.state = 'ready' AND t.team_id <> '00000000-0000-0000-0000-000000000000'
       AND NOT EXISTS (SELECT 1 FROM host_templates WHERE host_templates.template_id = t.id)
@@ -76,7 +76,7 @@ DELETE FROM templates WHERE templates.id = ANY (ARRAY(
 INSERT INTO host_templates (host_id, template_id) VALUES ($1, $2) ON CONFLICT DO NOTHING;
 
 -- name: LockTemplate :exec
--- Lock it before what hosts have of it, as a deletion does.
+-- Lock a template before the rows of what hosts have, as a deletion does.
 SELECT FROM templates WHERE id = $1 FOR UPDATE;
 
 -- name: DropHostTemplates :exec
@@ -84,14 +84,14 @@ DELETE FROM host_templates WHERE host_templates.host_id = @host_id AND host_temp
     SELECT has.template_id FROM host_templates has WHERE has.host_id = @host_id AND has.template_id = ANY (@ids::uuid[]) ORDER BY has.template_id FOR UPDATE));
 
 -- name: ListHostTemplates :many
--- Those that a host has, is to have, or is to be rid of, and those that every
--- host is rid of, of which only the row is left to remove.
+-- The templates that a host has, is creating or must delete, and those that all hosts
+-- have deleted but whose row is left.
 SELECT templates.* FROM templates JOIN host_templates ON template_id = templates.id WHERE host_templates.host_id = @host_id
 UNION ALL
 SELECT templates.* FROM templates WHERE templates.state = 'deleting' AND NOT EXISTS (SELECT 1 FROM host_templates AS elsewhere WHERE elsewhere.template_id = templates.id);
 
 -- name: ListTemplatesAtWork :many
--- Those that another living server captures or removes.
+-- Templates that another live server captures or deletes.
 SELECT templates.id FROM templates JOIN servers ON servers.id = templates.worker
 WHERE templates.state <> 'ready' AND servers.id <> @server AND servers.seen_at BETWEEN now() - make_interval(secs => @within::float8) AND now() + make_interval(secs => @within::float8);
 
@@ -102,7 +102,7 @@ SELECT host_id FROM host_templates WHERE template_id = $1;
 SELECT * FROM templates WHERE id = $1;
 
 -- name: ResolveTemplate :one
--- A team's own template goes before the platform's of the same name.
+-- A team's own template takes precedence over the platform's.
 SELECT * FROM templates
 WHERE templates.team_id IN (@team_id, '00000000-0000-0000-0000-000000000000')
   AND (templates.id = sqlc.narg('id') OR templates.name = sqlc.narg('name') AND (version = sqlc.narg('version')
@@ -114,7 +114,7 @@ ORDER BY templates.team_id = @team_id DESC
 LIMIT 1;
 
 -- name: FindTemplate :one
--- Like ResolveTemplate, in any state: the one that is there before those that go.
+-- Like ResolveTemplate, in any state. Prefers templates that are not being deleted.
 SELECT * FROM templates
 WHERE templates.team_id IN (@team_id, '00000000-0000-0000-0000-000000000000')
   AND (templates.id = sqlc.narg('id') OR templates.name = sqlc.narg('name') AND (version = sqlc.narg('version') OR state = 'deleting' AND sqlc.narg('tag') = 'latest'
@@ -124,7 +124,7 @@ ORDER BY templates.team_id = @team_id DESC, state = 'deleting'
 LIMIT 1;
 
 -- name: ListVersions :many
--- Those of one name that a team has, whatever becomes of them.
+-- All versions of a team's name, in any state.
 SELECT * FROM templates WHERE team_id = @team_id AND name = @name AND kind = 'template' ORDER BY version;
 
 -- name: ListTemplates :many
@@ -152,7 +152,7 @@ LIMIT @max_rows;
 SELECT tag FROM template_tags WHERE template_id = $1 ORDER BY tag;
 
 -- name: SetTag :execrows
--- No row: the template goes.
+-- No row: the template is being deleted.
 INSERT INTO template_tags (team_id, name, tag, template_id)
 SELECT team_id, name, @tag, id FROM templates WHERE id = @id AND state <> 'deleting'
 ON CONFLICT (team_id, name, tag) DO UPDATE SET template_id = EXCLUDED.template_id;
@@ -165,8 +165,7 @@ SELECT charge_team(@team_id, 0, 0, 0, 0, 0, true);
 DELETE FROM template_tags WHERE team_id = @team_id AND name = @name AND tag = @tag;
 
 -- name: ListUnusedVersions :many
--- Built templates that no tag names any more and no sandbox was started from
--- that is still there.
+-- Built templates without tags and without live sandboxes.
 SELECT * FROM templates
 WHERE build_id IS NOT NULL AND kind = 'template' AND state = 'ready'
   AND NOT EXISTS (SELECT 1 FROM template_tags WHERE template_id = templates.id)
@@ -175,8 +174,8 @@ ORDER BY id
 LIMIT 100;
 
 -- name: NoteFailedImport :exec
--- The newest twenty of a team are remembered, and of a name the newest, unless
--- that was noted since.
+-- Keeps the newest twenty failures of a team and the newest one of each name, unless a
+-- later failure was stored since.
 WITH older AS (
     DELETE FROM failed_imports USING templates
     WHERE templates.id = @id AND failed_imports.team_id = templates.team_id AND failed_imports.name <> templates.name

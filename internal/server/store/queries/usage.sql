@@ -1,7 +1,7 @@
--- Of a run that is missing what counts ends when it was last heard of.
+-- The run of a missing sandbox counts until its host was last seen.
 
 -- name: LockUsage :exec
--- Held to the end of the transaction.
+-- Locks until the transaction ends.
 SELECT pg_advisory_xact_lock(hashtext('wrenn.usage'));
 
 -- name: FirstRunDay :one
@@ -27,7 +27,7 @@ GROUP BY r.team_id, d.day;
 INSERT INTO usage_rollups (day) VALUES (@day::date) ON CONFLICT DO NOTHING;
 
 -- name: ForgetRuns :execrows
--- In small batches. Their days are computed, and are not changed any more.
+-- In small batches. The runs' days are summed up and no longer change.
 DELETE FROM sandbox_runs WHERE id = ANY (ARRAY(
     SELECT r.id FROM sandbox_runs r WHERE r.ended_at < @before ORDER BY r.ended_at, r.id LIMIT @max_rows FOR UPDATE));
 
@@ -36,7 +36,7 @@ SELECT day, vcpu_seconds::float8 AS vcpu_seconds, memory_mib_seconds::float8 AS 
 FROM usage_days WHERE team_id = @team_id AND day = ANY (@days::date[]) ORDER BY day;
 
 -- name: ListLiveUsage :many
--- Days that are not computed yet.
+-- Days that are not summed up yet.
 SELECT d.day::date AS day,
     sum(r.vcpus * seconds_of_day(d.day, r.started_at, COALESCE(r.ended_at, r.missing_at)))::float8 AS vcpu_seconds,
     sum(r.memory_mib * seconds_of_day(d.day, r.started_at, COALESCE(r.ended_at, r.missing_at)))::float8 AS memory_mib_seconds,
@@ -46,7 +46,7 @@ JOIN sandbox_runs r ON r.team_id = @team_id AND r.started_at < utc_day(d.day + 1
 GROUP BY d.day ORDER BY d.day;
 
 -- name: ListUsageByTeam :many
--- Includes teams that used nothing but have something stored.
+-- Includes teams without use that store something.
 SELECT parts.team_id, COALESCE((SELECT teams.name FROM teams WHERE teams.id = parts.team_id), '')::text AS name,
     sum(parts.vcpu_seconds)::float8 AS vcpu_seconds, sum(parts.memory_mib_seconds)::float8 AS memory_mib_seconds, sum(parts.starts)::bigint AS starts,
     COALESCE((SELECT t.stored_mib + records_mib(t.record_bytes + unsettled_bytes(t.team_id)) FROM team_usage t WHERE t.team_id = parts.team_id), 0)::bigint AS stored_mib

@@ -8,7 +8,7 @@ SELECT * FROM users WHERE lower(email) = lower(@email);
 SELECT * FROM users WHERE id = $1 FOR UPDATE;
 
 -- name: FindUser :many
--- The one with an address, for somebody who may add members to a team.
+-- Finds the user with an address, for a caller who may add members to a team.
 SELECT * FROM users WHERE lower(email) = lower(@email) AND active AND verified_at IS NOT NULL
   AND EXISTS (SELECT 1 FROM team_members WHERE user_id = @asked_by AND role IN ('owner', 'admin'));
 
@@ -22,7 +22,7 @@ UPDATE users SET password_hash = $2 WHERE id = $1;
 UPDATE users SET verified_at = now() WHERE id = $1 AND verified_at IS NULL;
 
 -- name: SignUpAgain :exec
--- An account that was never opened is whoever's signed up last.
+-- An account with an unverified address belongs to the last one who signed up.
 UPDATE users SET password_hash = @password_hash, admin = admin OR @admin::boolean, created_at = now() WHERE id = @id AND verified_at IS NULL;
 
 -- name: UpdateUser :one
@@ -53,7 +53,7 @@ UPDATE sessions SET previous_hash = refresh_hash, refresh_hash = @refresh_hash, 
 DELETE FROM sessions WHERE id = $1;
 
 -- name: DeleteUserSessions :exec
--- All of a user's, but for one.
+-- Deletes all of a user's sessions except one.
 DELETE FROM sessions WHERE sessions.id = ANY (ARRAY(
     SELECT s.id FROM sessions s WHERE s.user_id = @user_id AND s.id <> @keep ORDER BY s.id FOR UPDATE));
 
@@ -89,6 +89,6 @@ DELETE FROM mail_tokens WHERE mail_tokens.hash = ANY (ARRAY(
     SELECT m.hash FROM mail_tokens m WHERE m.expires_at < now() ORDER BY m.hash FOR UPDATE));
 
 -- name: DeleteUnverifiedUsers :exec
--- Who did not use their link in a week may sign up again, and so may whom the address belongs to.
+-- After a week without verification, the address is free for a new sign-up.
 DELETE FROM users WHERE users.id = ANY (ARRAY(
     SELECT u.id FROM users u WHERE u.verified_at IS NULL AND u.created_at < now() - interval '7 days' ORDER BY u.id FOR UPDATE));

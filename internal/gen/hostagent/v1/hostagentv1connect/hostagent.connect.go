@@ -2,7 +2,7 @@
 //
 // Source: hostagent/v1/hostagent.proto
 
-// What the control plane asks of a host's agent.
+// The RPCs of a host's agent for the control plane.
 package hostagentv1connect
 
 import (
@@ -100,20 +100,20 @@ const (
 
 // HostAgentClient is a client for the hostagent.v1.HostAgent service.
 type HostAgentClient interface {
-	// Create starts a sandbox and returns when its guest daemon answers. It is
-	// idempotent by sandbox id: a repeated call returns the sandbox there is.
+	// Create starts a sandbox and returns when envd responds. It is idempotent by sandbox
+	// id: a repeated call returns the existing sandbox.
 	Create(context.Context, *connect.Request[v1.CreateRequest]) (*connect.Response[v1.CreateResponse], error)
-	// Destroy ends a sandbox and removes all it had. Idempotent.
+	// Destroy stops a sandbox and deletes everything of it. Idempotent.
 	Destroy(context.Context, *connect.Request[v1.DestroyRequest]) (*connect.Response[v1.DestroyResponse], error)
 	List(context.Context, *connect.Request[v1.ListRequest]) (*connect.Response[v1.ListResponse], error)
 	Get(context.Context, *connect.Request[v1.GetRequest]) (*connect.Response[v1.GetResponse], error)
-	// Exec runs a command to its end and returns what it printed, bounded.
+	// Exec runs a command until it exits and returns its bounded output.
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
 	// Run runs a command without input to its end. It sends what the command prints, and
 	// exited as the last message. Earlier releases do not have it.
 	Run(context.Context, *connect.Request[v1.RunRequest]) (*connect.ServerStreamForClient[v1.RunResponse], error)
-	// ExecStream runs a command with its input and output streamed. The first
-	// message is start.
+	// ExecStream runs a command and streams its input and output. The first message is
+	// start.
 	ExecStream(context.Context) *connect.BidiStreamForClient[v1.ExecStreamRequest, v1.ExecStreamResponse]
 	WriteFile(context.Context, *connect.Request[v1.WriteFileRequest]) (*connect.Response[v1.WriteFileResponse], error)
 	ReadFile(context.Context, *connect.Request[v1.ReadFileRequest]) (*connect.Response[v1.ReadFileResponse], error)
@@ -121,56 +121,51 @@ type HostAgentClient interface {
 	WriteFileStream(context.Context) *connect.ClientStreamForClient[v1.WriteFileStreamRequest, v1.WriteFileStreamResponse]
 	// ReadFileStream reads a file of any size. The first message is start.
 	ReadFileStream(context.Context, *connect.Request[v1.ReadFileStreamRequest]) (*connect.ServerStreamForClient[v1.ReadFileStreamResponse], error)
-	// Ping extends a sandbox's life by its timeout, counted from now.
+	// Ping restarts a sandbox's timeout.
 	Ping(context.Context, *connect.Request[v1.PingRequest]) (*connect.Response[v1.PingResponse], error)
 	Metrics(context.Context, *connect.Request[v1.MetricsRequest]) (*connect.Response[v1.MetricsResponse], error)
-	// Samples measures all sandboxes that run, by what the host knows of them:
-	// no guest is asked.
+	// Samples returns the resource use of all running sandboxes, as the host measures it
+	// without their guests.
 	Samples(context.Context, *connect.Request[v1.SamplesRequest]) (*connect.Response[v1.SamplesResponse], error)
 	// Console returns the last output of the guest's serial console.
 	Console(context.Context, *connect.Request[v1.ConsoleRequest]) (*connect.Response[v1.ConsoleResponse], error)
-	// Templates lists what sandboxes can be started from on this host.
+	// Templates lists the templates that sandboxes can start from on this host.
 	Templates(context.Context, *connect.Request[v1.TemplatesRequest]) (*connect.Response[v1.TemplatesResponse], error)
-	// Host describes the machine and what of it is in use.
+	// Host describes the machine and its use.
 	Host(context.Context, *connect.Request[v1.HostRequest]) (*connect.Response[v1.HostResponse], error)
-	// Events streams what the agent did on its own, oldest first, from the
-	// first event that is not acknowledged, and goes on with new ones.
+	// Events streams what the agent did by itself, oldest first, from the first
+	// unacknowledged event, and continues with new ones.
 	Events(context.Context, *connect.Request[v1.EventsRequest]) (*connect.ServerStreamForClient[v1.EventsResponse], error)
-	// AckEvents lets the agent forget every event up to and including seq.
+	// AckEvents acknowledges all events up to and including seq.
 	AckEvents(context.Context, *connect.Request[v1.AckEventsRequest]) (*connect.Response[v1.AckEventsResponse], error)
-	// Pause writes a running sandbox's memory and devices to disk and ends its
-	// virtual machine. It goes on when the caller leaves. Idempotent. When it
-	// fails the sandbox runs as before.
+	// Pause saves a running sandbox's memory and devices to disk and stops its VM. It
+	// continues if the caller leaves. Idempotent. If it fails, the sandbox runs as before.
 	Pause(context.Context, *connect.Request[v1.PauseRequest]) (*connect.Response[v1.PauseResponse], error)
-	// Resume lets a paused sandbox go on. Idempotent. When it fails the sandbox
-	// is paused as before.
+	// Resume resumes a paused sandbox. Idempotent. If it fails, the sandbox stays paused.
 	Resume(context.Context, *connect.Request[v1.ResumeRequest]) (*connect.Response[v1.ResumeResponse], error)
-	// Reboot starts a running or paused sandbox from its disk, without its memory.
-	// The guest need not answer. It goes on when the caller leaves. When it fails
-	// the sandbox runs as before, or is paused without its memory; the disk is kept.
+	// Reboot starts a running or paused sandbox from its disk, without its memory, even if
+	// its guest does not respond. It continues if the caller leaves. If it fails, the
+	// sandbox runs as before, or is paused without its memory; its disk is kept.
 	Reboot(context.Context, *connect.Request[v1.RebootRequest]) (*connect.Response[v1.RebootResponse], error)
-	// Snapshot captures a running or paused sandbox, which stays as it is, as a
-	// template of its team. It goes on when the caller leaves. Idempotent by
-	// template id.
+	// Snapshot captures a running or paused sandbox, which keeps its state, as a template
+	// of its team. It continues if the caller leaves. Idempotent by template id.
 	Snapshot(context.Context, *connect.Request[v1.SnapshotRequest]) (*connect.Response[v1.SnapshotResponse], error)
-	// Settle ends all processes of a sandbox's users, and has its guest write to
-	// its disk what it has not yet.
+	// Settle quiesces a sandbox before a capture of its disk: it kills all processes of the
+	// guest's users and has the guest sync its file systems.
 	Settle(context.Context, *connect.Request[v1.SettleRequest]) (*connect.Response[v1.SettleResponse], error)
-	// Fork makes copies of a running sandbox, which goes on: all or none.
+	// Fork creates copies of a running sandbox, which keeps running: all or none.
 	Fork(context.Context, *connect.Request[v1.ForkRequest]) (*connect.Response[v1.ForkResponse], error)
-	// DeleteTemplate removes a template's files. Sandboxes that were started
-	// from it go on. Idempotent; failed_precondition for a built-in template.
+	// DeleteTemplate deletes a template's files. Sandboxes that started from it keep
+	// running. Idempotent; failed_precondition for a built-in template.
 	DeleteTemplate(context.Context, *connect.Request[v1.DeleteTemplateRequest]) (*connect.Response[v1.DeleteTemplateResponse], error)
-	// ImportTemplate makes a template of an OCI image and, where it is told how
-	// large, captures it. The first message is start; the archive's chunks
-	// follow, if there is one. Idempotent by template id. When it fails, or the
-	// caller leaves, nothing of the template is there; permission_denied and
-	// not_found are the registry's words.
+	// ImportTemplate imports an OCI image as a template and, if the request has a size,
+	// captures it. The first message is start; chunks of the archive follow, if there is
+	// one. Idempotent by template id. If it fails or the caller leaves, nothing of the
+	// template remains. permission_denied and not_found are the registry's errors.
 	ImportTemplate(context.Context) *connect.ClientStreamForClient[v1.ImportTemplateRequest, v1.ImportTemplateResponse]
-	// ResolveImage asks a registry what a reference means at this moment.
+	// ResolveImage resolves a reference to the registry's current image.
 	ResolveImage(context.Context, *connect.Request[v1.ResolveImageRequest]) (*connect.Response[v1.ResolveImageResponse], error)
-	// Terminate stops the agent for good: every running sandbox is paused, then
-	// the process exits.
+	// Terminate pauses every running sandbox, and then the agent exits.
 	Terminate(context.Context, *connect.Request[v1.TerminateRequest]) (*connect.Response[v1.TerminateResponse], error)
 }
 
@@ -542,20 +537,20 @@ func (c *hostAgentClient) Terminate(ctx context.Context, req *connect.Request[v1
 
 // HostAgentHandler is an implementation of the hostagent.v1.HostAgent service.
 type HostAgentHandler interface {
-	// Create starts a sandbox and returns when its guest daemon answers. It is
-	// idempotent by sandbox id: a repeated call returns the sandbox there is.
+	// Create starts a sandbox and returns when envd responds. It is idempotent by sandbox
+	// id: a repeated call returns the existing sandbox.
 	Create(context.Context, *connect.Request[v1.CreateRequest]) (*connect.Response[v1.CreateResponse], error)
-	// Destroy ends a sandbox and removes all it had. Idempotent.
+	// Destroy stops a sandbox and deletes everything of it. Idempotent.
 	Destroy(context.Context, *connect.Request[v1.DestroyRequest]) (*connect.Response[v1.DestroyResponse], error)
 	List(context.Context, *connect.Request[v1.ListRequest]) (*connect.Response[v1.ListResponse], error)
 	Get(context.Context, *connect.Request[v1.GetRequest]) (*connect.Response[v1.GetResponse], error)
-	// Exec runs a command to its end and returns what it printed, bounded.
+	// Exec runs a command until it exits and returns its bounded output.
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
 	// Run runs a command without input to its end. It sends what the command prints, and
 	// exited as the last message. Earlier releases do not have it.
 	Run(context.Context, *connect.Request[v1.RunRequest], *connect.ServerStream[v1.RunResponse]) error
-	// ExecStream runs a command with its input and output streamed. The first
-	// message is start.
+	// ExecStream runs a command and streams its input and output. The first message is
+	// start.
 	ExecStream(context.Context, *connect.BidiStream[v1.ExecStreamRequest, v1.ExecStreamResponse]) error
 	WriteFile(context.Context, *connect.Request[v1.WriteFileRequest]) (*connect.Response[v1.WriteFileResponse], error)
 	ReadFile(context.Context, *connect.Request[v1.ReadFileRequest]) (*connect.Response[v1.ReadFileResponse], error)
@@ -563,56 +558,51 @@ type HostAgentHandler interface {
 	WriteFileStream(context.Context, *connect.ClientStream[v1.WriteFileStreamRequest]) (*connect.Response[v1.WriteFileStreamResponse], error)
 	// ReadFileStream reads a file of any size. The first message is start.
 	ReadFileStream(context.Context, *connect.Request[v1.ReadFileStreamRequest], *connect.ServerStream[v1.ReadFileStreamResponse]) error
-	// Ping extends a sandbox's life by its timeout, counted from now.
+	// Ping restarts a sandbox's timeout.
 	Ping(context.Context, *connect.Request[v1.PingRequest]) (*connect.Response[v1.PingResponse], error)
 	Metrics(context.Context, *connect.Request[v1.MetricsRequest]) (*connect.Response[v1.MetricsResponse], error)
-	// Samples measures all sandboxes that run, by what the host knows of them:
-	// no guest is asked.
+	// Samples returns the resource use of all running sandboxes, as the host measures it
+	// without their guests.
 	Samples(context.Context, *connect.Request[v1.SamplesRequest]) (*connect.Response[v1.SamplesResponse], error)
 	// Console returns the last output of the guest's serial console.
 	Console(context.Context, *connect.Request[v1.ConsoleRequest]) (*connect.Response[v1.ConsoleResponse], error)
-	// Templates lists what sandboxes can be started from on this host.
+	// Templates lists the templates that sandboxes can start from on this host.
 	Templates(context.Context, *connect.Request[v1.TemplatesRequest]) (*connect.Response[v1.TemplatesResponse], error)
-	// Host describes the machine and what of it is in use.
+	// Host describes the machine and its use.
 	Host(context.Context, *connect.Request[v1.HostRequest]) (*connect.Response[v1.HostResponse], error)
-	// Events streams what the agent did on its own, oldest first, from the
-	// first event that is not acknowledged, and goes on with new ones.
+	// Events streams what the agent did by itself, oldest first, from the first
+	// unacknowledged event, and continues with new ones.
 	Events(context.Context, *connect.Request[v1.EventsRequest], *connect.ServerStream[v1.EventsResponse]) error
-	// AckEvents lets the agent forget every event up to and including seq.
+	// AckEvents acknowledges all events up to and including seq.
 	AckEvents(context.Context, *connect.Request[v1.AckEventsRequest]) (*connect.Response[v1.AckEventsResponse], error)
-	// Pause writes a running sandbox's memory and devices to disk and ends its
-	// virtual machine. It goes on when the caller leaves. Idempotent. When it
-	// fails the sandbox runs as before.
+	// Pause saves a running sandbox's memory and devices to disk and stops its VM. It
+	// continues if the caller leaves. Idempotent. If it fails, the sandbox runs as before.
 	Pause(context.Context, *connect.Request[v1.PauseRequest]) (*connect.Response[v1.PauseResponse], error)
-	// Resume lets a paused sandbox go on. Idempotent. When it fails the sandbox
-	// is paused as before.
+	// Resume resumes a paused sandbox. Idempotent. If it fails, the sandbox stays paused.
 	Resume(context.Context, *connect.Request[v1.ResumeRequest]) (*connect.Response[v1.ResumeResponse], error)
-	// Reboot starts a running or paused sandbox from its disk, without its memory.
-	// The guest need not answer. It goes on when the caller leaves. When it fails
-	// the sandbox runs as before, or is paused without its memory; the disk is kept.
+	// Reboot starts a running or paused sandbox from its disk, without its memory, even if
+	// its guest does not respond. It continues if the caller leaves. If it fails, the
+	// sandbox runs as before, or is paused without its memory; its disk is kept.
 	Reboot(context.Context, *connect.Request[v1.RebootRequest]) (*connect.Response[v1.RebootResponse], error)
-	// Snapshot captures a running or paused sandbox, which stays as it is, as a
-	// template of its team. It goes on when the caller leaves. Idempotent by
-	// template id.
+	// Snapshot captures a running or paused sandbox, which keeps its state, as a template
+	// of its team. It continues if the caller leaves. Idempotent by template id.
 	Snapshot(context.Context, *connect.Request[v1.SnapshotRequest]) (*connect.Response[v1.SnapshotResponse], error)
-	// Settle ends all processes of a sandbox's users, and has its guest write to
-	// its disk what it has not yet.
+	// Settle quiesces a sandbox before a capture of its disk: it kills all processes of the
+	// guest's users and has the guest sync its file systems.
 	Settle(context.Context, *connect.Request[v1.SettleRequest]) (*connect.Response[v1.SettleResponse], error)
-	// Fork makes copies of a running sandbox, which goes on: all or none.
+	// Fork creates copies of a running sandbox, which keeps running: all or none.
 	Fork(context.Context, *connect.Request[v1.ForkRequest]) (*connect.Response[v1.ForkResponse], error)
-	// DeleteTemplate removes a template's files. Sandboxes that were started
-	// from it go on. Idempotent; failed_precondition for a built-in template.
+	// DeleteTemplate deletes a template's files. Sandboxes that started from it keep
+	// running. Idempotent; failed_precondition for a built-in template.
 	DeleteTemplate(context.Context, *connect.Request[v1.DeleteTemplateRequest]) (*connect.Response[v1.DeleteTemplateResponse], error)
-	// ImportTemplate makes a template of an OCI image and, where it is told how
-	// large, captures it. The first message is start; the archive's chunks
-	// follow, if there is one. Idempotent by template id. When it fails, or the
-	// caller leaves, nothing of the template is there; permission_denied and
-	// not_found are the registry's words.
+	// ImportTemplate imports an OCI image as a template and, if the request has a size,
+	// captures it. The first message is start; chunks of the archive follow, if there is
+	// one. Idempotent by template id. If it fails or the caller leaves, nothing of the
+	// template remains. permission_denied and not_found are the registry's errors.
 	ImportTemplate(context.Context, *connect.ClientStream[v1.ImportTemplateRequest]) (*connect.Response[v1.ImportTemplateResponse], error)
-	// ResolveImage asks a registry what a reference means at this moment.
+	// ResolveImage resolves a reference to the registry's current image.
 	ResolveImage(context.Context, *connect.Request[v1.ResolveImageRequest]) (*connect.Response[v1.ResolveImageResponse], error)
-	// Terminate stops the agent for good: every running sandbox is paused, then
-	// the process exits.
+	// Terminate pauses every running sandbox, and then the agent exits.
 	Terminate(context.Context, *connect.Request[v1.TerminateRequest]) (*connect.Response[v1.TerminateResponse], error)
 }
 
