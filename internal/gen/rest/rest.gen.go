@@ -690,7 +690,7 @@ type Account struct {
 type AddHost struct {
 	Name HostName `json:"name"`
 
-	// Tags Words that tell hosts apart. A sandbox that asks for some is placed on a host that has them all.
+	// Tags Labels of a host. A sandbox with host tags is placed on a host that has all of them.
 	Tags *HostTags `json:"tags,omitempty"`
 }
 
@@ -702,7 +702,7 @@ type AdminUser struct {
 	// Admin Whether they are an admin of the platform.
 	Admin bool `json:"admin"`
 
-	// CreatedAt When the account was made.
+	// CreatedAt When the account was created.
 	CreatedAt time.Time `json:"created_at"`
 
 	// Email Their e-mail address.
@@ -711,7 +711,7 @@ type AdminUser struct {
 	// ID The user's id.
 	ID string `json:"id"`
 
-	// Verified Whether they showed that the address is theirs.
+	// Verified Whether the address is verified.
 	Verified bool `json:"verified"`
 }
 
@@ -731,53 +731,53 @@ type AuditList struct {
 
 // AuditRecord defines model for AuditRecord.
 type AuditRecord struct {
-	// Action The API's operation, or what happened.
+	// Action The operation's id, or the name of a spontaneous change.
 	Action string `json:"action"`
 
-	// Actor Their id, or their kind where they have none.
+	// Actor The actor's id, or its kind if it has no id.
 	Actor string `json:"actor"`
 
-	// ActorKind Who; `platform`: nobody asked for it.
+	// ActorKind The kind of actor. `platform`: nobody requested the change.
 	ActorKind AuditRecordActorKind `json:"actor_kind"`
 
-	// Address Where the request came from; empty where that is this machine.
+	// Address The client's address; empty for a Unix socket on this machine.
 	Address string `json:"address"`
 
-	// At When it was answered, or happened.
+	// At When the response was sent, or the change happened.
 	At time.Time `json:"at"`
 
-	// Code The error's code; empty for `ok`. `canceled`: who asked left before there was an answer, and it may have been done.
+	// Code The error's code; empty for `ok`. `canceled`: the client disconnected before the response, and the change may have been made.
 	Code string `json:"code"`
 
-	// Count How many requests it stands for. Refused ones of one actor and action, with one code, are one record a minute, which says the rest of the first.
+	// Count How many requests the record stands for. Refused requests of one actor with the same action and code share one record per minute, whose other fields are those of the first.
 	Count int64 `json:"count"`
 
 	// ID The record's own id.
 	ID openapi_types.UUID `json:"id"`
 
-	// Object Its id or name; empty where there is none.
+	// Object The object's id or name; empty if there is none.
 	Object string `json:"object"`
 
-	// ObjectKind The kind of what was changed.
+	// ObjectKind The kind of the changed object.
 	ObjectKind string `json:"object_kind"`
 
-	// RequestID The request's id; empty for what happened by itself. One that the client chose begins with `ext-`.
+	// RequestID The request's id; empty for spontaneous changes. Ids that the client chose begin with `ext-`.
 	RequestID string `json:"request_id"`
 
-	// Result `ok`; `refused`, because of who asked or what for; `failed`.
+	// Result `ok`; `refused`: not permitted, or the request was wrong; `failed`: the server could not do it.
 	Result AuditResult `json:"result"`
 
-	// TeamID Whose record it is; absent: the platform's.
+	// TeamID The team that owns the record; absent: the platform.
 	TeamID *string `json:"team_id,omitempty"`
 
-	// UserID The user, for a key the one who made it; absent: not known.
+	// UserID The user, or the creator of the key; absent: unknown.
 	UserID *string `json:"user_id,omitempty"`
 }
 
-// AuditRecordActorKind Who; `platform`: nobody asked for it.
+// AuditRecordActorKind The kind of actor. `platform`: nobody requested the change.
 type AuditRecordActorKind string
 
-// AuditResult `ok`; `refused`, because of who asked or what for; `failed`.
+// AuditResult `ok`; `refused`: not permitted, or the request was wrong; `failed`: the server could not do it.
 type AuditResult string
 
 // AuthMethods defines model for AuthMethods.
@@ -791,7 +791,7 @@ type AuthMethods struct {
 
 // Build defines model for Build.
 type Build struct {
-	// Attempts How often it was begun; more than once where a server died.
+	// Attempts How often the build was started; more than once if a server died.
 	Attempts  *int32     `json:"attempts,omitempty"`
 	CreatedAt time.Time  `json:"created_at"`
 	DoneSteps int32      `json:"done_steps"`
@@ -803,7 +803,7 @@ type Build struct {
 	// ID The build's id.
 	ID string `json:"id"`
 
-	// Name What the template is called.
+	// Name The template's name.
 	Name      string     `json:"name"`
 	Recipe    *string    `json:"recipe,omitempty"`
 	StartedAt *time.Time `json:"started_at,omitempty"`
@@ -816,13 +816,13 @@ type Build struct {
 	// TeamID The team that owns it; all zeros is the platform.
 	TeamID string `json:"team_id"`
 
-	// TemplateID What came of it.
+	// TemplateID The built template.
 	TemplateID *string `json:"template_id,omitempty"`
 
-	// TotalSteps All steps, those of the phases before and after the recipe too.
+	// TotalSteps All steps, including those of the phases before and after the recipe.
 	TotalSteps int32 `json:"total_steps"`
 
-	// Version The template's.
+	// Version The template's version.
 	Version *int32 `json:"version,omitempty"`
 }
 
@@ -833,10 +833,10 @@ type BuildState string
 type BuildEvent struct {
 	Build *Build `json:"build,omitempty"`
 
-	// Data What it has printed.
+	// Data The new output.
 	Data *string `json:"data,omitempty"`
 
-	// Number The step that has printed something.
+	// Number The step with new output.
 	Number *int32         `json:"number,omitempty"`
 	Step   *BuildStep     `json:"step,omitempty"`
 	Type   BuildEventType `json:"type"`
@@ -860,32 +860,32 @@ type BuildStep struct {
 	// Error Why it failed.
 	Error *string `json:"error,omitempty"`
 
-	// ExitCode Its command's, if it had one that ended.
+	// ExitCode The exit code of the step's command, if it had one that ended.
 	ExitCode *int32 `json:"exit_code,omitempty"`
 
 	// Number From 1.
 	Number int32 `json:"number"`
 
-	// Output What it printed: the first 128 KiB.
+	// Output The first 128 KiB of the step's output.
 	Output    string         `json:"output"`
 	Phase     BuildStepPhase `json:"phase"`
 	StartedAt *time.Time     `json:"started_at,omitempty"`
 
-	// State `cached`: an earlier build's layer has what it does.
+	// State `cached`: a layer of an earlier build includes the step.
 	State BuildStepState `json:"state"`
 	Tail  *string        `json:"tail,omitempty"`
 
-	// Text What it does.
+	// Text The step's text.
 	Text string `json:"text"`
 
-	// Truncated There was more; `tail` is its end.
+	// Truncated There was more output; `tail` is its end.
 	Truncated *bool `json:"truncated,omitempty"`
 }
 
 // BuildStepPhase defines model for BuildStep.Phase.
 type BuildStepPhase string
 
-// BuildStepState `cached`: an earlier build's layer has what it does.
+// BuildStepState `cached`: a layer of an earlier build includes the step.
 type BuildStepState string
 
 // ChangeChannel defines model for ChangeChannel.
@@ -912,13 +912,13 @@ type ChangeHost struct {
 	Draining *bool     `json:"draining,omitempty"`
 	Name     *HostName `json:"name,omitempty"`
 
-	// Tags Words that tell hosts apart. A sandbox that asks for some is placed on a host that has them all.
+	// Tags Labels of a host. A sandbox with host tags is placed on a host that has all of them.
 	Tags *HostTags `json:"tags,omitempty"`
 }
 
 // ChangePassword defines model for ChangePassword.
 type ChangePassword struct {
-	// CurrentPassword The one that holds.
+	// CurrentPassword The current password.
 	CurrentPassword string `json:"current_password"`
 
 	// NewPassword 10 characters or more.
@@ -939,7 +939,7 @@ type Channel struct {
 	// Confirmed Whether it may get messages: the recipient of mail has confirmed the address; true for other kinds.
 	Confirmed bool `json:"confirmed"`
 
-	// CreatedAt When it was made.
+	// CreatedAt When it was created.
 	CreatedAt time.Time `json:"created_at"`
 
 	// DisabledReason Why it was disabled; absent where nobody but people did.
@@ -974,7 +974,7 @@ type ChannelDelivery struct {
 	// CreatedAt When it happened.
 	CreatedAt time.Time `json:"created_at"`
 
-	// Error What went wrong with the last attempt; absent when nothing did.
+	// Error The error of the last attempt; absent if it succeeded.
 	Error *string `json:"error,omitempty"`
 
 	// Event What is told.
@@ -983,13 +983,13 @@ type ChannelDelivery struct {
 	// ID The message's id.
 	ID openapi_types.UUID `json:"id"`
 
-	// NextAt When it is tried next; absent unless it is pending.
+	// NextAt When the next attempt is due; absent unless the delivery is pending.
 	NextAt *time.Time `json:"next_at,omitempty"`
 
 	// State `pending`: it is tried again; `failed`: it was tried often enough.
 	State ChannelDeliveryState `json:"state"`
 
-	// Status The last answer's HTTP status; 0: there was none.
+	// Status The HTTP status of the last response; 0: none.
 	Status int32 `json:"status"`
 
 	// TookMs How long the last attempt took.
@@ -1037,13 +1037,13 @@ type ChannelMessage struct {
 	// Data Of a sandbox: `sandbox_id`, `template`, `state`, `metadata`, and `reason` and `error` where there are any; of a build: `build_id`, `name`, `version`, `state`, `error`; of a host: `host_id`, `name`.
 	Data map[string]interface{} `json:"data"`
 
-	// Event What happened, or `test`.
+	// Event The event, or `test`.
 	Event string `json:"event"`
 
-	// ID The message's id, the same however often it is sent.
+	// ID The message's id. It stays the same when the message is sent again.
 	ID openapi_types.UUID `json:"id"`
 
-	// TeamID The team that the channel is of.
+	// TeamID The channel's team.
 	TeamID string `json:"team_id"`
 }
 
@@ -1097,14 +1097,14 @@ type CodeResult struct {
 	Stdout         string       `json:"stdout"`
 }
 
-// Condition What is wrong with a sandbox beside its state; absent if nothing is.
+// Condition A problem of a sandbox beside its state; absent if there is none.
 type Condition struct {
 	// Kind `unresponsive`: its guest does not answer, though it runs; the condition ends when it
 	// answers, or by a reboot. `memory_lost`: its virtual machine ended without being saved,
 	// so it is paused, with its disk, and boots from that when it is resumed, rebooted or used.
 	Kind ConditionKind `json:"kind"`
 
-	// Message The reason in a sentence and what more is known. May have text of the guest's.
+	// Message The reason in a sentence, with details. It can contain the guest's own text.
 	Message string `json:"message"`
 
 	// Reason Why the sandbox has the condition. A sandbox is `unresponsive` because its guest daemon
@@ -1114,7 +1114,7 @@ type Condition struct {
 	// its host went down (`killed`), or a reboot failed (`reboot`).
 	Reason ConditionReason `json:"reason"`
 
-	// Since Since when it is so.
+	// Since Since when the condition holds.
 	Since time.Time `json:"since"`
 }
 
@@ -1132,50 +1132,50 @@ type ConditionReason string
 
 // ConfirmChannel defines model for ConfirmChannel.
 type ConfirmChannel struct {
-	// Token What the link ends with.
+	// Token The token in the link's fragment.
 	Token string `json:"token"`
 }
 
 // CreateBuild defines model for CreateBuild.
 type CreateBuild struct {
-	// Archive The folder that it copies from, which was uploaded; absent: it copies nothing.
+	// Archive The uploaded folder that the recipe copies from; absent: none.
 	Archive *string `json:"archive,omitempty"`
 
-	// DiskMib Disk in MiB; absent: the base's, which is the least.
+	// DiskMib Disk in MiB; absent: the base's, which is also the minimum.
 	DiskMib *int32 `json:"disk_mib,omitempty"`
 
-	// MemoryMib Memory in MiB, likewise; absent: the base's, else 512.
+	// MemoryMib Memory in MiB, likewise; absent: the base's or 512.
 	MemoryMib *int32 `json:"memory_mib,omitempty"`
 
 	// Name What a template is called. `builds` and `import` have another meaning in the API's paths,
 	// and a template's id names that template.
 	Name TemplateName `json:"name"`
 
-	// NoCache Run every step, and keep nothing for later builds.
+	// NoCache Run every step, and store no layers.
 	NoCache *bool `json:"no_cache,omitempty"`
 
-	// PhaseTimeoutSeconds How long a step of the phases before and after may take; absent: the server's default, 600 unless it is set otherwise.
+	// PhaseTimeoutSeconds Time limit of a step of the other phases; absent: the server's default (600).
 	PhaseTimeoutSeconds *int32 `json:"phase_timeout_seconds,omitempty"`
 
-	// Recipe The recipe's text. docs/recipes.md has the language.
+	// Recipe The recipe's text. docs/recipes.md describes the language.
 	Recipe string `json:"recipe"`
 
-	// Registry As whom the registry of `FROM oci:` is asked; absent: as nobody. It is kept, encrypted, until the build has ended, and never shown.
+	// Registry Credentials for the registry of `FROM oci:`; absent: anonymous. They are stored encrypted until the build has ended, and never returned.
 	Registry *struct {
 		Password string `json:"password"`
 		Username string `json:"username"`
 	} `json:"registry,omitempty"`
 
-	// SkipPrePost Leave out the phases before and after the recipe, which update and clean up apt's lists.
+	// SkipPrePost Skip the phases before and after the recipe, which update and clean up apt's lists.
 	SkipPrePost *bool `json:"skip_pre_post,omitempty"`
 
-	// StepTimeoutSeconds How long a step of the recipe may take; absent: the server's default, 30 unless it is set otherwise.
+	// StepTimeoutSeconds Time limit of a recipe's step; absent: the server's default (30).
 	StepTimeoutSeconds *int32 `json:"step_timeout_seconds,omitempty"`
 
-	// Tags What the new version is to be besides its number; absent: `latest`.
+	// Tags Tags for the new version; absent: `latest`.
 	Tags *[]Tag `json:"tags,omitempty"`
 
-	// Vcpus Virtual CPUs of the build, and of what is captured running; absent: the base's, else 1.
+	// Vcpus Virtual CPUs of the build and of a template that is captured running; absent: the base's or 1.
 	Vcpus *int32 `json:"vcpus,omitempty"`
 }
 
@@ -1213,31 +1213,31 @@ type CreateSandbox struct {
 	// is where `on_timeout` is `pause`. To look at a sandbox (`metrics`, `logs`) never resumes it.
 	AutoResume *bool `json:"auto_resume,omitempty"`
 
-	// DiskMib Disk in MiB; absent: the template's own size, which is also the least.
+	// DiskMib Disk in MiB; absent: the template's size, which is also the minimum.
 	DiskMib *int32 `json:"disk_mib,omitempty"`
 
-	// Envs Environment variables. Names are not empty and have no `=`. All together have 1 MiB at most.
+	// Envs Environment variables. Names must not be empty or contain `=`. Together they have at most 1 MiB.
 	Envs *Envs `json:"envs,omitempty"`
 
-	// HostTags Words that tell hosts apart. A sandbox that asks for some is placed on a host that has them all.
+	// HostTags Labels of a host. A sandbox with host tags is placed on a host that has all of them.
 	HostTags *HostTags `json:"host_tags,omitempty"`
 
-	// MemoryMib Memory in MiB; absent: the template's own where it has some, else 512. A template that was captured with some takes no other size.
+	// MemoryMib Memory in MiB; absent: the template's or 512. A template that was captured running allows only its own size.
 	MemoryMib *int32 `json:"memory_mib,omitempty"`
 
-	// Metadata The caller's own keys and values, to find sandboxes by. Keys have 1 to 128 characters, none of them `=`.
+	// Metadata Keys and values of the caller's choice, for finding sandboxes. Keys have 1 to 128 characters without `=`.
 	Metadata *Metadata `json:"metadata,omitempty"`
 
-	// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused. If it is to be paused, its memory counts for `max_stored_mib` from the beginning.
+	// OnTimeout What happens when the sandbox was idle for its timeout: it is destroyed (the default) or paused. With `pause`, its memory counts towards `max_stored_mib` from its creation.
 	OnTimeout *OnTimeout `json:"on_timeout,omitempty"`
 
-	// Template A template's name, with `:tag` or `@version` where not the latest is meant, or its id. A team's own template goes before the platform's of the same name.
+	// Template A template's name, optionally with `:tag` or `@version`, or its id. A team's own template takes precedence over the platform's of the same name.
 	Template *string `json:"template,omitempty"`
 
-	// TimeoutSeconds Seconds without use after which the sandbox is destroyed, or paused; 0: never.
+	// TimeoutSeconds Idle time in seconds after which the sandbox is destroyed or paused; 0: never.
 	TimeoutSeconds *int32 `json:"timeout_seconds,omitempty"`
 
-	// Vcpus Virtual CPUs; absent: the template's own where it has some, else 1. A template that was captured with some takes no other number.
+	// Vcpus Virtual CPUs; absent: the template's or 1. A template that was captured running allows only its own number.
 	Vcpus *int32 `json:"vcpus,omitempty"`
 }
 
@@ -1253,19 +1253,19 @@ type CreateSnapshot struct {
 
 // CreatedKey defines model for CreatedKey.
 type CreatedKey struct {
-	// CreatedAt When it was made.
+	// CreatedAt When it was created.
 	CreatedAt time.Time `json:"created_at"`
 
-	// CreatedBy The e-mail address of who made it.
+	// CreatedBy The creator's e-mail address.
 	CreatedBy *string `json:"created_by,omitempty"`
 
-	// ExpiresAt When it ceases to hold.
+	// ExpiresAt When the key expires.
 	ExpiresAt *time.Time `json:"expires_at,omitempty"`
 
 	// ID The key's id.
 	ID string `json:"id"`
 
-	// Key The key, shown this once.
+	// Key The key. It is never shown again.
 	Key string `json:"key"`
 
 	// Name What it is for.
@@ -1278,7 +1278,7 @@ type CreatedKey struct {
 
 // CreatedUser defines model for CreatedUser.
 type CreatedUser struct {
-	// ResetURL Where they set their password.
+	// ResetURL The URL for setting their password.
 	ResetURL string    `json:"reset_url"`
 	User     AdminUser `json:"user"`
 }
@@ -1286,10 +1286,10 @@ type CreatedUser struct {
 // Email An e-mail address, of at most 254 bytes.
 type Email = string
 
-// Encoding How bytes are written in JSON: as they are (`utf-8`) or in standard base64.
+// Encoding How JSON contains bytes: as text (`utf-8`) or in standard base64.
 type Encoding string
 
-// Envs Environment variables. Names are not empty and have no `=`. All together have 1 MiB at most.
+// Envs Environment variables. Names must not be empty or contain `=`. Together they have at most 1 MiB.
 type Envs map[string]string
 
 // Error defines model for Error.
@@ -1315,28 +1315,28 @@ type ExecRequest struct {
 	// Args The program's arguments. Not with `shell`.
 	Args *[]string `json:"args,omitempty"`
 
-	// Cmd The program, looked up in the guest's PATH; with `shell` a line for `sh -c`.
+	// Cmd The program, looked up in the guest's PATH; with `shell`, a line for `sh -c`.
 	Cmd string `json:"cmd"`
 
 	// Cwd Working directory; absent: the user's home directory.
 	Cwd *string `json:"cwd,omitempty"`
 
-	// Envs Environment variables. Names are not empty and have no `=`. All together have 1 MiB at most.
+	// Envs Environment variables. Names must not be empty or contain `=`. Together they have at most 1 MiB.
 	Envs *Envs `json:"envs,omitempty"`
 
-	// Shell Give `cmd` to `sh -c`.
+	// Shell Run `cmd` with `sh -c`.
 	Shell *bool `json:"shell,omitempty"`
 
-	// Stdin The whole of standard input. The one string that may have NUL.
+	// Stdin All of standard input. It is the only string that may contain NUL.
 	Stdin *string `json:"stdin,omitempty"`
 
-	// StdinEncoding How bytes are written in JSON: as they are (`utf-8`) or in standard base64.
+	// StdinEncoding How JSON contains bytes: as text (`utf-8`) or in standard base64.
 	StdinEncoding *Encoding `json:"stdin_encoding,omitempty"`
 
 	// TimeoutSeconds Seconds after which the command and its children are killed.
 	TimeoutSeconds *int32 `json:"timeout_seconds,omitempty"`
 
-	// User A user of the guest. The default one is `user`, who may use sudo; `root` is there too.
+	// User A user of the guest: by default `user`, who may use sudo. `root` exists too.
 	User *UserName `json:"user,omitempty"`
 }
 
@@ -1345,25 +1345,25 @@ type ExecResult struct {
 	// DurationMs How long it ran.
 	DurationMs int64 `json:"duration_ms"`
 
-	// Encoding How bytes are written in JSON: as they are (`utf-8`) or in standard base64.
+	// Encoding How JSON contains bytes: as text (`utf-8`) or in standard base64.
 	Encoding Encoding `json:"encoding"`
 
-	// Error Why the command ended where it did not exit by itself; absent when it did.
+	// Error Why the command ended, if it did not exit by itself.
 	Error *string `json:"error,omitempty"`
 
-	// ExitCode The command's exit code; 128 + N where signal N ended it.
+	// ExitCode The command's exit code; 128 + N if signal N ended it.
 	ExitCode int32 `json:"exit_code"`
 
-	// Stderr Standard error, written as `encoding` says.
+	// Stderr Standard error in `encoding`.
 	Stderr string `json:"stderr"`
 
-	// Stdout Standard output, written as `encoding` says: base64 where it is no text, or long and mostly control characters.
+	// Stdout Standard output in `encoding`, which is base64 if the output is not text, or is long and mostly control characters.
 	Stdout string `json:"stdout"`
 
-	// TimedOut It was killed because its time was over.
+	// TimedOut The command exceeded its time limit and was killed.
 	TimedOut bool `json:"timed_out"`
 
-	// Truncated Output was dropped: what is beyond 16 MiB of a stream, or has no room among the requests under way.
+	// Truncated Output was dropped, because a stream exceeded 16 MiB or the memory for requests in flight was used up.
 	Truncated bool `json:"truncated"`
 }
 
@@ -1413,16 +1413,16 @@ type ExecStreamStart struct {
 	// Args The program's arguments. Not with `shell`.
 	Args *[]string `json:"args,omitempty"`
 
-	// Cmd The program, looked up in the guest's PATH; with `shell` a line for `sh -c`.
+	// Cmd The program, looked up in the guest's PATH; with `shell`, a line for `sh -c`.
 	Cmd string `json:"cmd"`
 
 	// Cwd Working directory; absent: the user's home directory.
 	Cwd *string `json:"cwd,omitempty"`
 
-	// Envs Environment variables. Names are not empty and have no `=`. All together have 1 MiB at most.
+	// Envs Environment variables. Names must not be empty or contain `=`. Together they have at most 1 MiB.
 	Envs *Envs `json:"envs,omitempty"`
 
-	// Shell Give `cmd` to `sh -c`.
+	// Shell Run `cmd` with `sh -c`.
 	Shell *bool `json:"shell,omitempty"`
 
 	// Stdin Whether standard input is open. A terminal's always is.
@@ -1432,7 +1432,7 @@ type ExecStreamStart struct {
 	// TimeoutSeconds Seconds after which the command and its children are killed; 0: none.
 	TimeoutSeconds *int32 `json:"timeout_seconds,omitempty"`
 
-	// User A user of the guest. The default one is `user`, who may use sudo; `root` is there too.
+	// User A user of the guest: by default `user`, who may use sudo. `root` exists too.
 	User *UserName `json:"user,omitempty"`
 }
 
@@ -1478,7 +1478,7 @@ type ForkResult struct {
 
 // Health defines model for Health.
 type Health struct {
-	// Checks `ok`, or what is wrong, by name: `database`, `redis`, `agent`.
+	// Checks The result of each check (`database`, `redis`, `agent`): `ok` or the problem.
 	Checks map[string]string `json:"checks"`
 	Status HealthStatus      `json:"status"`
 }
@@ -1490,7 +1490,7 @@ type HealthStatus string
 type Host struct {
 	Accelerator string `json:"accelerator"`
 
-	// CapacityMib Memory that sandboxes may have together; 0 where it is not known.
+	// CapacityMib Memory for all sandboxes together; 0: unknown.
 	CapacityMib int64      `json:"capacity_mib"`
 	Cpus        int32      `json:"cpus"`
 	CreatedAt   time.Time  `json:"created_at"`
@@ -1499,21 +1499,21 @@ type Host struct {
 	ID          string     `json:"id"`
 	LastSeenAt  *time.Time `json:"last_seen_at,omitempty"`
 
-	// Load What is in use, as the agent said last.
+	// Load The host's use, as last reported.
 	Load HostLoad `json:"load"`
 
-	// Loses What would be lost with the host; with `preview` only.
+	// Loses What deleting the host would lose; only with `preview`.
 	Loses       *HostLoses `json:"loses,omitempty"`
 	MemoryBytes int64      `json:"memory_bytes"`
 	Name        string     `json:"name"`
 
-	// NetworkBlock Which share of its machine's network slots it has.
+	// NetworkBlock Its share of the machine's network slots.
 	NetworkBlock int32 `json:"network_block"`
 
-	// Problems What is wrong with the host and its agent could not repair, as the agent said last, oldest first.
+	// Problems Problems that the agent could not repair, as last reported, oldest first.
 	Problems []HostProblem `json:"problems"`
 
-	// Slots How many sandboxes can run at once.
+	// Slots Maximum number of running sandboxes.
 	Slots int32 `json:"slots"`
 
 	// Status `pending`: its agent has not registered, or not answered yet. `unreachable`: not heard
@@ -1535,10 +1535,10 @@ type HostStatus string
 
 // HostCredentials defines model for HostCredentials.
 type HostCredentials struct {
-	// AgentToken What the control plane shows the agent.
+	// AgentToken Authenticates the control plane to the agent.
 	AgentToken string `json:"agent_token"`
 
-	// Authority Who signed it and signs the control plane's, PEM.
+	// Authority The certificate of the authority that signs hosts' and the control plane's certificates, PEM.
 	Authority *string `json:"authority,omitempty"`
 
 	// Certificate The host's certificate, PEM, for seven days.
@@ -1547,22 +1547,22 @@ type HostCredentials struct {
 	HeartbeatMs int64     `json:"heartbeat_ms"`
 	HostID      string    `json:"host_id"`
 
-	// Token What the agent shows the control plane.
+	// Token Authenticates the agent to the control plane.
 	Token string `json:"token"`
 }
 
 // HostHeard defines model for HostHeard.
 type HostHeard struct {
-	// HeartbeatMs When to be heard of again.
+	// HeartbeatMs Time until the next heartbeat.
 	HeartbeatMs int64 `json:"heartbeat_ms"`
 }
 
 // HostHeartbeat defines model for HostHeartbeat.
 type HostHeartbeat struct {
-	// Leaving The agent goes: it is not to be waited for. Without it there must be a `status`.
+	// Leaving The agent stops, so the host goes offline. Otherwise `status` is required.
 	Leaving *bool `json:"leaving,omitempty"`
 
-	// Status What an agent says of its host.
+	// Status An agent's report on its host.
 	Status *HostReport `json:"status,omitempty"`
 }
 
@@ -1571,16 +1571,16 @@ type HostList struct {
 	Hosts []Host `json:"hosts"`
 }
 
-// HostLoad What is in use, as the agent said last.
+// HostLoad The host's use, as last reported.
 type HostLoad struct {
-	// DiskFreeBytes Free disk space, without what is reserved for pauses or for writes under way.
+	// DiskFreeBytes Free disk space, minus reservations for pauses and running writes.
 	DiskFreeBytes int64 `json:"disk_free_bytes"`
 	Sandboxes     int32 `json:"sandboxes"`
 	UsedMemoryMib int64 `json:"used_memory_mib"`
 	UsedVcpus     int32 `json:"used_vcpus"`
 }
 
-// HostLoses What would be lost with the host; with `preview` only.
+// HostLoses What deleting the host would lose; only with `preview`.
 type HostLoses struct {
 	// Sandboxes Sandboxes that have not ended, by state.
 	Sandboxes map[string]int64 `json:"sandboxes"`
@@ -1592,15 +1592,15 @@ type HostLoses struct {
 // HostName defines model for HostName.
 type HostName = string
 
-// HostProblem One thing that is wrong with a host. `wrenn doctor` on the host shows the same.
+// HostProblem A problem of a host. `wrenn doctor` on the host shows the same.
 type HostProblem struct {
-	// Kind What kind of problem it is: a word that stays the same between releases.
+	// Kind The kind of problem: a word that is stable between releases.
 	Kind string `json:"kind"`
 
 	// Message What happened and what to do.
 	Message string `json:"message"`
 
-	// Object What of that kind it concerns, such as a network slot; absent: the host.
+	// Object The affected object, such as a network slot; absent: the host.
 	Object *string   `json:"object,omitempty"`
 	Since  time.Time `json:"since"`
 }
@@ -1610,11 +1610,11 @@ type HostRegistration struct {
 	ExpiresAt time.Time `json:"expires_at"`
 	Host      Host      `json:"host"`
 
-	// Token Shown this once.
+	// Token The token. It is never shown again.
 	Token string `json:"token"`
 }
 
-// HostReport What an agent says of its host.
+// HostReport An agent's report on its host.
 type HostReport struct {
 	Accelerator   string `json:"accelerator"`
 	CapacityMib   int64  `json:"capacity_mib"`
@@ -1631,7 +1631,7 @@ type HostReport struct {
 	Vmm           string `json:"vmm"`
 }
 
-// HostTags Words that tell hosts apart. A sandbox that asks for some is placed on a host that has them all.
+// HostTags Labels of a host. A sandbox with host tags is placed on a host that has all of them.
 type HostTags = []string
 
 // ImportTemplate defines model for ImportTemplate.
@@ -1654,19 +1654,19 @@ type ImportTemplate struct {
 
 // Key defines model for Key.
 type Key struct {
-	// CreatedAt When it was made.
+	// CreatedAt When it was created.
 	CreatedAt time.Time `json:"created_at"`
 
-	// CreatedBy The e-mail address of who made it.
+	// CreatedBy The creator's e-mail address.
 	CreatedBy *string `json:"created_by,omitempty"`
 
-	// ExpiresAt When it ceases to hold.
+	// ExpiresAt When the key expires.
 	ExpiresAt *time.Time `json:"expires_at,omitempty"`
 
 	// ID The key's id.
 	ID string `json:"id"`
 
-	// LastUsedAt Some seconds behind.
+	// LastUsedAt When the key was last used. The value may be some seconds old.
 	LastUsedAt *time.Time `json:"last_used_at,omitempty"`
 
 	// Name What it is for.
@@ -1685,7 +1685,7 @@ type KeyList struct {
 	NextCursor *string `json:"next_cursor,omitempty"`
 }
 
-// KeyScope `sandboxes` and `templates`: the key is for these alone; `read-only`: it changes nothing; `platform`: it may also do what the platform's admins may, as long as who made it is one.
+// KeyScope `sandboxes` and `templates`: the key only works for these; `read-only`: it can change nothing; `platform`: it can also do what the platform's admins may, as long as its creator is one.
 type KeyScope string
 
 // LogIn defines model for LogIn.
@@ -1696,19 +1696,19 @@ type LogIn struct {
 	// Password The user's password.
 	Password string `json:"password"`
 
-	// Tokens Give the tokens in the answer instead of in cookies.
+	// Tokens Return the tokens in the response instead of in cookies.
 	Tokens *bool `json:"tokens,omitempty"`
 }
 
 // Login defines model for Login.
 type Login struct {
-	// AccessExpiresAt When to refresh at the latest.
+	// AccessExpiresAt When the access token expires.
 	AccessExpiresAt time.Time `json:"access_expires_at"`
 
-	// AccessToken For programs that asked for it.
+	// AccessToken For programs that requested it.
 	AccessToken *string `json:"access_token,omitempty"`
 
-	// RefreshToken For programs that asked for it.
+	// RefreshToken For programs that requested it.
 	RefreshToken *string `json:"refresh_token,omitempty"`
 	User         Account `json:"user"`
 }
@@ -1743,7 +1743,7 @@ type Member struct {
 	// JoinedAt Since when.
 	JoinedAt time.Time `json:"joined_at"`
 
-	// Role `member`: works with what the team owns; `admin`: also says who is in it and revokes keys; `owner`: also deletes it and makes owners.
+	// Role `member`: uses what the team owns; `admin`: also manages members and revokes keys; `owner`: also deletes the team and adds owners.
 	Role TeamRole `json:"role"`
 }
 
@@ -1754,40 +1754,40 @@ type MemberList struct {
 
 // MemberRole defines model for MemberRole.
 type MemberRole struct {
-	// Role `member`: works with what the team owns; `admin`: also says who is in it and revokes keys; `owner`: also deletes it and makes owners.
+	// Role `member`: uses what the team owns; `admin`: also manages members and revokes keys; `owner`: also deletes the team and adds owners.
 	Role TeamRole `json:"role"`
 }
 
-// Metadata The caller's own keys and values, to find sandboxes by. Keys have 1 to 128 characters, none of them `=`.
+// Metadata Keys and values of the caller's choice, for finding sandboxes. Keys have 1 to 128 characters without `=`.
 type Metadata map[string]string
 
 // MetricsPoint defines model for MetricsPoint.
 type MetricsPoint struct {
-	// CPUUsedPct Percent of all virtual CPUs together since the point before; absent where there is none or the sandbox was paused in between.
+	// CPUUsedPct Percent of all virtual CPUs together since the previous point; absent if there is none or the sandbox was paused in between.
 	CPUUsedPct *float64 `json:"cpu_used_pct,omitempty"`
 
-	// DiskBytes What its own files take on the host's disk.
+	// DiskBytes Size of its own files on the host's disk.
 	DiskBytes int64 `json:"disk_bytes"`
 
-	// MemoryBytes Memory of the host that its virtual machine takes.
+	// MemoryBytes Memory of the host that its VM uses.
 	MemoryBytes int64 `json:"memory_bytes"`
 
 	// Time When it was measured.
 	Time time.Time `json:"time"`
 }
 
-// MetricsWindow How far back, which says how far apart.
+// MetricsWindow The time span, which determines the interval between points.
 type MetricsWindow string
 
 // NewKey defines model for NewKey.
 type NewKey struct {
-	// ExpiresAt When it ceases to hold; absent: never.
+	// ExpiresAt When the key expires; absent: never.
 	ExpiresAt *time.Time `json:"expires_at,omitempty"`
 
 	// Name What it is for.
 	Name string `json:"name"`
 
-	// Scopes What it may do; none is everything a key may.
+	// Scopes The key's scopes; none: all rights of the team's keys.
 	Scopes *[]KeyScope `json:"scopes,omitempty"`
 }
 
@@ -1796,34 +1796,34 @@ type NewMember struct {
 	// Email Their account's e-mail address.
 	Email string `json:"email"`
 
-	// Role `member`: works with what the team owns; `admin`: also says who is in it and revokes keys; `owner`: also deletes it and makes owners.
+	// Role `member`: uses what the team owns; `admin`: also manages members and revokes keys; `owner`: also deletes the team and adds owners.
 	Role TeamRole `json:"role"`
 }
 
 // NewTeam defines model for NewTeam.
 type NewTeam struct {
-	// Name What people call it. It is not blank.
+	// Name The team's name. It must not be blank.
 	Name string `json:"name"`
 }
 
 // NewUser defines model for NewUser.
 type NewUser struct {
-	// Admin Whether they are to be an admin of the platform.
+	// Admin Whether to make them an admin of the platform.
 	Admin *bool `json:"admin,omitempty"`
 
 	// Email An e-mail address, of at most 254 bytes.
 	Email Email `json:"email"`
 }
 
-// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused. If it is to be paused, its memory counts for `max_stored_mib` from the beginning.
+// OnTimeout What happens when the sandbox was idle for its timeout: it is destroyed (the default) or paused. With `pause`, its memory counts towards `max_stored_mib` from its creation.
 type OnTimeout string
 
 // Password 10 characters or more.
 type Password = string
 
-// Quota Bounds on what a team has at once. One that is absent is none. The platform's bound all teams of one owner together that have no quota of their own.
+// Quota Limits on what a team has at once. An absent one means no limit. The platform's default quota limits all teams of one owner together that have no quota of their own.
 type Quota struct {
-	// MaxDiskMib The disks of all sandboxes that have not ended, paused ones too, in MiB.
+	// MaxDiskMib The disks of all sandboxes that have not ended, including paused ones, in MiB.
 	MaxDiskMib *int64 `json:"max_disk_mib,omitempty"`
 
 	// MaxMemoryMib Their memory in MiB.
@@ -1832,7 +1832,7 @@ type Quota struct {
 	// MaxRunning Sandboxes that are not paused.
 	MaxRunning *int32 `json:"max_running,omitempty"`
 
-	// MaxStoredMib What is kept beside them, in MiB: templates, snapshots, builds' layers, the saved memory of sandboxes, builds' archives and logs, and the records of sandboxes and builds.
+	// MaxStoredMib What is stored beside them, in MiB: templates, snapshots, builds' layers, the saved memory of sandboxes, builds' archives and logs, and the records of sandboxes and builds.
 	MaxStoredMib *int64 `json:"max_stored_mib,omitempty"`
 
 	// MaxVcpus Their virtual CPUs.
@@ -1862,7 +1862,7 @@ type RegisterHost struct {
 	// RefreshHash The SHA-256 of a token, in hexadecimal.
 	RefreshHash TokenHash `json:"refresh_hash"`
 
-	// Status What an agent says of its host.
+	// Status An agent's report on its host.
 	Status HostReport `json:"status"`
 	Token  string     `json:"token"`
 
@@ -1875,7 +1875,7 @@ type ResetPassword struct {
 	// Password 10 characters or more.
 	Password Password `json:"password"`
 
-	// Token What the link ends with.
+	// Token The token in the link's fragment.
 	Token string `json:"token"`
 }
 
@@ -1907,13 +1907,13 @@ type Sandbox struct {
 	// AccessToken For the guest daemon on port 49983, in `X-Access-Token`. Not shown to read-only keys.
 	AccessToken *string `json:"access_token,omitempty"`
 
-	// AutoResume Whether requests and calls resume it when it is paused.
+	// AutoResume Whether requests and calls resume it while it is paused.
 	AutoResume bool `json:"auto_resume"`
 
-	// Condition What is wrong with a sandbox beside its state; absent if nothing is.
+	// Condition A problem of a sandbox beside its state; absent if there is none.
 	Condition *Condition `json:"condition,omitempty"`
 
-	// CreatedAt When it was asked for.
+	// CreatedAt When its creation was requested.
 	CreatedAt time.Time `json:"created_at"`
 
 	// DiskMib Disk in MiB; 0 until it is known.
@@ -1931,16 +1931,16 @@ type Sandbox struct {
 	// EndedBecause Why it ended, in words for people, such as `oom`, `exited`, `timeout` or `killed by user usr-…`; absent unless it has ended.
 	EndedBecause *string `json:"ended_because,omitempty"`
 
-	// Error What went wrong; absent when nothing did.
+	// Error The error; absent if there is none.
 	Error *string `json:"error,omitempty"`
 
-	// ExpiresAt When it ends or is paused unless used before; absent while it is paused. Use moves it; what is shown may be some seconds behind.
+	// ExpiresAt When its timeout destroys or pauses it; absent while it is paused. Each use postpones it. The value may be some seconds old.
 	ExpiresAt *time.Time `json:"expires_at,omitempty"`
 
 	// ForkedFrom The sandbox that it is a copy of.
 	ForkedFrom *string `json:"forked_from,omitempty"`
 
-	// HostID The host that it runs or ran on; absent before one was chosen.
+	// HostID The host that it runs or ran on; absent until one is chosen.
 	HostID *string `json:"host_id,omitempty"`
 
 	// ID A sandbox's id.
@@ -1949,16 +1949,16 @@ type Sandbox struct {
 	// MemoryMib Memory in MiB.
 	MemoryMib int32 `json:"memory_mib"`
 
-	// Metadata The caller's own keys and values, to find sandboxes by. Keys have 1 to 128 characters, none of them `=`.
+	// Metadata Keys and values of the caller's choice, for finding sandboxes. Keys have 1 to 128 characters without `=`.
 	Metadata Metadata `json:"metadata"`
 
-	// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused. If it is to be paused, its memory counts for `max_stored_mib` from the beginning.
+	// OnTimeout What happens when the sandbox was idle for its timeout: it is destroyed (the default) or paused. With `pause`, its memory counts towards `max_stored_mib` from its creation.
 	OnTimeout OnTimeout `json:"on_timeout"`
 
-	// PausedAt Since when it is paused; absent when it is not.
+	// PausedAt Since when it is paused; absent if it is not.
 	PausedAt *time.Time `json:"paused_at,omitempty"`
 
-	// StartMs Milliseconds from asking the host until the sandbox was ready.
+	// StartMs Duration of the host's creation of the sandbox, in milliseconds.
 	StartMs *int64 `json:"start_ms,omitempty"`
 
 	// StartedAt When it first ran.
@@ -1977,16 +1977,16 @@ type Sandbox struct {
 	// Template The template's name.
 	Template string `json:"template"`
 
-	// TemplateID What it started from.
+	// TemplateID The template that it started from.
 	TemplateID string `json:"template_id"`
 
-	// TimeoutSeconds Seconds without use after which it is destroyed, or paused; 0: never.
+	// TimeoutSeconds Idle time in seconds after which it is destroyed or paused; 0: never.
 	TimeoutSeconds int32 `json:"timeout_seconds"`
 
 	// TrafficToken For the sandbox's other ports, in `X-Traffic-Token`. Not shown to read-only keys.
 	TrafficToken *string `json:"traffic_token,omitempty"`
 
-	// URL Where its ports are; put a port number for `{port}`.
+	// URL The URL of its ports; replace `{port}` by a port number.
 	URL string `json:"url"`
 
 	// Vcpus Virtual CPUs.
@@ -2020,16 +2020,16 @@ type SandboxMetrics struct {
 	// DiskTotalBytes The guest's root file system.
 	DiskTotalBytes int64 `json:"disk_total_bytes"`
 
-	// DiskUsedBytes What is used of it.
+	// DiskUsedBytes Space in use on it.
 	DiskUsedBytes int64 `json:"disk_used_bytes"`
 
-	// HostMemoryBytes Memory of the host that the virtual machine takes.
+	// HostMemoryBytes Memory of the host that the VM uses.
 	HostMemoryBytes int64 `json:"host_memory_bytes"`
 
 	// MemoryTotalBytes The guest's memory.
 	MemoryTotalBytes int64 `json:"memory_total_bytes"`
 
-	// MemoryUsedBytes What the guest uses of it.
+	// MemoryUsedBytes Memory in use in the guest.
 	MemoryUsedBytes int64 `json:"memory_used_bytes"`
 
 	// Time When it was measured.
@@ -2040,10 +2040,10 @@ type SandboxMetrics struct {
 type SandboxMetricsHistory struct {
 	Points []MetricsPoint `json:"points"`
 
-	// StepSeconds How far apart points are.
+	// StepSeconds Interval between points.
 	StepSeconds int32 `json:"step_seconds"`
 
-	// Window How far back, which says how far apart.
+	// Window The time span, which determines the interval between points.
 	Window MetricsWindow `json:"window"`
 }
 
@@ -2056,7 +2056,7 @@ type SandboxState string
 
 // Settings defines model for Settings.
 type Settings struct {
-	// DefaultQuota Bounds on what a team has at once. One that is absent is none. The platform's bound all teams of one owner together that have no quota of their own.
+	// DefaultQuota Limits on what a team has at once. An absent one means no limit. The platform's default quota limits all teams of one owner together that have no quota of their own.
 	DefaultQuota Quota `json:"default_quota"`
 
 	// SignupOpen Whether anybody may sign up.
@@ -2071,10 +2071,10 @@ type SignUp struct {
 	// Password 10 characters or more.
 	Password Password `json:"password"`
 
-	// Token For the first account of all: the token that the server writes to its log when it starts.
+	// Token For the first account: the token that the server writes to its log when it starts.
 	Token *string `json:"token,omitempty"`
 
-	// Tokens Give the tokens in the answer instead of in cookies.
+	// Tokens Return the tokens in the response instead of in cookies.
 	Tokens *bool `json:"tokens,omitempty"`
 }
 
@@ -2085,21 +2085,21 @@ type SnapshotList struct {
 	Snapshots  []Template `json:"snapshots"`
 }
 
-// Tag What stands behind a template's name and a colon.
+// Tag The part of a reference after the template's name and a colon.
 type Tag = string
 
 // Team defines model for Team.
 type Team struct {
-	// CreatedAt When it was made.
+	// CreatedAt When it was created.
 	CreatedAt time.Time `json:"created_at"`
 
 	// ID The team's id.
 	ID string `json:"id"`
 
-	// Name What people call it.
+	// Name The team's name.
 	Name string `json:"name"`
 
-	// Role `member`: works with what the team owns; `admin`: also says who is in it and revokes keys; `owner`: also deletes it and makes owners.
+	// Role `member`: uses what the team owns; `admin`: also manages members and revokes keys; `owner`: also deletes the team and adds owners.
 	Role *TeamRole `json:"role,omitempty"`
 }
 
@@ -2118,23 +2118,23 @@ type TeamQuota struct {
 	// MemoryMib Their memory in MiB.
 	MemoryMib int64 `json:"memory_mib"`
 
-	// OwnQuota Whether the quota is the team's own, or the platform's.
+	// OwnQuota Whether the team has its own quota instead of the platform's default.
 	OwnQuota bool `json:"own_quota"`
 
-	// Quota Bounds on what a team has at once. One that is absent is none. The platform's bound all teams of one owner together that have no quota of their own.
+	// Quota Limits on what a team has at once. An absent one means no limit. The platform's default quota limits all teams of one owner together that have no quota of their own.
 	Quota Quota `json:"quota"`
 
 	// Running Sandboxes that are not paused.
 	Running int32 `json:"running"`
 
-	// StoredMib What is kept beside them, in MiB. What is being made counts as the most that it can take.
+	// StoredMib What is stored beside them, in MiB. An object that is being created counts with its maximum size.
 	StoredMib int64 `json:"stored_mib"`
 
 	// Vcpus Their virtual CPUs.
 	Vcpus int32 `json:"vcpus"`
 }
 
-// TeamRole `member`: works with what the team owns; `admin`: also says who is in it and revokes keys; `owner`: also deletes it and makes owners.
+// TeamRole `member`: uses what the team owns; `admin`: also manages members and revokes keys; `owner`: also deletes the team and adds owners.
 type TeamRole string
 
 // TeamUsage defines model for TeamUsage.
@@ -2153,7 +2153,7 @@ type TeamUsage struct {
 
 // Template defines model for Template.
 type Template struct {
-	// CreatedAt When it was made.
+	// CreatedAt When it was created.
 	CreatedAt time.Time `json:"created_at"`
 
 	// DiskMib The least that its sandboxes have; 0 where that is not known.
@@ -2224,7 +2224,7 @@ type TemplateList struct {
 // and a template's id names that template.
 type TemplateName = TemplateWord
 
-// TemplateWord What a template's name is made of.
+// TemplateWord The pattern of template names.
 type TemplateWord = string
 
 // TerminalSize defines model for TerminalSize.
@@ -2238,7 +2238,7 @@ type TokenHash = string
 
 // Usage defines model for Usage.
 type Usage struct {
-	// Days Days on which anything was used.
+	// Days Days with any use.
 	Days []UsageDay `json:"days"`
 
 	// From The first day.
@@ -2254,13 +2254,13 @@ type Usage struct {
 
 // UsageAmount defines model for UsageAmount.
 type UsageAmount struct {
-	// MemoryGibSeconds Memory in GiB times the seconds that it was there.
+	// MemoryGibSeconds Memory in GiB times seconds.
 	MemoryGibSeconds float64 `json:"memory_gib_seconds"`
 
-	// SandboxStarts Sandboxes that were started, copies too; a resume is no start.
+	// SandboxStarts Created sandboxes, including forks. Resuming is not a start.
 	SandboxStarts int64 `json:"sandbox_starts"`
 
-	// VcpuSeconds Virtual CPUs times the seconds that they were there.
+	// VcpuSeconds Virtual CPUs times seconds.
 	VcpuSeconds float64 `json:"vcpu_seconds"`
 }
 
@@ -2290,7 +2290,7 @@ type UserList struct {
 	Users []Account `json:"users"`
 }
 
-// UserName A user of the guest. The default one is `user`, who may use sudo; `root` is there too.
+// UserName A user of the guest: by default `user`, who may use sudo. `root` exists too.
 type UserName = string
 
 // VerifyEmail defines model for VerifyEmail.
@@ -2298,10 +2298,10 @@ type VerifyEmail struct {
 	// Password The account's password.
 	Password string `json:"password"`
 
-	// Token What the link ends with.
+	// Token The token in the link's fragment.
 	Token string `json:"token"`
 
-	// Tokens Give the tokens in the answer instead of in cookies.
+	// Tokens Return the tokens in the response instead of in cookies.
 	Tokens *bool `json:"tokens,omitempty"`
 }
 
@@ -2347,7 +2347,7 @@ type HostID = string
 // IdempotencyKey defines model for IdempotencyKey.
 type IdempotencyKey = string
 
-// ImportName What a template's name is made of.
+// ImportName The pattern of template names.
 type ImportName = TemplateWord
 
 // KeyID defines model for KeyID.
@@ -2371,13 +2371,13 @@ type TemplateIDPath = string
 // TemplateRef defines model for TemplateRef.
 type TemplateRef = string
 
-// TemplateTag What stands behind a template's name and a colon.
+// TemplateTag The part of a reference after the template's name and a colon.
 type TemplateTag = Tag
 
 // ToDay defines model for ToDay.
 type ToDay = openapi_types.Date
 
-// User A user of the guest. The default one is `user`, who may use sudo; `root` is there too.
+// User A user of the guest: by default `user`, who may use sudo. `root` exists too.
 type User = UserName
 
 // UserID defines model for UserID.
@@ -2436,16 +2436,16 @@ type Unprocessable = Error
 
 // ListAllAuditParams defines parameters for ListAllAudit.
 type ListAllAuditParams struct {
-	// Actor The id of a user, a key or a host, or one of `user`, `key`, `host`, `platform`, `anonymous`. Of a user's id, what their keys did too.
+	// Actor The id of a user, a key or a host, or one of `user`, `key`, `host`, `platform`, `anonymous`. A user's id also selects what their keys did.
 	Actor *AuditActor `form:"actor,omitempty" json:"actor,omitempty"`
 
-	// Action An operation's id, or what happened.
+	// Action An operation's id, or the name of a spontaneous change.
 	Action *AuditAction `form:"action,omitempty" json:"action,omitempty"`
 
-	// Object The id or name of what was changed.
+	// Object The id or name of the changed object.
 	Object *AuditObject `form:"object,omitempty" json:"object,omitempty"`
 
-	// Result What became of it.
+	// Result The result.
 	Result *AuditResult `form:"result,omitempty" json:"result,omitempty"`
 
 	// From Not before this time.
@@ -2454,13 +2454,13 @@ type ListAllAuditParams struct {
 	// To Before this time.
 	To *AuditTo `form:"to,omitempty" json:"to,omitempty"`
 
-	// Format `json`: a page. `ndjson` and `csv`: everything from the cursor on, as a stream; one that breaks off before its end is not whole.
+	// Format `json`: a page. `ndjson` and `csv`: a stream of everything from the cursor on; if it ends early, it is incomplete.
 	Format *ListAllAuditParamsFormat `form:"format,omitempty" json:"format,omitempty"`
 
-	// Limit The most entries to return.
+	// Limit Maximum number of entries.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	// Cursor The `next_cursor` of the previous page. Keep the other parameters the same.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
@@ -2469,10 +2469,10 @@ type ListAllAuditParamsFormat string
 
 // ListBuildsAdminParams defines parameters for ListBuildsAdmin.
 type ListBuildsAdminParams struct {
-	// Limit The most entries to return.
+	// Limit Maximum number of entries.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	// Cursor The `next_cursor` of the previous page. Keep the other parameters the same.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
@@ -2490,28 +2490,28 @@ type GetHostParams struct {
 
 // AdminListSandboxesParams defines parameters for AdminListSandboxes.
 type AdminListSandboxesParams struct {
-	// Limit The most entries to return.
+	// Limit Maximum number of entries.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	// Cursor The `next_cursor` of the previous page. Keep the other parameters the same.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
 // AdminListTeamsParams defines parameters for AdminListTeams.
 type AdminListTeamsParams struct {
-	// Limit The most entries to return.
+	// Limit Maximum number of entries.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	// Cursor The `next_cursor` of the previous page. Keep the other parameters the same.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
 // AdminListTemplatesParams defines parameters for AdminListTemplates.
 type AdminListTemplatesParams struct {
-	// Limit The most entries to return.
+	// Limit Maximum number of entries.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	// Cursor The `next_cursor` of the previous page. Keep the other parameters the same.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
@@ -2539,10 +2539,10 @@ type GetUsageByTeamParams struct {
 	// To The last day, UTC, at most 399 after the first. Absent: today.
 	To *ToDay `form:"to,omitempty" json:"to,omitempty"`
 
-	// Limit The most entries to return.
+	// Limit Maximum number of entries.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	// Cursor The `next_cursor` of the previous page. Keep the other parameters the same.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
@@ -2551,25 +2551,25 @@ type AdminListUsersParams struct {
 	// EmailPrefix Only addresses with this prefix.
 	EmailPrefix *string `form:"email_prefix,omitempty" json:"email_prefix,omitempty"`
 
-	// Limit The most entries to return.
+	// Limit Maximum number of entries.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	// Cursor The `next_cursor` of the previous page. Keep the other parameters the same.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
 // ListAuditParams defines parameters for ListAudit.
 type ListAuditParams struct {
-	// Actor The id of a user, a key or a host, or one of `user`, `key`, `host`, `platform`, `anonymous`. Of a user's id, what their keys did too.
+	// Actor The id of a user, a key or a host, or one of `user`, `key`, `host`, `platform`, `anonymous`. A user's id also selects what their keys did.
 	Actor *AuditActor `form:"actor,omitempty" json:"actor,omitempty"`
 
-	// Action An operation's id, or what happened.
+	// Action An operation's id, or the name of a spontaneous change.
 	Action *AuditAction `form:"action,omitempty" json:"action,omitempty"`
 
-	// Object The id or name of what was changed.
+	// Object The id or name of the changed object.
 	Object *AuditObject `form:"object,omitempty" json:"object,omitempty"`
 
-	// Result What became of it.
+	// Result The result.
 	Result *AuditResult `form:"result,omitempty" json:"result,omitempty"`
 
 	// From Not before this time.
@@ -2578,13 +2578,13 @@ type ListAuditParams struct {
 	// To Before this time.
 	To *AuditTo `form:"to,omitempty" json:"to,omitempty"`
 
-	// Format `json`: a page. `ndjson` and `csv`: everything from the cursor on, as a stream; one that breaks off before its end is not whole.
+	// Format `json`: a page. `ndjson` and `csv`: a stream of everything from the cursor on; if it ends early, it is incomplete.
 	Format *ListAuditParamsFormat `form:"format,omitempty" json:"format,omitempty"`
 
-	// Limit The most entries to return.
+	// Limit Maximum number of entries.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	// Cursor The `next_cursor` of the previous page. Keep the other parameters the same.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
@@ -2611,34 +2611,34 @@ type FinishGitHubParams struct {
 
 // ListDeliveriesParams defines parameters for ListDeliveries.
 type ListDeliveriesParams struct {
-	// Limit The most entries to return.
+	// Limit Maximum number of entries.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	// Cursor The `next_cursor` of the previous page. Keep the other parameters the same.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
 // ListKeysParams defines parameters for ListKeys.
 type ListKeysParams struct {
-	// Limit The most entries to return.
+	// Limit Maximum number of entries.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	// Cursor The `next_cursor` of the previous page. Keep the other parameters the same.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 
-	// XTeam The team that somebody who is logged in acts for; absent, the first that they joined. Every operation that works on a team takes it; API keys are for one team.
+	// XTeam The team that a logged-in user acts for; absent: the first that they joined. All operations on a team accept it. An API key belongs to one team.
 	XTeam *TeamHeader `json:"X-Team,omitempty"`
 }
 
 // CreateKeyParams defines parameters for CreateKey.
 type CreateKeyParams struct {
-	// XTeam The team that somebody who is logged in acts for; absent, the first that they joined. Every operation that works on a team takes it; API keys are for one team.
+	// XTeam The team that a logged-in user acts for; absent: the first that they joined. All operations on a team accept it. An API key belongs to one team.
 	XTeam *TeamHeader `json:"X-Team,omitempty"`
 }
 
 // RevokeKeyParams defines parameters for RevokeKey.
 type RevokeKeyParams struct {
-	// XTeam The team that somebody who is logged in acts for; absent, the first that they joined. Every operation that works on a team takes it; API keys are for one team.
+	// XTeam The team that a logged-in user acts for; absent: the first that they joined. All operations on a team accept it. An API key belongs to one team.
 	XTeam *TeamHeader `json:"X-Team,omitempty"`
 }
 
@@ -2650,16 +2650,16 @@ type ListSandboxesParams struct {
 	// Metadata Only sandboxes whose metadata has this `key=value`; repeat it for several.
 	Metadata *[]string `form:"metadata,omitempty" json:"metadata,omitempty"`
 
-	// Limit The most entries to return.
+	// Limit Maximum number of entries.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	// Cursor The `next_cursor` of the previous page. Keep the other parameters the same.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
 // CreateSandboxParams defines parameters for CreateSandbox.
 type CreateSandboxParams struct {
-	// IdempotencyKey Any text of the caller's choice that names this call, for example a random UUID.
+	// IdempotencyKey A unique text that the caller chooses for this call, for example a random UUID.
 	IdempotencyKey *IdempotencyKey `json:"Idempotency-Key,omitempty"`
 }
 
@@ -2670,7 +2670,7 @@ type ReadArchiveParams struct {
 	// (0x80 to 0xFF) is written as a character from U+10FE80 to U+10FEFF.
 	Path Path `form:"path" json:"path"`
 
-	// User Whose rights and home directory count, `user` unless said otherwise.
+	// User The guest's user whose permissions and home directory apply (`user`).
 	User *User `form:"user,omitempty" json:"user,omitempty"`
 }
 
@@ -2681,7 +2681,7 @@ type WriteArchiveParams struct {
 	// (0x80 to 0xFF) is written as a character from U+10FE80 to U+10FEFF.
 	Path Path `form:"path" json:"path"`
 
-	// User Whose rights and home directory count, `user` unless said otherwise.
+	// User The guest's user whose permissions and home directory apply (`user`).
 	User *User `form:"user,omitempty" json:"user,omitempty"`
 }
 
@@ -2698,7 +2698,7 @@ type ReadFileParams struct {
 	// (0x80 to 0xFF) is written as a character from U+10FE80 to U+10FEFF.
 	Path Path `form:"path" json:"path"`
 
-	// User Whose rights and home directory count, `user` unless said otherwise.
+	// User The guest's user whose permissions and home directory apply (`user`).
 	User *User `form:"user,omitempty" json:"user,omitempty"`
 
 	// Range One range, for example `bytes=0-1023`, `bytes=1024-` or `bytes=-512`.
@@ -2715,13 +2715,13 @@ type WriteFileParams struct {
 	// (0x80 to 0xFF) is written as a character from U+10FE80 to U+10FEFF.
 	Path Path `form:"path" json:"path"`
 
-	// User Whose rights and home directory count, `user` unless said otherwise.
+	// User The guest's user whose permissions and home directory apply (`user`).
 	User *User `form:"user,omitempty" json:"user,omitempty"`
 }
 
 // ForkSandboxParams defines parameters for ForkSandbox.
 type ForkSandboxParams struct {
-	// IdempotencyKey Any text of the caller's choice that names this call, for example a random UUID.
+	// IdempotencyKey A unique text that the caller chooses for this call, for example a random UUID.
 	IdempotencyKey *IdempotencyKey `json:"Idempotency-Key,omitempty"`
 }
 
@@ -2733,34 +2733,34 @@ type GetSandboxMetricsHistoryParams struct {
 
 // ListSnapshotsParams defines parameters for ListSnapshots.
 type ListSnapshotsParams struct {
-	// Limit The most entries to return.
+	// Limit Maximum number of entries.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	// Cursor The `next_cursor` of the previous page. Keep the other parameters the same.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
 // CreateSnapshotParams defines parameters for CreateSnapshot.
 type CreateSnapshotParams struct {
-	// IdempotencyKey Any text of the caller's choice that names this call, for example a random UUID.
+	// IdempotencyKey A unique text that the caller chooses for this call, for example a random UUID.
 	IdempotencyKey *IdempotencyKey `json:"Idempotency-Key,omitempty"`
 }
 
 // ListTemplatesParams defines parameters for ListTemplates.
 type ListTemplatesParams struct {
-	// Limit The most entries to return.
+	// Limit Maximum number of entries.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	// Cursor The `next_cursor` of the previous page. Keep the other parameters the same.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
 // ListBuildsParams defines parameters for ListBuilds.
 type ListBuildsParams struct {
-	// Limit The most entries to return.
+	// Limit Maximum number of entries.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	// Cursor The `next_cursor` of the previous page. Keep the other parameters the same.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
