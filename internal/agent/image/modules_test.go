@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/kmod"
 )
 
@@ -46,9 +47,9 @@ func TestModulesImage(t *testing.T) {
 		if err != nil || string(got) != "module" {
 			t.Errorf("a module is %q, %v", got, err)
 		}
-		if i == 0 {
-			time.Sleep(1100 * time.Millisecond) // the next files get other modification times
-		}
+		// The next image is built in another second, the unit of a file system's times.
+		built := time.Now().Unix()
+		await.Until(t, "the next second", func() bool { return time.Now().Unix() > built })
 	}
 	if !bytes.Equal(images[0], images[1]) {
 		t.Error("the images differ")
