@@ -20,8 +20,8 @@ import (
 // TokenHeader is the request header with the sandbox's access token.
 const TokenHeader = "X-Access-Token"
 
-// sameSecret compares in a time that tells nothing of where the two differ,
-// nor of the secret's length.
+// sameSecret compares in a time that depends neither on where the two differ nor on the
+// secret's length.
 func sameSecret(given, secret string) bool {
 	a, b := sha256.Sum256([]byte(given)), sha256.Sum256([]byte(secret))
 	return subtle.ConstantTimeCompare(a[:], b[:]) == 1
@@ -31,8 +31,7 @@ func unauthenticated(w http.ResponseWriter, message string) {
 	fault.Write(w, http.StatusUnauthorized, connect.CodeUnauthenticated, message)
 }
 
-// guard lets only holders of the token through, and to /files those with a
-// signature made with it.
+// guard requires the token or, for /files, a signature made with it.
 func (s *Server) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		token := s.current().token
@@ -54,22 +53,21 @@ func (s *Server) guard(next http.Handler) http.Handler {
 			unauthenticated(w, "an access token is needed")
 			return
 		}
-		patience.Idle(r) // Files and input are as slow as those who send them.
+		patience.Idle(r) // clients may send files and input slowly
 		next.ServeHTTP(w, r)
 	})
 }
 
-// identify finds the user that a request is for: for files what the query
-// says, else what HTTP basic authentication says, else the default, which is
-// root where the guest has no user of the daemon's default name. A signed
-// request counts by its query alone, since that is what was signed.
+// identify finds the user of a request: for files the one in the query, otherwise the one
+// in HTTP basic authentication, otherwise the default (root if the guest does not have
+// the default user). For a signed request only the query counts, because it is signed.
 func (s *Server) identify(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		name := ""
 		if r.URL.Path == "/files" || r.URL.Path == "/archive" {
 			name = r.URL.Query().Get("username")
 		}
-		// What is signed must mean one thing.
+		// A colon would make the signed text ambiguous.
 		if strings.Contains(name, ":") {
 			refuse(w, r, unknownUser(name))
 			return
@@ -82,7 +80,7 @@ func (s *Server) identify(next http.Handler) http.Handler {
 			name = s.current().user
 		}
 		who, err := account.Lookup(name)
-		// An image from elsewhere has no such user, but root.
+		// An imported image may lack the default user, but it has root.
 		if errors.Is(err, account.ErrUnknown) && byDefault && name == s.cfg.DefaultUser {
 			who, err = account.Lookup("root")
 		}
@@ -101,10 +99,10 @@ func unknownUser(name string) error {
 	return connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("the sandbox has no user or group %q; it always has root", name))
 }
 
-// refuse answers a request with an error, in the protocol of the request.
+// refuse responds with an error, in the protocol of the request.
 func refuse(w http.ResponseWriter, r *http.Request, err error) {
 	if rpc := connect.NewErrorWriter(); rpc.IsSupported(r) {
-		_ = rpc.Write(w, r, fault.Connect(err)) // an error here is the client's connection
+		_ = rpc.Write(w, r, fault.Connect(err)) // fails only if the client's connection is gone
 		return
 	}
 	fault.WriteError(w, err)

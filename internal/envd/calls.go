@@ -9,7 +9,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/requestid"
 )
 
-// calls is an interceptor that logs calls that fail, with the request's id.
+// calls is an interceptor that logs failed calls with the request's id.
 type calls struct{ log *slog.Logger }
 
 func (c calls) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
@@ -32,8 +32,8 @@ func (c calls) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.S
 	}
 }
 
-// ended logs a call's error: as a warning if the daemon is at fault, or else only at
-// the level debug, because a program may cause many.
+// ended logs a call's error: as a warning if the daemon is at fault, otherwise only at
+// the level debug, because programs can cause many.
 func (c calls) ended(ctx context.Context, spec connect.Spec, id string, err error) {
 	if err == nil {
 		return

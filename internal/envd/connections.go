@@ -9,9 +9,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/linger"
 )
 
-// connections are those that the daemon's server has open. A guest that goes
-// on from captured memory holds connections whose other ends are gone, or are
-// another guest's: nothing ever comes of them, not even an end.
+// connections tracks the open connections of the daemon's server. After a restore, the
+// other ends of captured connections are gone, or belong to another guest, and nothing
+// ever arrives on them, not even an end.
 type connections struct {
 	mu   sync.Mutex
 	open map[net.Conn]struct{}
@@ -19,7 +19,7 @@ type connections struct {
 
 type connectionKey struct{}
 
-// watch makes srv tell what it has open. It is called before srv serves.
+// watch tracks the connections of srv. Call it before srv serves.
 func (c *connections) watch(srv *http.Server) {
 	c.open = map[net.Conn]struct{}{}
 	srv.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
@@ -37,8 +37,8 @@ func (c *connections) watch(srv *http.Server) {
 	}
 }
 
-// shed closes every connection but the one that ctx's request came on. Its
-// requests' contexts end with a connection.
+// shed closes every connection except that of ctx's request. The contexts of requests on
+// a closed connection are cancelled.
 func (c *connections) shed(ctx context.Context) {
 	own, _ := ctx.Value(connectionKey{}).(net.Conn)
 	c.mu.Lock()
@@ -48,7 +48,7 @@ func (c *connections) shed(ctx context.Context) {
 			continue
 		}
 		if c, ok := conn.(*linger.Conn); ok {
-			_ = c.Abort() // Nobody is there to take what is still unsent.
+			_ = c.Abort() // nobody would receive unsent data
 			continue
 		}
 		_ = conn.Close()

@@ -1,5 +1,5 @@
-// Package envd is the guest daemon: it runs processes, moves files and
-// reports, for whoever holds the sandbox's token.
+// Package envd is the guest daemon. For clients with the sandbox's token it runs
+// processes, moves files and reports metrics.
 package envd
 
 import (
@@ -26,43 +26,41 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
-// Port is where the daemon listens in a guest.
+// Port is the port on which the daemon listens in a guest.
 const Port = 49983
 
-// Config says how the daemon runs. Only DefaultUser is needed.
+// Config configures the daemon. Only DefaultUser is required.
 type Config struct {
-	// DefaultUser is who requests are for that name nobody.
+	// DefaultUser is the user of requests that name none.
 	DefaultUser string
-	// Cgroup is the cgroup2 directory to keep users' processes in, which is
-	// made; empty: none, and nothing can be frozen.
+	// Cgroup is the cgroup2 directory for users' processes, which New creates (empty: none;
+	// then processes cannot be frozen).
 	Cgroup string
-	// Clock is the cgroup2 directory of the program that keeps the clock. The server
-	// freezes it with users' processes; empty: there is none.
+	// Clock is the cgroup2 directory of chronyd, which the server freezes together with
+	// users' processes (empty: none).
 	Clock string
-	// Address is the guest's own address, at which services that listen on
-	// loopback alone are made reachable; invalid: they are not.
+	// Address is the guest's address, at which the server publishes services that listen
+	// only on loopback (invalid: it does not).
 	Address netip.Addr
-	// Machine is what /init makes the sandbox's own; nil: the machine is not
-	// the daemon's to change, and what /init says of it means nothing.
+	// Machine is the machine that /init changes (nil: /init ignores what concerns the
+	// machine).
 	Machine Machine
 	Log     *slog.Logger
 }
 
-// Machine is what a guest that goes on from captured memory must change of
-// itself. The package machine has the real one.
+// Machine changes what identifies a guest after a restore. The package machine has the
+// real implementation.
 type Machine interface {
-	// Reseed makes the kernel's random numbers independent of those of any
-	// other machine with the same memory.
+	// Reseed makes the kernel's random numbers independent of those of other machines with
+	// the same memory.
 	Reseed(secret []byte) error
 	Rename(hostname string) error
-	// Export gives the sandbox's variables to processes whose environment is not
-	// the daemon's.
+	// Export gives the sandbox's variables to processes that the daemon does not start.
 	Export(envs map[string]string) error
-	// SetClock puts the clock right; the host told its time at that time or
-	// a little later.
+	// SetClock corrects the clock. host is the host's time when it sent the request.
 	SetClock(host time.Time) error
-	// Grow makes the root file system as large as its device, which has so many
-	// bytes, and returns its size in bytes.
+	// Grow grows the root file system to the size of its device, which is bytes, and
+	// returns its size in bytes.
 	Grow(ctx context.Context, bytes int64) (int64, error)
 }
 
@@ -71,8 +69,8 @@ type Server struct {
 	cfg        Config
 	log        *slog.Logger
 	tree       *cgroup.Tree     // nil: no cgroups
-	clock      *cgroup.Tree     // nil: nothing that is frozen keeps the clock
-	ports      *ports.Forwarder // nil: no service is made reachable
+	clock      *cgroup.Tree     // nil: chronyd is not frozen
+	ports      *ports.Forwarder // nil: services on loopback are not published
 	processes  *process.Service
 	filesystem *filesystem.Service
 	handler    http.Handler
@@ -84,7 +82,7 @@ type Server struct {
 	state state
 }
 
-// state is what /init says.
+// state is what /init has set.
 type state struct {
 	token   string // empty: not initialised
 	envs    map[string]string
@@ -92,7 +90,7 @@ type state struct {
 	workdir string
 }
 
-// New makes a daemon that serves nothing but /health until it is initialised.
+// New returns a daemon that only serves /health and /init until it is initialised.
 func New(cfg Config) (*Server, error) {
 	log := cfg.Log
 	if log == nil {
@@ -102,7 +100,7 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Cgroup != "" {
 		tree, err := cgroup.Open(cfg.Cgroup)
 		if err != nil {
-			// Processes run all the same; a kill may miss those that leave their group.
+			// Processes run without cgroups, too, but a kill misses those that leave their group.
 			log.Warn("no cgroup for users' processes", "error", err)
 		} else {
 			s.tree = tree
@@ -125,10 +123,10 @@ func New(cfg Config) (*Server, error) {
 		s.ports = ports.New(ports.Config{Address: cfg.Address, Except: []uint16{Port}, Log: log})
 	}
 
-	// Users' requests: each is somebody's.
+	// These requests run with the rights of a user.
 	user := http.NewServeMux()
-	// A request may be compressed. Answers go a few centimetres; their
-	// compression would only cost the guest time.
+	// Requests may be compressed. Responses stay on the host, so compressing them would only
+	// cost the guest time.
 	plain := connect.WithCompressMinBytes(1 << 30)
 	logged := connect.WithInterceptors(calls{log})
 	user.Handle(s.processes.Handler(plain, logged))
@@ -152,11 +150,11 @@ func New(cfg Config) (*Server, error) {
 	return s, nil
 }
 
-// Handler serves the daemon's whole interface.
+// Handler returns the handler of the daemon's whole interface.
 func (s *Server) Handler() http.Handler { return s.handler }
 
-// Run serves at addr ("host:port" or "unix:/path") until ctx is done; then it
-// ends users' processes and returns. A Server runs once.
+// Run serves at addr ("host:port" or "unix:/path") until ctx is done, then ends users'
+// processes and returns. Call it only once.
 func (s *Server) Run(ctx context.Context, addr string) error {
 	l, err := netaddr.Listen(ctx, addr, 0o600)
 	if err != nil {
@@ -165,8 +163,8 @@ func (s *Server) Run(ctx context.Context, addr string) error {
 	srv := netaddr.Server(s.handler)
 	s.open.watch(srv)
 	srv.ErrorLog = slog.NewLogLogger(s.log.Handler(), slog.LevelWarn)
-	// A peer that is gone without a word (its host failed, this guest was
-	// moved) is noticed by the answer that does not come.
+	// Pings detect a peer that disappeared, for example because its host failed or this
+	// guest was moved.
 	srv.HTTP2.SendPingTimeout, srv.HTTP2.PingTimeout = 30*time.Second, 15*time.Second
 
 	var background sync.WaitGroup
@@ -178,7 +176,7 @@ func (s *Server) Run(ctx context.Context, addr string) error {
 		<-ctx.Done()
 		end, done := context.WithTimeout(context.WithoutCancel(ctx), 3*time.Second)
 		defer done()
-		// Ending the processes ends the streams on them.
+		// Ending the processes ends their streams.
 		s.Close(end)
 		if srv.Shutdown(end) != nil {
 			_ = srv.Close()
@@ -193,7 +191,7 @@ func (s *Server) Run(ctx context.Context, addr string) error {
 	return fmt.Errorf("serve: %w", err)
 }
 
-// Close ends users' processes and watchers. Run does so itself.
+// Close ends users' processes and watchers. Run calls it.
 func (s *Server) Close(ctx context.Context) {
 	if err := s.processes.Close(ctx); err != nil {
 		s.log.Warn("end users' processes", "error", err)
@@ -222,8 +220,8 @@ func (s *Server) envs(w http.ResponseWriter, _ *http.Request) {
 	_ = json.NewEncoder(w).Encode(envs)
 }
 
-// look serves /ports: it looks for services to make reachable now, and not only at the
-// next second.
+// look serves /ports: it looks for services to publish at once, not only at the next
+// second.
 func (s *Server) look(w http.ResponseWriter, r *http.Request) {
 	if s.ports != nil {
 		s.ports.Look(r.Context())
@@ -231,11 +229,11 @@ func (s *Server) look(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// freezeLimit is how long users' processes may take to stand still.
+// freezeLimit is how long users' processes may take to freeze.
 const freezeLimit = 5 * time.Second
 
-// toTree returns a handler that calls do, within freezeLimit, if users' processes are
-// in cgroups.
+// toTree returns a handler that calls do, with the timeout freezeLimit, if users'
+// processes are in cgroups.
 func (s *Server) toTree(do func(context.Context) error) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if s.tree == nil {
@@ -252,21 +250,21 @@ func (s *Server) toTree(do func(context.Context) error) http.Handler {
 	})
 }
 
-// freeze stops users' processes and the program that keeps the clock. Between a restore
-// and /init, that program would measure how far the clock is behind. It would correct
-// that too, after /init has.
+// freeze freezes users' processes and chronyd. Otherwise chronyd would measure between a
+// restore and /init how far the clock is behind, and would correct it once more after
+// /init has.
 func (s *Server) freeze(ctx context.Context) error {
 	if err := s.tree.Freeze(ctx); err != nil || s.clock == nil {
 		return err
 	}
 	if err := s.clock.Freeze(ctx); err != nil {
-		s.log.Warn("the clock's program goes on", "error", err)
+		s.log.Warn("cannot freeze chronyd", "error", err)
 	}
 	return nil
 }
 
-// thaw lets what freeze stopped go on. It waits for users' processes alone: the clock's
-// program has the lowest priority.
+// thaw continues what freeze froze. It waits only for users' processes, because chronyd
+// has the lowest priority.
 func (s *Server) thaw(ctx context.Context) error {
 	err := s.tree.Thaw(ctx)
 	if s.clock != nil {
@@ -275,8 +273,7 @@ func (s *Server) thaw(ctx context.Context) error {
 	return err
 }
 
-// settle ends users' processes, and returns once all that is written is on the
-// disk.
+// settle ends users' processes and syncs the disk.
 func (s *Server) settle(ctx context.Context) error {
 	if err := s.tree.Empty(ctx); err != nil {
 		return err

@@ -1,5 +1,5 @@
-// Package account knows the guest's users: who they are, where their paths
-// lead, and how to act with their rights and no more.
+// Package account looks up the guest's users, resolves their paths, and runs code with
+// their rights.
 package account
 
 import (
@@ -23,7 +23,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/nametext"
 )
 
-// ErrUnknown is returned for a user that the guest does not have.
+// ErrUnknown means that the guest has no such user or group.
 var ErrUnknown = errors.New("no such user")
 
 // Account is one user of the guest.
@@ -58,7 +58,7 @@ func lookup(name, passwd, group string) (*Account, error) {
 	return a, nil
 }
 
-// lookupGroup finds a group by name, or by number where none has it for a name.
+// lookupGroup finds a group by name, or by number if no group has that name.
 func lookupGroup(name, group string) (gid uint32, err error) {
 	n, err := strconv.ParseUint(name, 10, 32)
 	// The number that stands for "unchanged" (chown(2)) is nobody's.
@@ -138,7 +138,7 @@ func lookupUser(name, passwd, group string) (*Account, error) {
 	return a, nil
 }
 
-// unlisted is a user that is in no table, or nil.
+// unlisted returns the account for a user that is not in the table, or nil.
 func unlisted(name string) *Account {
 	if name == "root" || name == "0" {
 		return &Account{Name: "root", Home: "/root"}
@@ -174,8 +174,7 @@ type Names struct {
 	users, groups map[uint32]string
 }
 
-// LoadNames reads the guest's tables. Owners that are not in them are shown
-// as numbers.
+// LoadNames reads the guest's tables. Owners that are not in them stay numbers.
 func LoadNames() *Names {
 	n := &Names{users: map[uint32]string{}, groups: map[uint32]string{}}
 	for file, m := range map[string]map[uint32]string{"/etc/passwd": n.users, "/etc/group": n.groups} {
@@ -194,10 +193,10 @@ func LoadNames() *Names {
 	return n
 }
 
-// User is the name of uid.
+// User returns the name of uid.
 func (n *Names) User(uid uint32) string { return name(n.users, uid) }
 
-// Group is the name of gid.
+// Group returns the name of gid.
 func (n *Names) Group(gid uint32) string { return name(n.groups, gid) }
 
 func name(m map[uint32]string, id uint32) string {
@@ -207,9 +206,8 @@ func name(m map[uint32]string, id uint32) string {
 	return strconv.FormatUint(uint64(id), 10)
 }
 
-// Resolve makes the absolute, clean path that a client means by p, the text of a
-// path (package nametext): a relative path starts in the user's home, as "~" does;
-// the empty path is the home.
+// Resolve returns the absolute, clean path for p, which a client encoded with package
+// nametext. A relative path, and "~", start at the user's home; an empty path is the home.
 func (a *Account) Resolve(p string) (string, error) {
 	if strings.ContainsRune(p, 0) {
 		return "", fmt.Errorf("path has a NUL byte: %w", fs.ErrInvalid)
@@ -224,13 +222,12 @@ func (a *Account) Resolve(p string) (string, error) {
 	return path.Clean(p), nil
 }
 
-// Do calls f with the user's rights: on an operating system thread whose
-// effective uid and gid and whose supplementary groups are the user's, and
-// which has none of root's capabilities in effect. f must do its work on the
-// calling goroutine; a file that it opens keeps the rights it was opened with.
+// Do calls f with the user's rights: on a thread with the user's effective uid and gid
+// and supplementary groups, and without effective capabilities. f must do its work on the
+// calling goroutine. Files that it opens keep the rights with which they were opened.
 //
-// The thread's real and saved uid stay root's, so the user can neither signal
-// nor trace it, and it can come back.
+// The thread's real and saved uid stay root's, so the user can neither signal nor trace
+// it, and it can restore its rights.
 func (a *Account) Do(f func() error) error {
 	euid := uint32(unix.Geteuid())
 	if euid == a.UID {
@@ -249,9 +246,9 @@ func (a *Account) Do(f func() error) error {
 	return f()
 }
 
-// become gives the calling thread, which must be locked and root's, the user's
-// rights. The standard library's calls change every thread of the process;
-// these raw ones change one.
+// become gives the calling thread, which must be locked and run as root, the user's
+// rights. It uses raw system calls, because those of the standard library change every
+// thread of the process.
 func (a *Account) become() (back func(), err error) {
 	groups, err := unix.Getgroups()
 	if err != nil {
@@ -263,8 +260,8 @@ func (a *Account) become() (back func(), err error) {
 	}
 	egid := uint32(unix.Getegid())
 	back = func() {
-		// A thread that cannot get its rights back must not run anything else.
-		// It does not happen: root's real and saved ids allow these calls.
+		// A thread that cannot restore its rights must not run anything else. This does not
+		// happen, because root's real and saved ids allow these calls.
 		for _, err := range []error{seteuid(0), setegid(egid), setgroups(own)} {
 			if err != nil {
 				panic(fmt.Sprintf("account: take root's rights back: %v", err))
@@ -285,7 +282,7 @@ func (a *Account) become() (back func(), err error) {
 	return back, nil
 }
 
-const keep = ^uintptr(0) // leaves an id as it is
+const keep = ^uintptr(0) // leaves an id unchanged
 
 func seteuid(id uint32) error { return raw(unix.SYS_SETRESUID, keep, uintptr(id), keep) }
 
@@ -310,7 +307,7 @@ func raw(call, a, b, c uintptr) error {
 
 type contextKey struct{}
 
-// NewContext returns a context that says on whose behalf a request is served.
+// NewContext returns a copy of ctx with the user of a request.
 func NewContext(ctx context.Context, a *Account) context.Context {
 	return context.WithValue(ctx, contextKey{}, a)
 }

@@ -8,14 +8,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxKept bounds the accounts that are kept.
+// maxKept bounds the cached accounts.
 const maxKept = 64
 
-// cache keeps accounts for as long as the two tables stay as they are.
+// cache caches accounts until one of the two tables changes.
 type cache struct {
 	passwd, group string
-	// settled is how long a table must be unchanged before accounts are kept:
-	// two changes within one tick of the kernel's clock leave the same times.
+	// settled is how long a table must be unchanged before accounts are cached, because two
+	// changes within one tick of the kernel's clock leave the same time.
 	settled time.Duration
 
 	mu   sync.Mutex
@@ -23,7 +23,7 @@ type cache struct {
 	kept map[string]Account
 }
 
-// version tells one content of a file from another. It is zero if there is no file.
+// version identifies the content of a file. It is zero if the file does not exist.
 type version struct {
 	dev, ino     uint64
 	size         int64
@@ -39,7 +39,7 @@ func versionOf(file string) version {
 }
 
 func (c *cache) lookup(name string) (*Account, error) {
-	// Before the tables are read: if they change meanwhile, the next lookup sees it.
+	// Taken before the tables are read, so that the next lookup notices a change.
 	of := [2]version{versionOf(c.passwd), versionOf(c.group)}
 	c.mu.Lock()
 	if c.of != of {
@@ -57,7 +57,7 @@ func (c *cache) lookup(name string) (*Account, error) {
 	}
 	now := time.Now()
 	for _, v := range of {
-		// If the clock was set back, the age is negative and says nothing.
+		// If the clock was set back, the age is negative, and nothing is cached.
 		if age := now.Sub(time.Unix(v.ctime.Unix())); age < c.settled {
 			return found, nil
 		}

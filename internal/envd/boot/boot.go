@@ -1,8 +1,8 @@
-// Package boot brings a guest up: Initrd from the first instruction in user
-// space to the root file system, Init from there to the guest daemon.
+// Package boot boots a guest: as the init of the initrd up to the root file system, and
+// as wrenn-init from there to the guest daemon.
 //
-// Both are other names of the daemon's own binary, so that a guest needs no
-// shell, no network tools and no second program to start.
+// Both are names of the daemon's own binary, so that a guest needs no shell, no network
+// tools and no other program to start.
 package boot
 
 import (
@@ -14,9 +14,9 @@ import (
 	"time"
 )
 
-// Main boots and does not return when this program was started as the
-// initial program of an initrd ("init") or of a root file system
-// ("wrenn-init"); under any other name it returns at once.
+// Main boots the guest and does not return, if this program was started as the first
+// program of an initrd ("init") or of a root file system ("wrenn-init"). Under any other
+// name it returns at once.
 func Main() {
 	var step func() error
 	switch filepath.Base(os.Args[0]) {
@@ -28,14 +28,14 @@ func Main() {
 		return
 	}
 	if os.Getpid() != 1 {
-		fmt.Fprintln(os.Stderr, "wrenn-init: only for the first process of a guest")
+		fmt.Fprintln(os.Stderr, "wrenn-init: must be the first process of a guest")
 		os.Exit(2)
 	}
 	err := step()
-	// A machine that cannot come up must end, so that whoever waits for it is
-	// told at once; the kernel's console has the reason.
+	// A guest that cannot boot must end, so that the agent notices at once. The console has
+	// the reason.
 	say("cannot start: %v", err)
-	time.Sleep(100 * time.Millisecond) // lets the console drain
+	time.Sleep(100 * time.Millisecond) // flushes the console
 	_ = syscall.Reboot(syscall.LINUX_REBOOT_CMD_RESTART)
 	os.Exit(1)
 }
@@ -45,7 +45,7 @@ func say(format string, args ...any) {
 	fmt.Fprintf(os.Stderr, "wrenn-init: "+format+"\n", args...)
 }
 
-// options are the words of a kernel command line that hold a "=".
+// options returns the words of a kernel command line that have a "=".
 func options(cmdline string) map[string]string {
 	o := map[string]string{}
 	for word := range strings.FieldsSeq(cmdline) {
@@ -56,7 +56,7 @@ func options(cmdline string) map[string]string {
 	return o
 }
 
-// kernelOptions are those of the running kernel; /proc must be mounted.
+// kernelOptions returns the options of the running kernel. /proc must be mounted.
 func kernelOptions() (map[string]string, error) {
 	b, err := os.ReadFile("/proc/cmdline")
 	if err != nil {
@@ -74,7 +74,7 @@ type mount struct {
 
 func (m mount) do() error {
 	if err := os.MkdirAll(m.target, 0o755); err != nil {
-		return fmt.Errorf("make mount point: %w", err)
+		return fmt.Errorf("create mount point: %w", err)
 	}
 	if err := syscall.Mount(m.source, m.target, m.fstype, m.flags, m.data); err != nil {
 		return fmt.Errorf("mount %s at %s: %w", m.fstype, m.target, err)

@@ -17,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Where the guest daemon and the reaper of orphans are.
+// The paths of the guest daemon and of tini, which reaps orphans.
 const (
 	daemon = "/usr/local/bin/envd"
 	reaper = "/usr/bin/tini"
@@ -26,11 +26,11 @@ const (
 // ClockCgroup is the cgroup2 directory below which chronyd runs.
 const ClockCgroup = "/sys/fs/cgroup/wrenn-clock"
 
-// path is that of every process that names none.
+// path is the default PATH of processes.
 const path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/games:/usr/games"
 
-// bringUp makes a running system of the root file system and becomes the
-// guest daemon, under tini where the image has it and else under itself.
+// bringUp sets up the system and becomes the guest daemon, under tini if the image has
+// it, otherwise under this process.
 func bringUp() error {
 	for _, m := range []mount{
 		{"sysfs", "/sys", "sysfs", syscall.MS_NOSUID | syscall.MS_NODEV | syscall.MS_NOEXEC, ""},
@@ -51,10 +51,10 @@ func bringUp() error {
 		say("%v", err)
 	}
 	if err := provideModprobe("/"); err != nil {
-		say("the kernel loads no modules on demand: %v", err)
+		say("cannot load modules on demand: %v", err)
 	}
 	for name, target := range map[string]string{"/dev/fd": "/proc/self/fd", "/dev/stdin": "/proc/self/fd/0", "/dev/stdout": "/proc/self/fd/1", "/dev/stderr": "/proc/self/fd/2", "/etc/mtab": "../proc/self/mounts"} {
-		_ = os.Symlink(target, name) // there already: fine
+		_ = os.Symlink(target, name) // may exist already
 	}
 	opts, err := kernelOptions()
 	if err != nil {
@@ -67,7 +67,7 @@ func bringUp() error {
 		return fmt.Errorf("set up network: %w", err)
 	}
 	if err := startClock(opts["wrenn.ntp"]); err != nil {
-		say("the clock is not kept: %v", err) // a guest with a drifting clock is better than none
+		say("cannot keep the clock: %v", err) // a guest with a drifting clock is better than none
 	}
 	env := []string{path, "HOME=/root", "LANG=C.UTF-8"}
 	if _, err := os.Stat(reaper); err != nil {
@@ -76,9 +76,8 @@ func bringUp() error {
 	return fmt.Errorf("start %s: %w", reaper, syscall.Exec(reaper, []string{reaper, "--", daemon, "-guest"}, env))
 }
 
-// reap runs a program and collects every orphan's end until the program's
-// own, which is an error: the first process must not end, and with its daemon
-// a guest is of no use.
+// reap runs the guest daemon and reaps orphans until the daemon exits. That is an error,
+// because the first process must not exit, and a guest is useless without its daemon.
 func reap(argv, env []string) error {
 	proc, err := os.StartProcess(argv[0], argv, &os.ProcAttr{Env: env, Files: []*os.File{os.Stdin, os.Stdout, os.Stderr}})
 	if err != nil {
@@ -97,8 +96,8 @@ func reap(argv, env []string) error {
 	}
 }
 
-// connect sets up loopback, eth0 and the resolver. A guest without a network
-// card has loopback alone.
+// connect sets up loopback, eth0 and the resolver. Without a network card, a guest has
+// only loopback.
 func connect(opts map[string]string) error {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
@@ -134,7 +133,7 @@ func connect(opts map[string]string) error {
 		}
 	}
 	if dns := net.ParseIP(opts["wrenn.dns"]); dns != nil {
-		_ = os.Remove("/etc/resolv.conf") // an image may bring a link to nowhere
+		_ = os.Remove("/etc/resolv.conf") // it can be a dangling link in the image
 		if err := os.WriteFile("/etc/resolv.conf", []byte("nameserver "+dns.String()+"\n"), 0o644); err != nil {
 			return err
 		}
@@ -142,8 +141,8 @@ func connect(opts map[string]string) error {
 	return nil
 }
 
-// startClock starts chronyd, which follows the host's clock through the PTP
-// device where the machine has one, else the agent's NTP service.
+// startClock starts chronyd, which follows the host's clock through the PTP device if
+// there is one, otherwise through the agent's NTP service.
 func startClock(ntp string) error {
 	const chronyd = "/usr/sbin/chronyd"
 	if _, err := os.Stat(chronyd); err != nil {
@@ -165,20 +164,20 @@ func startClock(ntp string) error {
 	cmd.Env = []string{path}
 	group, err := clockGroup()
 	if err != nil {
-		say("the clock's program cannot be frozen: %v", err)
+		say("cannot freeze chronyd: %v", err)
 	} else {
 		defer group.Close()
 		cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: group.FD()}
 	}
-	if err := cmd.Start(); err != nil { // becomes tini's to reap
+	if err := cmd.Start(); err != nil { // tini reaps it
 		return err
 	}
-	// A clock that was put right gives it much to do, just when a guest that was
-	// restored is waited for.
+	// After a correction of the clock chronyd is busy, just when a restored guest must
+	// answer quickly.
 	return unix.Setpriority(unix.PRIO_PROCESS, cmd.Process.Pid, 19)
 }
 
-// clockGroup makes the group for chronyd, which the guest daemon takes over.
+// clockGroup creates the cgroup for chronyd, which the guest daemon takes over.
 func clockGroup() (*cgroup.Group, error) {
 	tree, err := cgroup.Open(ClockCgroup)
 	if err != nil {

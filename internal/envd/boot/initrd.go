@@ -12,16 +12,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ModuleOrder is the file of the initrd that names the kernel's modules below
-// /modules, one a line, in the order in which they are to be loaded.
+// ModuleOrder is the file of the initrd that lists the modules below /modules, one per
+// line, in the order in which to load them.
 const ModuleOrder = "/modules/order"
 
-// deviceTimeout bounds the wait for the root device, which is there within
-// milliseconds when it is there at all.
+// deviceTimeout bounds the wait for the root device, which normally appears within
+// milliseconds.
 const deviceTimeout = 10 * time.Second
 
 // switchRoot loads the modules that every guest needs, mounts the root file system and
-// the rest of the modules, and becomes the root's /sbin/wrenn-init.
+// the disk with the other modules, and becomes /sbin/wrenn-init of the root file system.
 func switchRoot() error {
 	for _, m := range []mount{
 		{"devtmpfs", "/dev", "devtmpfs", syscall.MS_NOSUID, ""},
@@ -53,7 +53,7 @@ func switchRoot() error {
 			return fmt.Errorf("move %s: %w", dir, err)
 		}
 	}
-	// The initrd's files take memory for as long as they exist.
+	// The initrd's files occupy memory as long as they exist.
 	for _, name := range []string{"/init", "/modules"} {
 		_ = os.RemoveAll(name)
 	}
@@ -68,15 +68,14 @@ func switchRoot() error {
 	}
 	if device := opts["wrenn.modules"]; device != "" {
 		if err := mountModules(device); err != nil {
-			say("the kernel's modules are not there: %v", err)
+			say("cannot mount the kernel's modules: %v", err)
 		}
 	}
 	return fmt.Errorf("start /sbin/wrenn-init: %w", syscall.Exec("/sbin/wrenn-init", []string{"wrenn-init"}, os.Environ()))
 }
 
-// loadModules loads what ModuleOrder names. A module that this machine has no
-// device for says so and is passed over: what is really missed shows when
-// the root device does not come.
+// loadModules loads the modules in ModuleOrder. It skips modules for which the machine
+// has no device. If one was needed, the root device does not appear.
 func loadModules() error {
 	f, err := os.Open(ModuleOrder)
 	if err != nil {
@@ -104,7 +103,7 @@ func loadModule(path string) error {
 	return fmt.Errorf("load %s: %w", filepath.Base(path), err)
 }
 
-// awaitFile returns when path exists; the kernel says when its folder changes.
+// awaitFile returns when path exists. It watches the folder with inotify.
 func awaitFile(path string, timeout time.Duration) error {
 	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC)
 	if err != nil {
@@ -122,7 +121,7 @@ func awaitFile(path string, timeout time.Duration) error {
 		}
 		left := time.Until(deadline)
 		if left <= 0 {
-			return fmt.Errorf("%s is not there after %v", path, timeout)
+			return fmt.Errorf("%s did not appear within %v", path, timeout)
 		}
 		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(left.Milliseconds())+1)
 		if err != nil && !errors.Is(err, unix.EINTR) {

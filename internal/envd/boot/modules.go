@@ -12,26 +12,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// allModules holds the modules of each kernel, in a folder that has the kernel's release
-// for a name.
+// allModules has a folder with the modules of each kernel, named after its release.
 const allModules = "/lib/modules"
 
-// mountModules makes the kernel's modules on the device appear where programs look for
-// them. It lays the guest's own folder over them, so that packages with headers and
-// modules can be installed. The device holds the same for all guests, which only read it.
+// mountModules mounts the kernel's modules on device where programs look for them. An
+// overlay with the guest's own folder allows packages to add headers and modules. The
+// device is the same for all guests, and read-only.
 func mountModules(device string) error {
 	if _, err := os.Stat(device); err != nil {
 		return err
 	}
 	var name unix.Utsname
 	if err := unix.Uname(&name); err != nil {
-		return fmt.Errorf("ask for the kernel's release: %w", err)
+		return fmt.Errorf("read the kernel's release: %w", err)
 	}
 	own := filepath.Join(allModules, unix.ByteSliceToString(name.Release[:]))
 	image, work := filepath.Join(allModules, ".wrenn/image"), filepath.Join(allModules, ".wrenn/work")
 	for _, dir := range []string{own, work} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return fmt.Errorf("make mount point: %w", err)
+			return fmt.Errorf("create mount point: %w", err)
 		}
 	}
 	const flags = syscall.MS_NOSUID | syscall.MS_NODEV | syscall.MS_NOATIME
@@ -39,22 +38,23 @@ func mountModules(device string) error {
 		return err
 	}
 	if err := (mount{"overlay", own, "overlay", flags, "lowerdir=" + image + ",upperdir=" + own + ",workdir=" + work}).do(); err != nil {
-		say("nothing can be added to the kernel's modules: %v", err)
+		say("packages cannot add kernel modules: %v", err)
 		if err := (mount{image, own, "", syscall.MS_BIND, ""}).do(); err != nil {
 			return err
 		}
 	}
 	if err := makeDevices(filepath.Join(own, "modules.devname"), "/dev"); err != nil {
-		return fmt.Errorf("make devices of modules: %w", err)
+		return fmt.Errorf("create devices of modules: %w", err)
 	}
 	return nil
 }
 
-// shared are the devices that every user may open, as udev has it. All others are root's.
+// shared has the devices that every user may open, as with udev. Only root may open the
+// others.
 var shared = map[string]bool{"fuse": true, "net/tun": true}
 
-// makeDevices makes the devices in dir that modules.devname lists. The kernel loads their
-// modules when a program opens them.
+// makeDevices creates the devices that modules.devname lists in dir. The kernel loads
+// their modules when a program opens them.
 func makeDevices(list, dir string) error {
 	f, err := os.Open(list)
 	if err != nil {
@@ -96,10 +96,10 @@ func makeDevices(list, dir string) error {
 	return nil
 }
 
-// modprobe is the program that the kernel starts to load a module.
+// modprobe is the path of the program that the kernel starts to load a module.
 const modprobe = "sbin/modprobe"
 
-// provideModprobe makes this program modprobe where the image brings none.
+// provideModprobe links modprobe to this program if the image has none.
 func provideModprobe(root string) error {
 	for _, name := range []string{modprobe, "usr/" + modprobe} {
 		if _, err := os.Lstat(filepath.Join(root, name)); !errors.Is(err, fs.ErrNotExist) {

@@ -1,6 +1,6 @@
-// Package cgroup keeps users' processes in control groups (version 2), one
-// group for each process that was asked for, so that all its descendants can
-// be killed, and all of them together frozen for a pause.
+// Package cgroup puts users' processes into cgroups (version 2): one for each process
+// that a client starts, so that all its descendants can be killed, and a tree of them
+// that can be frozen for a pause.
 package cgroup
 
 import (
@@ -18,23 +18,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Tree is the group below which every user process lives.
+// Tree is the cgroup above those of all users' processes.
 type Tree struct {
 	path string
 
 	mu     sync.Mutex
 	next   int
-	ready  *Group // made ahead for New; nil: none
+	ready  *Group // prepared for New, or nil
 	closed bool
-	stale  map[string]struct{} // groups whose process has ended and that may still hold descendants
+	stale  map[string]struct{} // groups whose process has ended and that may still have descendants
 }
 
-// Open makes or takes over the group at path, which must lie in a cgroup2 file
-// system. Groups that an earlier daemon left in it are removed once empty.
+// Open creates or takes over the cgroup at path, which must be in a cgroup2 file system.
+// It removes groups that an earlier daemon left there once they are empty.
 func Open(path string) (*Tree, error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(filepath.Dir(path), &st); err != nil {
-		return nil, fmt.Errorf("look for cgroup2: %w", err)
+		return nil, fmt.Errorf("find cgroup2: %w", err)
 	}
 	if int64(st.Type) != unix.CGROUP2_SUPER_MAGIC {
 		return nil, fmt.Errorf("%s is not a cgroup2 file system", filepath.Dir(path))
@@ -52,7 +52,7 @@ func Open(path string) (*Tree, error) {
 			t.stale[e.Name()] = struct{}{}
 		}
 	}
-	// A daemon that died between freeze and thaw must not leave users' processes stopped.
+	// The earlier daemon may have died between freeze and thaw.
 	if err := t.write("cgroup.freeze", "0"); err != nil {
 		return nil, err
 	}
@@ -73,8 +73,7 @@ type Group struct {
 	dir  *os.File
 }
 
-// New returns an empty group that nobody has used: the one that Prepare made, or
-// a new one.
+// New returns an empty, unused group: the one that Prepare created, or a new one.
 func (t *Tree) New() (*Group, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -85,8 +84,8 @@ func (t *Tree) New() (*Group, error) {
 	return t.make()
 }
 
-// Prepare makes the group that New returns next, so that starting a process
-// does not wait for the kernel to make one. A failure shows in New.
+// Prepare creates the group that New returns next, so that starting a process does not
+// wait for that. If it fails, New tries again.
 func (t *Tree) Prepare() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -98,10 +97,10 @@ func (t *Tree) Prepare() {
 	}
 }
 
-// make makes an empty group. t.mu is held.
+// make creates an empty group. The caller holds t.mu.
 func (t *Tree) make() (*Group, error) {
-	// Groups that were not empty when their process ended are tried again here,
-	// which bounds them without a timer.
+	// Retrying here to remove groups that were not empty when their process ended bounds
+	// their number without a timer.
 	for name := range t.stale {
 		if removeTree(filepath.Join(t.path, name)) {
 			delete(t.stale, name)
@@ -127,8 +126,8 @@ func (t *Tree) make() (*Group, error) {
 	}
 }
 
-// removeTree removes an empty group and the groups in it; false means that
-// something still lives there.
+// removeTree removes a group and the groups in it. It returns false if one still has
+// processes.
 func removeTree(path string) bool {
 	err := unix.Rmdir(path)
 	if err == nil || err == unix.ENOENT {
@@ -147,7 +146,8 @@ func removeTree(path string) bool {
 	return nested && unix.Rmdir(path) == nil
 }
 
-// FD is the group's directory, for a clone into it. It is valid until Close.
+// FD returns a descriptor of the group's directory, for CLONE_INTO_CGROUP. It is valid
+// until Close.
 func (g *Group) FD() int { return int(g.dir.Fd()) }
 
 // Add moves a process into the group.
@@ -155,19 +155,19 @@ func (g *Group) Add(pid int) error {
 	return os.WriteFile(filepath.Join(g.dir.Name(), "cgroup.procs"), []byte(strconv.Itoa(pid)), 0)
 }
 
-// Kill kills every process in the group, even one that forks meanwhile.
+// Kill kills every process in the group, even those that fork at the same time.
 func (g *Group) Kill() error {
 	return os.WriteFile(filepath.Join(g.dir.Name(), "cgroup.kill"), []byte("1"), 0)
 }
 
-// Gone reports whether the group was removed, which root in the guest can do
-// while nothing lives in it. Nothing can be started in it then.
+// Gone reports whether the group was removed, which root in the guest can do while it is
+// empty. No process can be started in it then.
 func (g *Group) Gone() bool {
 	_, err := os.Stat(g.dir.Name())
 	return errors.Is(err, fs.ErrNotExist)
 }
 
-// Close lets go of the group. It is removed as soon as nothing lives in it.
+// Close releases the group, which is removed as soon as it is empty.
 func (g *Group) Close() {
 	_ = g.dir.Close()
 	g.tree.mu.Lock()
@@ -177,9 +177,9 @@ func (g *Group) Close() {
 	}
 }
 
-// Freeze stops every process in the tree and returns when all of them stand
-// still. When that is not so by ctx's deadline (5 seconds where it has none),
-// they are let go on and the error is context.DeadlineExceeded.
+// Freeze freezes every process in the tree and waits until all of them have stopped. If
+// they have not by ctx's deadline (5 seconds if it has none), Freeze thaws them and the
+// error is context.DeadlineExceeded.
 func (t *Tree) Freeze(ctx context.Context) error {
 	if err := t.write("cgroup.freeze", "1"); err != nil {
 		return err
@@ -190,10 +190,10 @@ func (t *Tree) Freeze(ctx context.Context) error {
 	return nil
 }
 
-// Release is [Tree.Thaw] without the wait for the processes to go on.
+// Release is [Tree.Thaw] without waiting until the processes run.
 func (t *Tree) Release() error { return t.write("cgroup.freeze", "0") }
 
-// Thaw lets the tree's processes go on.
+// Thaw continues the tree's processes.
 func (t *Tree) Thaw(ctx context.Context) error {
 	if err := t.Release(); err != nil {
 		return err
@@ -218,7 +218,7 @@ func (t *Tree) Empty(ctx context.Context) error {
 	return nil
 }
 
-// Close kills whatever lives in the tree and removes it.
+// Close kills every process in the tree and removes it.
 func (t *Tree) Close(ctx context.Context) error {
 	if err := t.Empty(ctx); err != nil {
 		return err

@@ -1,5 +1,4 @@
-// Package fault says to clients what went wrong: as a Connect code or as an
-// HTTP status.
+// Package fault translates errors to Connect codes and HTTP statuses.
 package fault
 
 import (
@@ -15,7 +14,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/envd/account"
 )
 
-// Code is the Connect code that fits err.
+// Code returns the Connect code for err.
 func Code(err error) connect.Code {
 	var ce *connect.Error
 	is := func(targets ...error) bool {
@@ -49,7 +48,7 @@ func Code(err error) connect.Code {
 	return connect.CodeInternal
 }
 
-// Connect is err as a Connect error. Nil stays nil.
+// Connect returns err as a Connect error, or nil for nil.
 func Connect(err error) error {
 	if err == nil {
 		return nil
@@ -61,7 +60,7 @@ func Connect(err error) error {
 	return connect.NewError(Code(err), err)
 }
 
-// Status is the HTTP status that fits err.
+// Status returns the HTTP status for err.
 func Status(err error) int {
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
 		return http.StatusInsufficientStorage
@@ -89,8 +88,8 @@ func Status(err error) int {
 	return http.StatusInternalServerError
 }
 
-// Write answers a plain HTTP request with a status and
-// {"code":"not_found","message":"…"}, a body that Connect clients read too.
+// Write responds to a plain HTTP request with a status and a body such as
+// {"code":"not_found","message":"…"}, which Connect clients also understand.
 func Write(w http.ResponseWriter, status int, code connect.Code, message string) {
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
@@ -101,7 +100,7 @@ func Write(w http.ResponseWriter, status int, code connect.Code, message string)
 	}{code.String(), message})
 }
 
-// WriteError answers a plain HTTP request with what fits err.
+// WriteError responds to a plain HTTP request with the status and code for err.
 func WriteError(w http.ResponseWriter, err error) {
 	message := err.Error()
 	if ce := (*connect.Error)(nil); errors.As(err, &ce) {

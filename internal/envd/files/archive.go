@@ -18,15 +18,15 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/envd/fault"
 )
 
-// pack answers with a tar of a file or a folder. Names in it start with the
-// path's own base name.
+// pack responds with a tar of a file or a folder. Names in it start with the base name
+// of the path.
 func pack(w http.ResponseWriter, r *http.Request) {
 	who, root, err := requested(r)
 	if err != nil {
 		fault.WriteError(w, err)
 		return
 	}
-	// What is asked for must be readable before the status is sent.
+	// Errors must be found before the status is sent.
 	err = who.Do(func() error {
 		info, err := os.Stat(root)
 		if err != nil {
@@ -55,13 +55,13 @@ func pack(w http.ResponseWriter, r *http.Request) {
 		err = t.Close()
 	}
 	if err != nil {
-		panic(http.ErrAbortHandler) // the client must see that this is not all
+		panic(http.ErrAbortHandler) // breaks the connection, so that the client notices
 	}
 }
 
-// packTree writes the tree at root, with the rights of the calling thread. A
-// symbolic link at root itself is followed; below it links stay links.
-// Sockets, pipes and devices are left out.
+// packTree writes the tree at root, with the rights of the calling thread. It follows a
+// symbolic link at root itself, but keeps links below it. It leaves out sockets, pipes and
+// devices.
 func packTree(r *http.Request, t *tar.Writer, root string) error {
 	names := account.LoadNames()
 	base := path.Base(root)
@@ -76,7 +76,7 @@ func packTree(r *http.Request, t *tar.Writer, root string) error {
 		}
 		if err != nil {
 			if p != real && errors.Is(err, fs.ErrNotExist) {
-				return nil // gone meanwhile
+				return nil // removed in the meantime
 			}
 			return err
 		}
@@ -143,18 +143,18 @@ func packTree(r *http.Request, t *tar.Writer, root string) error {
 		}
 		n, err := io.CopyBuffer(struct{ io.Writer }{t}, data, buf)
 		if err == nil && n < h.Size {
-			// The header has told a size. Zeros in place of the rest would be wrong.
+			// The header has the old size, and filling up with zeros would be wrong.
 			err = fmt.Errorf("%s was truncated while it was read", p)
 		}
 		return err
 	})
 }
 
-// maxUnsized bounds, in bytes, a file whose size the kernel does not tell: pack keeps
+// maxUnsized bounds, in bytes, a file whose size the kernel does not report. pack keeps
 // it in memory, because an archive has the size before the content.
 const maxUnsized = 16 << 20
 
-// sized returns what is in a file, and how much that is.
+// sized returns the content of a file and its size in bytes.
 func sized(f *os.File, path string) (io.Reader, int64, error) {
 	c, err := open(f)
 	if err != nil {
@@ -173,7 +173,7 @@ func sized(f *os.File, path string) (io.Reader, int64, error) {
 	return bytes.NewReader(all), int64(len(all)), nil
 }
 
-// unpack puts a tar's contents below a directory, which is made.
+// unpack unpacks a tar into a directory, which it creates.
 func unpack(w http.ResponseWriter, r *http.Request) {
 	who, dir, err := requested(r)
 	var body io.Reader
@@ -196,16 +196,15 @@ func unpack(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// maxArchived bounds the entries of one archive, whose directories are
-// remembered until its end.
+// maxArchived bounds the entries of one archive, because its directories are kept in
+// memory until its end.
 const maxArchived = 1_000_000
 
-// unpackTree does so with the rights of the calling thread. Nothing outside
-// dir is touched, whatever names and links the archive has: os.Root sees to
-// that in each step. Owners are the thread's, modes and times the archive's;
-// bits that lend rights (setuid, setgid) are dropped. With an owner all that the
-// archive has is that one's, which takes the rights to give files away, and
-// modes are the archive's to the last bit.
+// unpackTree unpacks a tar into dir, with the rights of the calling thread. Because it
+// uses os.Root, it touches nothing outside dir, whatever names and links the archive has.
+// Files belong to the thread's user and get the archive's modes and times, but no setuid
+// and setgid bits. If owner is set, everything belongs to owner and keeps all bits of its
+// mode; that needs the right to change owners.
 func unpackTree(body io.Reader, dir string, owner *account.Account) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
@@ -222,7 +221,7 @@ func unpackTree(body io.Reader, dir string, owner *account.Account) error {
 		time time.Time
 	}
 	var dirs []made
-	// give makes what was unpacked the owner's. To change owners takes bits away.
+	// give changes the owner and restores the mode, because chown clears bits of it.
 	give := func(name string, mode int64) error {
 		if owner == nil {
 			return nil
@@ -258,7 +257,7 @@ func unpackTree(body io.Reader, dir string, owner *account.Account) error {
 		switch h.Typeflag {
 		case tar.TypeDir:
 			if name == "." {
-				continue // the directory that was asked for stays what it is
+				continue // dir itself stays unchanged
 			}
 			if info, err := root.Lstat(name); err == nil && !info.IsDir() && info.Mode()&fs.ModeSymlink == 0 {
 				if err := root.Remove(name); err != nil {
@@ -286,7 +285,7 @@ func unpackTree(body io.Reader, dir string, owner *account.Account) error {
 			if err := replaceable(root, name); err != nil {
 				return confined(err)
 			}
-			// The link may say anything: nothing here follows it out of dir.
+			// The target can be anything, because nothing here follows links out of dir.
 			if err := root.Symlink(h.Linkname, name); err != nil {
 				return confined(err)
 			}
@@ -312,12 +311,12 @@ func unpackTree(body io.Reader, dir string, owner *account.Account) error {
 			return fmt.Errorf("%s: entries of type %q are not unpacked: %w", h.Name, h.Typeflag, fs.ErrInvalid)
 		}
 	}
-	// What follows the archive's end is read, so that the connection can be used again.
+	// Read the rest of the body, so that the connection can be reused.
 	if _, err := io.Copy(io.Discard, body); err != nil {
 		return err
 	}
-	// Last, the deepest first: a directory may forbid to write into it, and
-	// writing into it changes its time.
+	// Directories come last, the deepest first, because their mode can forbid writing into
+	// them, and writing changes their time.
 	for i := len(dirs) - 1; i >= 0; i-- {
 		d := dirs[i]
 		if err := root.Chmod(d.name, d.mode); err != nil {
@@ -330,7 +329,7 @@ func unpackTree(body io.Reader, dir string, owner *account.Account) error {
 	return nil
 }
 
-// fileMode is a tar header's mode: the bits of chmod(2).
+// fileMode converts a tar header's mode, which has the bits of chmod(2).
 func fileMode(bits int64) fs.FileMode {
 	mode := fs.FileMode(bits) & fs.ModePerm
 	for bit, special := range map[int64]fs.FileMode{0o4000: fs.ModeSetuid, 0o2000: fs.ModeSetgid, 0o1000: fs.ModeSticky} {
@@ -341,8 +340,8 @@ func fileMode(bits int64) fs.FileMode {
 	return mode
 }
 
-// local is an entry's name as a path below the root; a slash before it does
-// not count, as with tar itself.
+// local returns an entry's name as a path below the root. As in tar, a leading slash does
+// not count.
 func local(name string) (string, error) {
 	if strings.ContainsRune(name, 0) {
 		return "", fmt.Errorf("an entry's name has a NUL byte: %w", fs.ErrInvalid)
@@ -359,7 +358,7 @@ func local(name string) (string, error) {
 	return path.Clean(p), nil
 }
 
-// replaceable removes what is at name, unless that is a directory.
+// replaceable removes the file at name, unless it is a directory.
 func replaceable(root *os.Root, name string) error {
 	info, err := root.Lstat(name)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -374,8 +373,8 @@ func replaceable(root *os.Root, name string) error {
 	return root.Remove(name)
 }
 
-// unpackFile makes a file in place of what is there, and removes it again
-// when its contents do not all come.
+// unpackFile creates a file, replacing an existing one, and removes it if its content is
+// incomplete.
 func unpackFile(root *os.Root, name string, mode fs.FileMode, at time.Time, from io.Reader, buf []byte) error {
 	if err := replaceable(root, name); err != nil {
 		return err
@@ -400,8 +399,8 @@ func unpackFile(root *os.Root, name string, mode fs.FileMode, at time.Time, from
 	return err
 }
 
-// confined says of os.Root's refusal to leave the folder that it is the
-// archive's fault. The standard library has no name for that error.
+// confined marks os.Root's refusal to leave the folder as the client's fault. The standard
+// library does not export that error.
 func confined(err error) error {
 	if err == nil {
 		return nil

@@ -9,17 +9,17 @@ import (
 	"time"
 )
 
-// content is what is in an open file. The kernel gives its own files (in /proc and
-// /sys) a size that is wrong, and any other can change while it is read. So a small
-// file is as long as what can be read of it, and only a larger one as its size says.
+// content is the content of an open file. Files in /proc and /sys have a wrong size, and
+// any file can change while it is read. So the length of a small file is what was read,
+// and only larger files use their size.
 type content struct {
 	file *os.File
 	head []byte // the first [buffer] bytes, or the whole file if it has fewer
 	size int64  // of the file; -1: not known
 }
 
-// endReads ends reads of f when ctx ends, until stop is called: some files have
-// nothing to read for a long time (/proc/kmsg).
+// endReads ends reads of f when ctx is done, until stop is called, because some files,
+// such as /proc/kmsg, block for a long time.
 func endReads(ctx context.Context, f *os.File) (stop func() bool) {
 	return context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })
 }
@@ -40,17 +40,17 @@ func open(f *os.File) (*content, error) {
 		return nil, err
 	}
 	if c.size = info.Size(); c.size <= buffer {
-		// There may be no more, but then its size is not what was read either.
+		// There may be no more data, but then the size is wrong, too.
 		c.size = -1
 	}
 	return c, nil
 }
 
-// whole reports whether head is all that is in the file.
+// whole reports whether head is the whole file.
 func (c *content) whole() bool { return len(c.head) < buffer }
 
-// all reads the whole file, to the size that it had when it was opened: a log that
-// grows faster than it is read has an end too.
+// all returns a reader of the file, up to the size that it had when it was opened, so
+// that reading a log that grows quickly ends, too.
 func (c *content) all() io.Reader {
 	head := bytes.NewReader(c.head)
 	switch {

@@ -1,5 +1,5 @@
-// Package files carries whole files and trees of them over plain HTTP, in
-// constant memory and with the rights of the user who asks.
+// Package files serves downloads and uploads of files and archives over plain HTTP, in
+// constant memory and with the rights of the request's user.
 package files
 
 import (
@@ -26,8 +26,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/nametext"
 )
 
-// Register adds /files and /archive to mux. Requests must carry their user
-// (account.NewContext) and be allowed already.
+// Register adds /files and /archive to mux. Requests must be authorized and have their
+// user in the context (account.NewContext).
 func Register(mux *http.ServeMux) {
 	mux.HandleFunc("GET /files", download)
 	mux.HandleFunc("POST /files", receive)
@@ -35,7 +35,7 @@ func Register(mux *http.ServeMux) {
 	mux.HandleFunc("POST /archive", unpack)
 }
 
-// requested finds whose request it is and which path it names.
+// requested returns the user and the path of a request.
 func requested(r *http.Request) (who *account.Account, path string, err error) {
 	if who, err = account.FromContext(r.Context()); err != nil {
 		return nil, "", err
@@ -48,9 +48,9 @@ func requested(r *http.Request) (who *account.Account, path string, err error) {
 	return who, path, err
 }
 
-// openFile opens a regular file to read, with the rights of the calling thread.
+// openFile opens a regular file for reading, with the rights of the calling thread.
 func openFile(path string) (*os.File, fs.FileInfo, error) {
-	// Not blocking: to open a FIFO would wait for its writer.
+	// Nonblocking, because opening a FIFO would wait for a writer.
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
 	if err != nil {
 		if errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENODEV) {
@@ -97,7 +97,7 @@ func download(w http.ResponseWriter, r *http.Request) {
 	h.Add("Vary", "Accept-Encoding")
 	zip, ok := negotiate(r.Header.Values("Accept-Encoding"))
 	if r.Header.Get("Range") != "" && zip {
-		// A range is one of the file's own bytes.
+		// Ranges are of the file's own bytes, so they need identity.
 		if _, identity := negotiate([]string{"gzip;q=0, " + strings.Join(r.Header.Values("Accept-Encoding"), ",")}); identity {
 			zip = false
 		}
@@ -129,7 +129,7 @@ func download(w http.ResponseWriter, r *http.Request) {
 	case c.whole():
 		http.ServeContent(w, r, "", info.ModTime(), bytes.NewReader(c.head))
 	case c.size < 0:
-		// Without a size there are no ranges, and the length is what is read.
+		// Without a size there are no ranges, and the length is only known after reading.
 		if r.Method == http.MethodHead {
 			return
 		}
@@ -137,20 +137,19 @@ func download(w http.ResponseWriter, r *http.Request) {
 	case r.Method == http.MethodHead || r.Header.Get("Range") != "" || r.Header.Get("If-Modified-Since") != "" || r.Header.Get("If-Unmodified-Since") != "":
 		http.ServeContent(w, r, "", info.ModTime(), f)
 	default:
-		// No length is promised: the file may be truncated before it is read.
+		// Without Content-Length, because the file may be truncated before it is read.
 		h.Set("Accept-Ranges", "bytes")
 		h.Set("Last-Modified", info.ModTime().UTC().Format(http.TimeFormat))
 		_, err = io.Copy(w, c.all())
 	}
 	if err != nil {
-		// The status is sent: only a broken connection can say that this is not all.
+		// The status is sent, so only a broken connection can report the failure.
 		panic(http.ErrAbortHandler)
 	}
 }
 
-// negotiate chooses between gzip and identity by Accept-Encoding; ok is false
-// when the client wants neither. Identity is what it gets unless it names gzip
-// or refuses identity.
+// negotiate chooses between gzip and identity by Accept-Encoding. The default is identity,
+// unless the client names gzip or refuses identity. ok is false if it refuses both.
 func negotiate(accept []string) (zip, ok bool) {
 	gzipQ, identityQ, anyQ := -1.0, -1.0, -1.0
 	for part := range strings.SplitSeq(strings.Join(accept, ","), ",") {
@@ -199,7 +198,7 @@ func negotiate(accept []string) (zip, ok bool) {
 	return false, false
 }
 
-// written is what the answer to an upload says of each file.
+// written describes one file in the response to an upload.
 type written struct {
 	Path string `json:"path"`
 	Name string `json:"name"`
@@ -227,7 +226,7 @@ func receive(w http.ResponseWriter, r *http.Request) {
 		}
 		for _, before := range list {
 			if before.Path == nametext.Text(path) {
-				return fmt.Errorf("%s is there twice: %w", path, fs.ErrInvalid)
+				return fmt.Errorf("%s appears twice: %w", path, fs.ErrInvalid)
 			}
 		}
 		if err := write(who, path, from, size); err != nil {
@@ -265,7 +264,7 @@ func receive(w http.ResponseWriter, r *http.Request) {
 	_ = json.NewEncoder(w).Encode(list)
 }
 
-// decoded is a request's body without its content encoding.
+// decoded returns a request's body without its content encoding.
 func decoded(r *http.Request) (io.Reader, error) {
 	body := clientReader{r.Body}
 	switch enc := strings.ToLower(strings.TrimSpace(r.Header.Get("Content-Encoding"))); enc {
@@ -278,14 +277,14 @@ func decoded(r *http.Request) (io.Reader, error) {
 		}
 		return clientReader{z}, nil
 	default:
-		return nil, fmt.Errorf("content encoding %q is not understood: %w", enc, fs.ErrInvalid)
+		return nil, fmt.Errorf("content encoding %q is not supported: %w", enc, fs.ErrInvalid)
 	}
 }
 
-// errClient marks an error as the client's: its body broke off or is malformed.
+// errClient marks an error as the client's fault: its body is incomplete or malformed.
 var errClient = fmt.Errorf("request body: %w", fs.ErrInvalid)
 
-// clientReader marks errors of reading a body as the client's.
+// clientReader marks errors of reading a body as the client's fault.
 type clientReader struct{ r io.Reader }
 
 func (c clientReader) Read(p []byte) (int, error) {
@@ -296,11 +295,12 @@ func (c clientReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// buffer is how much of an upload is in memory.
+// buffer is how many bytes of a transfer are in memory.
 const buffer = 128 << 10
 
-// write puts what from gives into the file at path: all of it or, when
-// anything fails, nothing. size is how much is expected; -1: not known.
+// write replaces the file at path with the content of from. If it fails, the old file is
+// unchanged, unless it had to be written in place. size is the expected size (-1:
+// unknown).
 func write(who *account.Account, path string, from io.Reader, size int64) error {
 	var t target
 	if err := who.Do(func() (err error) {
@@ -313,7 +313,7 @@ func write(who *account.Account, path string, from io.Reader, size int64) error 
 	if err == nil && t.temp != "" && t.mode != nil {
 		err = t.file.Chmod(*t.mode)
 	}
-	// The file system may say only now that it is full.
+	// A full file system can be reported only at Close.
 	if e := t.file.Close(); err == nil {
 		err = e
 	}
@@ -331,8 +331,7 @@ func write(who *account.Account, path string, from io.Reader, size int64) error 
 	})
 }
 
-// meant is err as one about path: that an upload has a temporary name is
-// nothing to its client.
+// meant replaces an upload's temporary name in err by path, which the client knows.
 func meant(err error, path string) error {
 	var pe *fs.PathError
 	var le *os.LinkError
@@ -345,16 +344,16 @@ func meant(err error, path string) error {
 	return err
 }
 
-// target is an upload's file.
+// target is the file that an upload writes.
 type target struct {
-	path string   // where it goes, with no symbolic link at its end
-	temp string   // what it is written to before it is renamed; "": path itself
+	path string   // final path, with no symbolic link at its end
+	temp string   // temporary file that is renamed to path; "": path is written in place
 	file *os.File // open for writing
 	mode *fs.FileMode
 }
 
-// prepare opens what an upload to path is written to, with the rights of the
-// calling thread, which must be who's.
+// prepare opens the target of an upload to path, with the rights of the calling thread,
+// which must be who's.
 func prepare(who *account.Account, path string, size int64) (target, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return target{}, err
@@ -381,8 +380,8 @@ func prepare(who *account.Account, path string, size int64) (target, error) {
 	case !info.Mode().IsRegular():
 		return target{}, notRegular(path)
 	}
-	// The directory's rights would be enough for a rename, but who may not
-	// write a file may not replace it either.
+	// A rename only needs permission for the directory, but a user who may not write a
+	// file must not replace it either.
 	if err := unix.Faccessat(unix.AT_FDCWD, path, unix.W_OK, unix.AT_EACCESS); err != nil {
 		return target{}, &fs.PathError{Op: "write", Path: path, Err: err}
 	}
@@ -400,14 +399,14 @@ func prepare(who *account.Account, path string, size int64) (target, error) {
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
 		return target{}, err
 	}
-	// A file that cannot be replaced by one like it (the directory cannot be
-	// written, or the owner is another) is written in place.
+	// Write in place if the file cannot be replaced by an equal one, because the user may
+	// not write the directory or the owner differs.
 	t.temp = ""
 	t.file, err = os.OpenFile(path, os.O_WRONLY|os.O_TRUNC|unix.O_NONBLOCK, 0)
 	return t, err
 }
 
-// follow resolves a symbolic link at the end of path, even one to what is not there yet.
+// follow resolves a symbolic link at the end of path, even if its target does not exist.
 func follow(path string) (string, error) {
 	for range 40 {
 		to, err := os.Readlink(path)
@@ -418,7 +417,7 @@ func follow(path string) (string, error) {
 			return "", err
 		}
 		if !filepath.IsAbs(to) {
-			// Not cleaned by name: what is before ".." may be a link itself.
+			// Not with path.Clean, because the part before ".." can be a link.
 			dir, err := filepath.EvalSymlinks(filepath.Dir(path))
 			if err != nil {
 				return "", err
@@ -430,7 +429,7 @@ func follow(path string) (string, error) {
 	return "", &fs.PathError{Op: "write", Path: path, Err: unix.ELOOP}
 }
 
-// room tells early that a file of the size does not fit.
+// room returns an error if a file of the given size does not fit.
 func room(dir string, size int64) error {
 	var st unix.Statfs_t
 	if size <= 0 || unix.Statfs(dir, &st) != nil || st.Bsize <= 0 || st.Blocks == 0 {
