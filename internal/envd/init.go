@@ -17,8 +17,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/envd/machine"
 )
 
-// initRequest is /init's body. What is absent stays as it is; what is not
-// here means nothing.
+// initRequest is /init's body. Absent fields change nothing, and unknown ones are ignored.
 type initRequest struct {
 	EnvVars        map[string]string `json:"envVars"`
 	AccessToken    string            `json:"accessToken"`
@@ -31,7 +30,7 @@ type initRequest struct {
 	Thaw           bool              `json:"thaw"`
 }
 
-// hostTime is the zero time where the client sends something else than we do.
+// hostTime is zero if the client sends a time in another format than the agent's.
 type hostTime struct{ time.Time }
 
 func (t *hostTime) UnmarshalJSON(b []byte) error {
@@ -41,15 +40,15 @@ func (t *hostTime) UnmarshalJSON(b []byte) error {
 	return nil
 }
 
-// initReply is the body of an answer that has more to tell than that all went
-// well; that one is 204, without a body.
+// initReply is the body of a response with results or warnings. Otherwise the response is
+// 204, without a body.
 type initReply struct {
-	Disk     int64    `json:"disk,omitempty"`     // bytes of / once grown
-	Warnings []string `json:"warnings,omitempty"` // what did not work and need not stop the guest
+	Disk     int64    `json:"disk,omitempty"`     // size of / in bytes, after it grew
+	Warnings []string `json:"warnings,omitempty"` // failures that do not prevent the use of the guest
 }
 
 const (
-	minEntropy = 32 // bytes: what the kernel's generator holds
+	minEntropy = 32 // bytes, the size of the kernel generator's key
 	maxEntropy = 1 << 10
 )
 
@@ -62,7 +61,7 @@ func (req *initRequest) check(first bool) error {
 			return fmt.Errorf("environment variable %q cannot be set", k)
 		}
 	}
-	// Later a user of the guest may have removed it.
+	// Only at first, because a user may remove it later.
 	if first && req.DefaultUser != "" {
 		if _, err := account.Lookup(req.DefaultUser); err != nil {
 			return err
@@ -83,13 +82,11 @@ func (req *initRequest) check(first bool) error {
 	return nil
 }
 
-// init makes the guest its sandbox's own: it is the first thing that the agent
-// says after a boot or a restore. The first call needs no token: nothing of a
-// user's runs in the guest before it. Every later one needs the token that is
-// in force. Repeating it does no harm.
+// init serves /init, the agent's first request after a boot or a restore, which gives the
+// guest the identity of its sandbox. The first call needs no token, because no user's
+// process runs before it. Every later one needs the present token. It is idempotent.
 //
-// Nothing on its way starts a process or waits for a disk: a sandbox is
-// created in the time that this takes.
+// Because every creation waits for it, it starts no process and waits for no disk.
 func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 	allowed := func() bool {
 		token := s.current().token
@@ -108,12 +105,12 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 		err = json.Unmarshal(body, &req)
 	}
 	if err != nil {
-		fault.Write(w, http.StatusBadRequest, connect.CodeInvalidArgument, "the body is not the JSON object that is expected")
+		fault.Write(w, http.StatusBadRequest, connect.CodeInvalidArgument, "the body is not a valid JSON object")
 		return
 	}
 	s.initialising.Lock()
 	defer s.initialising.Unlock()
-	if !allowed() { // another request may have changed the token meanwhile
+	if !allowed() { // another request may have changed the token
 		return
 	}
 	if err := req.check(s.current().token == ""); err != nil {
@@ -122,7 +119,7 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 	}
 	reply, err := s.become(r.Context(), &req)
 	if err != nil {
-		s.log.Error("become the sandbox's own", "error", err)
+		s.log.Error("take the sandbox's identity", "error", err)
 		fault.WriteError(w, err)
 		return
 	}
@@ -135,14 +132,14 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 	_ = json.NewEncoder(w).Encode(reply)
 }
 
-// become does what /init asks for. What must not be shared with another guest
-// comes first, users' processes go on last. An error means that the guest is
-// not the sandbox's own and must not be used.
+// become applies a request of /init. It first changes what must not be shared with another
+// guest, and thaws users' processes last. After an error the guest does not have the
+// sandbox's identity and must not be used.
 func (s *Server) become(ctx context.Context, req *initRequest) (initReply, error) {
 	var reply initReply
 	warn := func(err error) {
 		if err != nil {
-			s.log.Warn("become the sandbox's own", "error", err)
+			s.log.Warn("take the sandbox's identity", "error", err)
 			reply.Warnings = append(reply.Warnings, err.Error())
 		}
 	}
@@ -157,7 +154,7 @@ func (s *Server) become(ctx context.Context, req *initRequest) (initReply, error
 	user := req.DefaultUser
 	if user != "" {
 		if _, err := account.Lookup(user); err != nil {
-			warn(fmt.Errorf("the default user stays: %w", err))
+			warn(fmt.Errorf("keep the default user: %w", err))
 			user = ""
 		}
 	}

@@ -8,8 +8,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
-// timed returns a handler that tells an agent who asks how long next took until it
-// began to answer.
+// timed returns a handler that reports to the agent, on request, how long next took until
+// it began to respond.
 func timed(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if _, asked := r.Header[hostwire.Timing]; asked {
@@ -45,7 +45,7 @@ func (t *timing) Write(b []byte) (int, error) {
 	return t.ResponseWriter.Write(b)
 }
 
-// Flush implements [http.Flusher], which some handlers ask for.
+// Flush implements [http.Flusher], which some handlers require.
 func (t *timing) Flush() {
 	t.tell()
 	_ = http.NewResponseController(t.ResponseWriter).Flush()

@@ -38,7 +38,7 @@ func parts(body io.Reader, boundary string, f func(name string, part io.Reader) 
 		if n++; n > maxParts {
 			return fmt.Errorf("more than %d files: %w", maxParts, fs.ErrInvalid)
 		}
-		// multipart's own FileName has no directories; here the name is a path.
+		// Part.FileName drops directories, but here the name is a path.
 		_, params, _ := mime.ParseMediaType(p.Header.Get("Content-Disposition"))
 		if err := f(params["filename"], clientReader{p}); err != nil {
 			return err

@@ -14,9 +14,8 @@ import (
 
 type unixStat = syscall.Stat_t
 
-// move renames source to destination, making destination's parents. Between
-// two file systems it copies to a temporary name, renames that, and removes
-// the source.
+// move renames source to destination, and creates destination's parents. Between two file
+// systems it copies to a temporary name, renames that, and removes the source.
 func move(source, destination string) error {
 	if _, err := os.Lstat(source); err != nil {
 		return err
@@ -81,7 +80,7 @@ func duplicate(source, target string) error {
 		return &fs.PathError{Op: "copy to another file system", Path: source, Err: unix.EINVAL}
 	}
 	if st, ok := info.Sys().(*unixStat); ok {
-		// Another's file stays another's where that is allowed.
+		// Keep the owner if the user may.
 		_ = os.Lchown(target, int(st.Uid), int(st.Gid))
 	}
 	if err := os.Chmod(target, info.Mode()); err != nil {

@@ -1,5 +1,5 @@
-// Package filesystem lists, moves, removes and watches users' files, each with
-// the rights of the user who asks: the Connect service filesystem.Filesystem.
+// Package filesystem implements the Connect service filesystem.Filesystem, which lists,
+// moves, removes and watches files with the rights of the request's user.
 package filesystem
 
 import (
@@ -32,7 +32,7 @@ type Service struct {
 	pollers pollers
 }
 
-// New makes the service.
+// New returns the service.
 func New() *Service { return &Service{pollers: pollers{byID: map[string]*poller{}}} }
 
 // Handler returns the path to mount the service at, and its handler.
@@ -43,7 +43,7 @@ func (s *Service) Handler(opts ...connect.HandlerOption) (string, http.Handler) 
 // Close ends the polling watchers.
 func (s *Service) Close() { s.pollers.close() }
 
-// on resolves a request's path and runs f with the requester's rights.
+// on resolves a request's path and calls f with the rights of the request's user.
 func on(ctx context.Context, path string, f func(who *account.Account, path string) error) error {
 	who, err := account.FromContext(ctx)
 	if err != nil {
@@ -56,7 +56,7 @@ func on(ctx context.Context, path string, f func(who *account.Account, path stri
 	return fault.Connect(who.Do(func() error { return f(who, path) }))
 }
 
-// entryAt is on for requests that answer with the entry that is at path afterwards.
+// entryAt is like on, and returns the entry at the path that f returns.
 func entryAt(ctx context.Context, path string, f func(who *account.Account, path string) (at string, err error)) (*pb.EntryInfo, error) {
 	var e *pb.EntryInfo
 	err := on(ctx, path, func(who *account.Account, path string) error {
@@ -152,7 +152,7 @@ func (s *Service) ListDir(ctx context.Context, req *connect.Request[pb.ListDirRe
 				path := filepath.Join(dir, c.Name())
 				e, err := entry(names, path)
 				if errors.Is(err, fs.ErrNotExist) {
-					continue // gone meanwhile
+					continue // removed in the meantime
 				}
 				if err != nil {
 					return err
@@ -163,7 +163,7 @@ func (s *Service) ListDir(ctx context.Context, req *connect.Request[pb.ListDirRe
 				res.Entries = append(res.Entries, e)
 				if c.IsDir() && left > 1 {
 					err := list(path, left-1)
-					// What this user may not look into is listed, its contents are not.
+					// A folder that this user may not read is listed without its contents.
 					if err != nil && !errors.Is(err, fs.ErrPermission) && !errors.Is(err, fs.ErrNotExist) {
 						return err
 					}
@@ -179,9 +179,9 @@ func (s *Service) ListDir(ctx context.Context, req *connect.Request[pb.ListDirRe
 	return connect.NewResponse(res), nil
 }
 
-// entry describes what is at path, with the rights of the calling thread. A
-// symbolic link has its target's type, size and mode, and says where it leads;
-// one that leads nowhere is a symbolic link.
+// entry describes the file at path, with the rights of the calling thread. A symbolic
+// link has its target's type, size and mode, and the target's path. A dangling one has
+// the type of a symbolic link.
 func entry(names *account.Names, path string) (*pb.EntryInfo, error) {
 	info, err := os.Lstat(path)
 	if err != nil {
@@ -219,11 +219,11 @@ func entry(names *account.Names, path string) (*pb.EntryInfo, error) {
 	return e, nil
 }
 
-// utf8Text replaces what protobuf's strings cannot carry.
+// utf8Text replaces bytes that are invalid in protobuf's strings.
 func utf8Text(s string) string { return strings.ToValidUTF8(s, "\uFFFD") }
 
-// attributes reads the extended attributes of the user namespace, named
-// without "user.". What cannot be read is left out.
+// attributes reads the extended attributes of the user namespace, and drops "user." from
+// their names. It leaves out those that it cannot read.
 func attributes(path string) map[string]string {
 	n, err := unix.Listxattr(path, nil)
 	if err != nil || n <= 0 {
@@ -340,7 +340,7 @@ func open(ctx context.Context, req watchRequest) (*watcher, error) {
 		if remote, err := network(root); err != nil {
 			return err
 		} else if remote && !req.GetAllowNetworkMounts() {
-			return connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("%s is on a network mount, where changes may go unseen; allow_network_mounts watches it all the same", path))
+			return connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("%s is on a network mount, where changes by others go unnoticed; set allow_network_mounts to watch it anyway", path))
 		}
 		w, err = watch(who, root, req.GetRecursive(), req.GetIncludeEntry())
 		return err
@@ -348,8 +348,8 @@ func open(ctx context.Context, req watchRequest) (*watcher, error) {
 	return w, err
 }
 
-// network tells whether path is on a file system whose files others can
-// change without this kernel's knowing.
+// network reports whether path is on a file system whose files can change without this
+// kernel noticing.
 func network(path string) (bool, error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(path, &st); err != nil {

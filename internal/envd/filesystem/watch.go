@@ -25,17 +25,16 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/nametext"
 )
 
-// watched are the changes in a directory that are told, and those to the
-// directory itself that the watcher must know of.
+// watched has the changes in a directory that are reported, and the changes to the
+// directory itself that the watcher needs.
 const watched = unix.IN_CREATE | unix.IN_MODIFY | unix.IN_ATTRIB | unix.IN_DELETE | unix.IN_MOVED_FROM | unix.IN_MOVED_TO |
 	unix.IN_DELETE_SELF | unix.IN_ONLYDIR | unix.IN_DONT_FOLLOW | unix.IN_EXCL_UNLINK
 
-var errLost = connect.NewError(connect.CodeDataLoss, errors.New("changes came faster than they were taken; some events are lost"))
+var errLost = connect.NewError(connect.CodeDataLoss, errors.New("events came faster than the client read them; some are lost"))
 
-// watcher tells what changes below a directory. It sits on inotify itself,
-// whose cookies pair the two halves of a rename: that keeps a recursive
-// watch's paths right, and lets an upload, which ends in a rename, look like
-// the write that it is.
+// watcher reports changes below a directory. It uses inotify directly, because inotify's
+// cookies connect the two events of a rename. That keeps the paths of a recursive watch
+// right, and lets an upload, which ends with a rename, appear as a write.
 type watcher struct {
 	who          *account.Account
 	root         string
@@ -46,8 +45,7 @@ type watcher struct {
 	byPath       map[string]int32
 }
 
-// watch starts to watch root, with the rights of the calling thread, which
-// must be who's.
+// watch starts watching root, with the rights of the calling thread, which must be who's.
 func watch(who *account.Account, root string, recursive, includeEntry bool) (*watcher, error) {
 	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
 	if err != nil {
@@ -65,10 +63,10 @@ func watch(who *account.Account, root string, recursive, includeEntry bool) (*wa
 	return w, nil
 }
 
-// Close stops the watch, and its run.
+// Close stops the watch and ends run.
 func (w *watcher) Close() { _ = w.file.Close() }
 
-// inotify calls f with the instance's descriptor, which stays open meanwhile.
+// inotify calls f with the instance's descriptor, and keeps it open until f returns.
 func (w *watcher) inotify(f func(fd int) error) error {
 	c, err := w.file.SyscallConn()
 	if err != nil {
@@ -81,8 +79,8 @@ func (w *watcher) inotify(f func(fd int) error) error {
 	return inner
 }
 
-// add watches dir and, in a recursive watch, what is below it. found is called
-// with each thing that is there already; it may be nil.
+// add watches dir and, in a recursive watch, the directories below it. It calls found, if
+// not nil, for each existing entry.
 func (w *watcher) add(dir string, found func(path string)) error {
 	var wd int
 	err := w.inotify(func(fd int) (err error) {
@@ -95,7 +93,7 @@ func (w *watcher) add(dir string, found func(path string)) error {
 		}
 		return &fs.PathError{Op: "watch", Path: dir, Err: err}
 	}
-	// The same directory under a new name keeps its descriptor.
+	// A renamed directory keeps its watch descriptor.
 	if old, ok := w.dirs[int32(wd)]; ok {
 		delete(w.byPath, old)
 	}
@@ -123,8 +121,8 @@ func (w *watcher) add(dir string, found func(path string)) error {
 	return nil
 }
 
-// pseudo tells whether path is where the kernel shows itself as files: a watch
-// of the whole system is not meant to go through every process's.
+// pseudo reports whether path is in one of the kernel's file systems. A watch of the whole
+// system must not descend into the files of every process.
 func pseudo(path string) bool {
 	var st unix.Statfs_t
 	if err := unix.Statfs(path, &st); err != nil {
@@ -138,7 +136,7 @@ func pseudo(path string) bool {
 	return false
 }
 
-// forget stops to watch dir and all below it.
+// forget stops watching dir and everything below it.
 func (w *watcher) forget(dir string) {
 	for wd, path := range w.dirs {
 		if path == dir || strings.HasPrefix(path, dir+"/") {
@@ -152,8 +150,8 @@ func (w *watcher) forget(dir string) {
 	}
 }
 
-// run tells events until tell returns false, the watch is closed (a nil error
-// both times) or it fails. It is called once.
+// run calls tell for each event until tell returns false or the watch is closed, and then
+// returns nil, or until the watch fails. Call it once.
 func (w *watcher) run(tell func(*pb.FilesystemEvent) bool) error {
 	buf := make([]byte, 64<<10)
 	// The upload whose temporary file was just renamed away, by the rename's cookie.
@@ -188,14 +186,14 @@ func (w *watcher) run(tell func(*pb.FilesystemEvent) bool) error {
 				continue
 			}
 			if ev.Mask&unix.IN_DELETE_SELF != 0 {
-				// For all but the root, the parent's event tells.
+				// Except for the root, the parent's event reports this.
 				if dir == w.root && !tell(w.event(dir, pb.EventType_EVENT_TYPE_REMOVE)) {
 					return nil
 				}
 				continue
 			}
 			if name == "" {
-				continue // the directory's own attributes: its parent tells
+				continue // the directory's own attributes, which its parent's event reports
 			}
 			path := filepath.Join(dir, name)
 			if kind, ok := upload.KindOf(name); ok {
@@ -238,13 +236,13 @@ func (w *watcher) run(tell func(*pb.FilesystemEvent) bool) error {
 				var found []string
 				note := func(p string) { found = append(found, p) }
 				if ev.Mask&unix.IN_MOVED_TO != 0 {
-					note = nil // what comes along with a renamed directory is not new
+					note = nil // the contents of a renamed directory are not new
 				}
 				err := w.who.Do(func() error { return w.add(path, note) })
 				if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) && !errors.Is(err, unix.ENOTDIR) {
 					return err
 				}
-				// Made before the new directory was watched.
+				// Entries that were created before the new directory was watched.
 				for _, p := range found {
 					if !tell(w.event(p, pb.EventType_EVENT_TYPE_CREATE)) {
 						return nil
@@ -274,13 +272,13 @@ func (w *watcher) event(path string, t pb.EventType) *pb.FilesystemEvent {
 
 const (
 	maxPollers = 128    // polling watchers in the guest
-	maxQueued  = 10_000 // events that one of them keeps
-	// idlePoller is how long nobody must have asked for a watcher's events
-	// before it may be dropped in favour of a new one.
+	maxQueued  = 10_000 // queued events of one of them
+	// idlePoller is how long nobody must have polled a watcher before it may be dropped in
+	// favour of a new one.
 	idlePoller = 10 * time.Minute
 )
 
-// pollers are the watchers of clients that poll.
+// pollers has the watchers of clients that poll.
 type pollers struct {
 	mu   sync.Mutex
 	byID map[string]*poller
@@ -292,8 +290,8 @@ type poller struct {
 
 	mu     sync.Mutex
 	events []*pb.FilesystemEvent
-	lost   bool  // events were dropped; told once
-	err    error // why the watch has ended; told always
+	lost   bool  // events were dropped; reported once
+	err    error // why the watch has ended; reported at each poll
 	used   time.Time
 }
 
@@ -324,12 +322,12 @@ func (ps *pollers) dropIdle() bool {
 	if oldest == "" {
 		return false
 	}
-	ps.byID[oldest].w.Close() // its goroutine ends by itself
+	ps.byID[oldest].w.Close() // ends its goroutine, too
 	delete(ps.byID, oldest)
 	return true
 }
 
-// get finds a watcher of the requester's own.
+// get finds a watcher that belongs to the request's user.
 func (ps *pollers) get(ctx context.Context, id string, remove bool) (*poller, error) {
 	who, err := account.FromContext(ctx)
 	if err != nil {
@@ -380,7 +378,7 @@ func (p *poller) take() ([]*pb.FilesystemEvent, error) {
 	p.used = time.Now()
 	if p.lost {
 		p.lost = false
-		return nil, errLost // what is left comes with the next call
+		return nil, errLost // the next call returns the rest
 	}
 	if len(p.events) == 0 {
 		return nil, fault.Connect(p.err)
@@ -397,7 +395,7 @@ func (p *poller) stop() {
 
 const defaultKeepalive = 90 * time.Second
 
-// keepalive is how often a stream's client wants to hear that it is alive.
+// keepalive returns the interval at which a stream's client wants keepalive messages.
 func keepalive(h http.Header) (time.Duration, error) {
 	v := h.Get("Keepalive-Ping-Interval")
 	if v == "" {

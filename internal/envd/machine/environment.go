@@ -12,24 +12,22 @@ import (
 	"strings"
 )
 
-// Lines of /etc/environment between these are the machine's; others stay.
+// Export replaces the lines of /etc/environment between these, and keeps all others.
 const (
 	ownBegin = "# The sandbox's environment (wrenn)"
 	ownEnd   = "# End of the sandbox's environment"
 )
 
-// sudoers lets sudo find what the sandbox's PATH has, and gives its variables to
-// commands that it starts with an environment of their own.
+// sudoers lets sudo use the sandbox's PATH, and pass its variables to commands.
 const sudoers = `# Written by wrenn: the sandbox's environment reaches commands of sudo.
 Defaults !secure_path
 Defaults env_file=/etc/environment
 `
 
-// Export gives the sandbox's variables to processes whose environment is not the
-// daemon's: login shells (/etc/profile.d), sudo, and whatever reads
-// /etc/environment, as cron does. Login shells keep the variables that they have,
-// except PATH, which /etc/profile has overwritten. An image without a shell gets
-// nothing.
+// Export gives the sandbox's variables to processes that the daemon does not start: login
+// shells (/etc/profile.d), sudo, and programs that read /etc/environment, such as cron.
+// Login shells keep variables that are set, except PATH, which /etc/profile overwrites.
+// Export does nothing in an image without a shell.
 func (m *Machine) Export(envs map[string]string) error {
 	hook := filepath.Join("profile.d", "zz-wrenn.sh")
 	if len(envs) == 0 {
@@ -57,8 +55,8 @@ func (m *Machine) Export(envs map[string]string) error {
 	return err
 }
 
-// profile returns a script for any shell that exports envs. It leaves out names that
-// a shell's variables cannot have.
+// profile returns a POSIX shell script that exports envs. It leaves out variables whose
+// names are not valid in a shell.
 func profile(envs map[string]string) string {
 	var b strings.Builder
 	b.WriteString("# Written by wrenn: the sandbox's environment.\n")
@@ -84,8 +82,8 @@ func shellName(s string) bool {
 	return s != ""
 }
 
-// environment returns the text of /etc/environment with envs in it. Its format cannot
-// express line breaks, #, quotes and backslashes: it leaves out variables with these.
+// environment returns the text of /etc/environment with envs in it. It leaves out
+// variables with line breaks, #, quotes or backslashes, which the format cannot express.
 func environment(old []byte, envs map[string]string) []byte {
 	var b bytes.Buffer
 	own := false

@@ -1,7 +1,6 @@
-// Package machine makes the machine that the guest daemon runs on its
-// sandbox's own: its random pool, its name, its clock and its disk. A machine
-// that goes on from captured memory has all of these from another time, and
-// often from another sandbox.
+// Package machine gives the guest the identity of its sandbox: it reseeds the random pool,
+// and sets the host name, the clock and the size of the disk. After a restore, all of
+// these come from an earlier time, and often from another sandbox.
 package machine
 
 import (
@@ -26,7 +25,7 @@ import (
 
 // Machine is the machine that this process runs on.
 type Machine struct {
-	etc string // the folder of the files that name the machine
+	etc string // /etc, or a test's folder
 }
 
 // New returns the machine that this process runs on.
@@ -38,15 +37,14 @@ const (
 	rndReseedCRNG = 0x5207     // _IO('R', 7)
 )
 
-// maxEntropy is how many bytes Reseed takes.
+// maxEntropy is the most bytes that Reseed accepts.
 const maxEntropy = 1024
 
-// Reseed mixes secret bytes into the kernel's random pool, counts them as such,
-// and makes every generator of the kernel begin anew from the pool: what is
-// drawn from now on has nothing in common with what another machine with the
-// same memory draws. It takes 1 to 1024 bytes.
+// Reseed mixes 1 to 1024 secret bytes into the kernel's random pool, credits them, and
+// makes the kernel reseed all its generators. Random numbers are then independent of those
+// of other machines with the same memory.
 //
-// Generators that processes keep for themselves do not learn of it.
+// It does not reseed generators in processes.
 func (*Machine) Reseed(secret []byte) error {
 	if len(secret) == 0 || len(secret) > maxEntropy {
 		return fmt.Errorf("reseed: %d bytes of entropy", len(secret))
@@ -75,8 +73,8 @@ func (*Machine) Reseed(secret []byte) error {
 	return nil
 }
 
-// ValidName says whether a host name is one that [Machine.Rename] takes: up to 63
-// letters, digits, hyphens and dots, a letter or digit first.
+// ValidName reports whether [Machine.Rename] accepts a host name: up to 63 letters, digits,
+// hyphens and dots, beginning with a letter or digit.
 func ValidName(name string) bool {
 	if name == "" || len(name) > 63 {
 		return false
@@ -92,10 +90,9 @@ func ValidName(name string) bool {
 	return true
 }
 
-// Rename gives the machine its host name: the kernel's, and that of
-// /etc/hostname and /etc/hosts, whose other lines stay. A machine whose name
-// changes is another one, so it also gets a new /etc/machine-id. A machine that
-// has the name is left alone.
+// Rename sets the host name in the kernel, in /etc/hostname and in /etc/hosts, whose other
+// lines it keeps. A new name means a new machine, so Rename also replaces
+// /etc/machine-id. It does nothing if the machine already has the name.
 func (m *Machine) Rename(name string) error {
 	if !ValidName(name) {
 		return fmt.Errorf("%q is not a host name", name)
@@ -114,15 +111,14 @@ func (m *Machine) Rename(name string) error {
 		m.replace("hostname", 0o644, func([]byte) []byte { return []byte(name + "\n") }),
 		m.replace("hosts", 0o644, func(old []byte) []byte { return hosts(old, name) }),
 	)
-	// Last, so that whoever is interrupted begins again. The kernel's name does
-	// not depend on a disk that may be full.
+	// Last, so that an interrupted call is repeated. This also works if the disk is full.
 	if err := unix.Sethostname([]byte(name)); err != nil {
 		return fmt.Errorf("set host name: %w", err)
 	}
 	return err
 }
 
-// hosts is the text of /etc/hosts with this machine's name in it.
+// hosts returns the text of /etc/hosts with this machine's name in it.
 func hosts(old []byte, name string) []byte {
 	const own = "127.0.1.1"
 	var b bytes.Buffer
@@ -147,13 +143,12 @@ func hosts(old []byte, name string) []byte {
 	return b.Bytes()
 }
 
-// maxText is the size in bytes of a file that replace still reads.
+// maxText is the size in bytes of the largest file that replace reads.
 const maxText = 1 << 20
 
-// replace writes a file of m.etc anew, if its text changes. What is there and
-// is no file (a user of the guest can put anything there) is replaced too. It
-// is not synced: it must outlive the machine's memory no more than anything
-// else does.
+// replace rewrites a file in m.etc if edit changes its text. It also replaces anything
+// that is not a regular file, because users can put anything there. It does not sync: the
+// file need not outlive the machine's memory.
 func (m *Machine) replace(name string, mode fs.FileMode, edit func(old []byte) []byte) error {
 	path := filepath.Join(m.etc, name)
 	old, err := readText(path)
@@ -188,10 +183,9 @@ func (m *Machine) replace(name string, mode fs.FileMode, edit func(old []byte) [
 	return nil
 }
 
-// overwrite writes over a file that has one name. Users' processes stand still
-// meanwhile, so that nobody sees half of it; and making a file anew is a good
-// part of what a guest does before it answers for the first time. done tells
-// whether it was such a file.
+// overwrite overwrites a regular file that has one name, and reports with done whether it
+// was such a file. Users' processes are frozen then, so nobody sees a partial file. Creating
+// a new file would take a large part of the time until a guest's first response.
 func overwrite(path string, text []byte) (done bool, err error) {
 	f, err := os.OpenFile(path, os.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -211,7 +205,7 @@ func overwrite(path string, text []byte) (done bool, err error) {
 	return true, f.Truncate(int64(len(text)))
 }
 
-// readText reads a plain file; what is none counts as missing: nil.
+// readText reads a regular file. It returns nil for anything else.
 func readText(path string) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENXIO) {
@@ -227,13 +221,13 @@ func readText(path string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, maxText))
 }
 
-// lead is how far the clock may be ahead of the host's time as it was told:
-// the telling takes time.
+// lead is how far the clock may be ahead of the time in the host's request, because the
+// request takes time.
 const lead = time.Second
 
-// SetClock puts the clock right when the host has told its time. The host's
-// time is later than that by now, never earlier; so a clock that is behind is
-// wrong, and one that is ahead may be right.
+// SetClock steps the clock to the time that the host has sent, unless it may be right. The
+// host's time is later by now, so a clock that is behind is wrong, and one that is ahead
+// may be right.
 func (*Machine) SetClock(host time.Time) error {
 	if !wrong(time.Now(), host) {
 		return nil
@@ -245,8 +239,8 @@ func (*Machine) SetClock(host time.Time) error {
 	return nil
 }
 
-// wrong says whether a clock that shows now cannot be that of a host that has
-// just told its time. Both are wall clocks.
+// wrong reports whether a clock that shows now is wrong, given the time that the host has
+// just sent. Both are wall clocks.
 func wrong(now, host time.Time) bool {
 	ahead := now.Round(0).Sub(host)
 	return ahead < 0 || ahead > lead
@@ -254,13 +248,12 @@ func wrong(now, host time.Time) bool {
 
 const (
 	resizeFS = 0x40086610 // EXT4_IOC_RESIZE_FS, _IOW('f', 16, __u64)
-	// growWait bounds the wait for the kernel to take note of a larger device.
+	// growWait bounds the wait until the kernel notices that a device grew.
 	growWait = 2 * time.Second
 )
 
-// Grow makes the root file system as large as its device, online, and returns
-// its new size in bytes. The device has, or is about to have, so many bytes:
-// the kernel may still be busy noticing.
+// Grow grows the root file system online to the size of its device, and returns its new
+// size in bytes. size is the size of the device, which the kernel may not have noticed yet.
 func (m *Machine) Grow(ctx context.Context, size int64) (int64, error) {
 	got, err := grow(ctx, "/", size)
 	if err != nil {
@@ -296,7 +289,7 @@ func grow(ctx context.Context, mountpoint string, size int64) (int64, error) {
 		return 0, err
 	}
 	defer unix.Close(fd)
-	// The kernel does nothing when it has so many blocks already.
+	// The kernel does nothing if the file system already has that many blocks.
 	blocks := uint64(sectors) * 512 / uint64(vfs.Bsize)
 	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), resizeFS, uintptr(unsafe.Pointer(&blocks)))
 	runtime.KeepAlive(&blocks)
@@ -314,9 +307,8 @@ func readSectors(file string) (int64, error) {
 	return strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64)
 }
 
-// awaitSize returns when the device whose number of sectors is in file has so
-// many bytes. The kernel announces a device's new size to whoever listens for
-// its events.
+// awaitSize returns when the device whose number of sectors is in file has size bytes. It
+// waits for the kernel's events.
 func awaitSize(ctx context.Context, file string, size int64) error {
 	enough := func() (bool, error) {
 		sectors, err := readSectors(file)
@@ -348,7 +340,7 @@ func awaitSize(ctx context.Context, file string, size int64) error {
 			return err
 		}
 		if n > 0 {
-			// Whatever the event says, and even when some were lost, the size is read again.
+			// After any event, and after a loss of events, read the size again.
 			if _, _, err := unix.Recvfrom(fd, buf, unix.MSG_DONTWAIT); err != nil && !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.EAGAIN) {
 				return err
 			}

@@ -1,4 +1,4 @@
-// Package metrics tells how busy the guest is.
+// Package metrics measures the guest's use of CPU, memory and disk.
 package metrics
 
 import (
@@ -23,7 +23,7 @@ import (
 type Metrics struct {
 	Timestamp   int64   `json:"ts"` // seconds since 1970
 	CPUCount    int     `json:"cpu_count"`
-	CPUUsedPct  float64 `json:"cpu_used_pct"` // 100 is all CPUs busy since the reading before
+	CPUUsedPct  float64 `json:"cpu_used_pct"` // since the previous reading; 100 means that all CPUs were busy
 	MemTotal    uint64  `json:"mem_total"`
 	MemUsed     uint64  `json:"mem_used"`
 	MemTotalMiB uint64  `json:"mem_total_mib"`
@@ -32,11 +32,11 @@ type Metrics struct {
 	DiskTotal   uint64  `json:"disk_total"`
 }
 
-// minInterval is how far apart readings of the CPUs' use are at least; closer
-// ones get the same answer, since the kernel counts in hundredths of a second.
+// minInterval is the least time between two measurements of the CPUs' use. Earlier readings
+// return the last result, because the kernel counts in hundredths of a second.
 const minInterval = 200 * time.Millisecond
 
-// Reader reads metrics when asked; nothing runs in between.
+// Reader reads metrics on request. Nothing runs in between.
 type Reader struct {
 	mu   sync.Mutex
 	last ticks
@@ -44,7 +44,7 @@ type Reader struct {
 	pct  float64
 }
 
-// NewReader makes a reader whose first reading tells the CPUs' use since now.
+// NewReader returns a reader whose first reading has the CPUs' use since now.
 func NewReader() *Reader {
 	r := &Reader{at: time.Now()}
 	r.last, _ = readTicks("/proc/stat")
@@ -83,7 +83,7 @@ func (r *Reader) cpu() (float64, error) {
 	if err != nil {
 		return 0, err
 	}
-	// A counter may step back when a guest is restored.
+	// A counter can decrease when a guest is restored.
 	if now.total > r.last.total && now.idle >= r.last.idle {
 		total, idle := float64(now.total-r.last.total), float64(now.idle-r.last.idle)
 		r.pct = math.Round(max(0, 1-idle/total)*10000) / 100
@@ -92,7 +92,7 @@ func (r *Reader) cpu() (float64, error) {
 	return r.pct, nil
 }
 
-// ServeHTTP answers with a reading as JSON.
+// ServeHTTP responds with a reading as JSON.
 func (r *Reader) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 	m, err := r.Read()
 	if err != nil {
@@ -104,7 +104,7 @@ func (r *Reader) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 	_ = json.NewEncoder(w).Encode(m)
 }
 
-// ticks are CPU time since boot, all CPUs together.
+// ticks are the CPU time of all CPUs since boot.
 type ticks struct{ total, idle uint64 }
 
 func readTicks(file string) (ticks, error) {

@@ -1,5 +1,5 @@
-// Package modprobe loads modules of the guest's kernel in images without kmod's modprobe,
-// for the kernel itself, which asks for what a program needs, and for root.
+// Package modprobe replaces kmod's modprobe in images that lack it. The kernel calls it to
+// load the modules that programs need, and root can call it, too.
 package modprobe
 
 import (
@@ -37,21 +37,21 @@ func Main() {
 	os.Exit(1)
 }
 
-// loader loads the module in a file. That the kernel has it already is no error.
+// loader loads the module in a file. If the kernel already has it, that is not an error.
 type loader func(file, parameters string) error
 
-// long are the letters of the options that have a long form.
+// long maps the long form of an option to its letter.
 var long = map[string]string{"--all": "a", "--quiet": "q", "--use-blacklist": "b", "--syslog": "s", "--verbose": "v"}
 
-// request is what modprobe is asked for.
+// request is a parsed command line.
 type request struct {
-	quiet      bool // a module that is not there is no reason to complain
+	quiet      bool // do not report a missing module
 	names      []string
 	parameters string
 }
 
-// parse reads the arguments of modprobe: names of modules with -a, and otherwise a name
-// and parameters. What else changes nothing that is loaded is accepted.
+// parse parses the arguments of modprobe: names of modules with -a, otherwise a name and
+// parameters. It ignores options that do not change which modules are loaded.
 func parse(args []string) (r request, err error) {
 	var all bool
 	for len(args) > 0 && strings.HasPrefix(args[0], "-") {
@@ -87,7 +87,7 @@ func parse(args []string) (r request, err error) {
 	return r, nil
 }
 
-// probe loads what r names, of the modules in dir, and all that it needs.
+// probe loads the modules that r names from dir, and their dependencies.
 func probe(dir string, r request, load loader) error {
 	x, err := kmod.Open(dir)
 	if err != nil {
@@ -106,7 +106,7 @@ func probe(dir string, r request, load loader) error {
 	return failed
 }
 
-// insert loads a module and what it needs. What it would only like to have may fail.
+// insert loads a module with its dependencies. Its soft dependencies may fail.
 func insert(x *kmod.Index, dir, module, parameters string, load loader) error {
 	before, after := x.Soft(module)
 	like := func(names []string) {
@@ -124,7 +124,7 @@ func insert(x *kmod.Index, dir, module, parameters string, load loader) error {
 	return nil
 }
 
-// inOrder loads a module after those that it cannot do without.
+// inOrder loads a module after its dependencies.
 func inOrder(x *kmod.Index, dir, module, parameters string, load loader) error {
 	files, err := x.Order(module)
 	if err != nil {

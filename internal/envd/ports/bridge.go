@@ -13,16 +13,16 @@ import (
 	"syscall"
 )
 
-// newBridge listens on address at target's port and carries connections to
-// target, by socat: its processes are few, idle between connections, and not
-// the daemon's memory. Where there is no socat the daemon does it itself.
+// newBridge listens on address at target's port and forwards connections to target. It
+// uses socat, which takes no memory of the daemon, or a relay in the daemon if the image
+// has no socat.
 func newBridge(address netip.Addr, target netip.AddrPort) (bridge, error) {
 	socat, err := exec.LookPath("socat")
 	if errors.Is(err, exec.ErrNotFound) {
 		return newRelay(address, target)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("look for socat: %w", err)
+		return nil, fmt.Errorf("find socat: %w", err)
 	}
 	return newSocat(socat, address, target)
 }
@@ -44,14 +44,14 @@ func newSocat(path string, address netip.Addr, target netip.AddrPort) (*socat, e
 	s := &socat{cmd: cmd, done: make(chan struct{})}
 	go func() {
 		defer close(s.done)
-		_ = cmd.Wait() // that it ended is what matters
+		_ = cmd.Wait() // its exit code does not matter
 	}()
 	return s, nil
 }
 
 func socatArgs(address netip.Addr, target netip.AddrPort) []string {
 	port := strconv.Itoa(int(target.Port()))
-	// Socat's own backlog is 5: what comes on top of that at once is lost.
+	// socat's default backlog of 5 would lose connections that arrive at the same time.
 	listen := "TCP4-LISTEN:" + port + ",bind=" + address.String() + ",backlog=4096,reuseaddr,fork"
 	if target.Addr().Is4() {
 		return []string{listen, "TCP4:" + target.String()}
@@ -61,8 +61,8 @@ func socatArgs(address netip.Addr, target netip.AddrPort) []string {
 
 func (s *socat) Done() <-chan struct{} { return s.done }
 
-// Stop ends the socat that listens. Those that it forked for open connections
-// end with their connections. When it returns the port is free.
+// Stop ends the listening socat and returns when the port is free. The processes that it
+// forked end with their connections.
 func (s *socat) Stop() {
 	_ = s.cmd.Process.Kill()
 	<-s.done
@@ -75,7 +75,7 @@ type relay struct {
 	done   chan struct{}
 }
 
-// maxRelayed bounds the connections that one relay holds open.
+// maxRelayed bounds the open connections of one relay.
 const maxRelayed = 1024
 
 func newRelay(address netip.Addr, target netip.AddrPort) (*relay, error) {
@@ -127,7 +127,7 @@ func (r *relay) carry(in *net.TCPConn) {
 	pass := func(to, from *net.TCPConn) {
 		_, err := io.Copy(to, from)
 		if err != nil {
-			// Neither side is left waiting for one that is gone.
+			// If one side is gone, the other must not wait for it.
 			in.Close()
 			out.Close()
 			return

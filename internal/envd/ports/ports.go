@@ -1,6 +1,6 @@
-// Package ports makes services that listen on the guest's loopback alone
-// reachable at the guest's address: it looks for their sockets once a second, and
-// when it is asked to, and puts a bridge before each.
+// Package ports publishes services that listen only on the guest's loopback at the guest's
+// address. It looks for their sockets once a second, and on request, and starts a bridge
+// for each.
 package ports
 
 import (
@@ -24,8 +24,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// interval is how often sockets are looked for. The kernel has no event for a
-// new listener; two small files a second are what that costs.
+// interval is how often Run looks for sockets, because the kernel has no event for a new
+// listener. It costs reading two small files a second.
 const interval = time.Second
 
 // listener is one listening TCP socket.
@@ -34,8 +34,7 @@ type listener struct {
 	addr  netip.AddrPort
 }
 
-// parse reads the listening sockets out of /proc/net/tcp or tcp6. Lines that
-// it does not understand are skipped.
+// parse returns the listening sockets in /proc/net/tcp or tcp6. It skips malformed lines.
 func parse(r io.Reader) ([]listener, error) {
 	var found []listener
 	s := bufio.NewScanner(r)
@@ -58,8 +57,8 @@ func parse(r io.Reader) ([]listener, error) {
 	return found, s.Err()
 }
 
-// parseAddr reads "0100007F:1F90": 32-bit words in the machine's byte order,
-// which is little-endian wherever Wrenn runs, and the port.
+// parseAddr parses an address such as "0100007F:1F90": 32-bit words in the machine's byte
+// order, which is little-endian wherever Wrenn runs, and the port.
 func parseAddr(s string) (netip.AddrPort, bool) {
 	host, port, ok := strings.Cut(s, ":")
 	if !ok || (len(host) != 8 && len(host) != 32) {
@@ -80,12 +79,12 @@ func parseAddr(s string) (netip.AddrPort, bool) {
 	return netip.AddrPortFrom(addr.Unmap(), uint16(p)), true
 }
 
-// Config says what to bridge and where to.
+// Config configures a forwarder.
 type Config struct {
-	Address netip.Addr // where bridges listen: the guest's own address
+	Address netip.Addr // on which bridges listen: the guest's own
 	Except  []uint16   // ports that are never bridged: the daemon's own
 	Log     *slog.Logger
-	// Files are what is read; empty: /proc/net/tcp and /proc/net/tcp6.
+	// Files list the sockets (/proc/net/tcp and /proc/net/tcp6).
 	Files []string
 }
 
@@ -98,25 +97,24 @@ type Forwarder struct {
 	byNode map[uint64]*forward // by the inode of the socket behind the bridge
 }
 
-// forward is one bridge, or the memory of one that could not be made, which
-// is not tried again for the same socket at once.
+// forward is a bridge, or one that could not be started, which is not retried at once.
 type forward struct {
 	target netip.AddrPort
 	bridge bridge
 	retry  time.Time
-	// reached is set if the socket itself takes connections to the guest's address.
+	// reached is set if the socket itself accepts connections to the guest's address.
 	reached bool
 }
 
-// bridge carries connections from the guest's address to a loopback socket.
+// bridge forwards connections from the guest's address to a loopback socket.
 type bridge interface {
 	// Done is closed when the bridge has ended.
 	Done() <-chan struct{}
-	// Stop takes no more connections; those that are open go on.
+	// Stop stops listening. Open connections continue.
 	Stop()
 }
 
-// New makes a forwarder. Run does its work.
+// New returns a forwarder, which works while Run runs.
 func New(cfg Config) *Forwarder {
 	if len(cfg.Files) == 0 {
 		cfg.Files = []string{"/proc/net/tcp", "/proc/net/tcp6"}
@@ -124,7 +122,7 @@ func New(cfg Config) *Forwarder {
 	return &Forwarder{cfg: cfg, look: make(chan chan struct{}), byNode: map[uint64]*forward{}}
 }
 
-// Forwarded lists the sockets that a bridge leads to.
+// Forwarded lists the sockets that have a bridge.
 func (f *Forwarder) Forwarded() []netip.AddrPort {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
@@ -137,14 +135,14 @@ func (f *Forwarder) Forwarded() []netip.AddrPort {
 	return l
 }
 
-// Run bridges ports until ctx is done, then takes every bridge down.
+// Run maintains the bridges until ctx is done, and then stops them.
 func (f *Forwarder) Run(ctx context.Context) {
 	t := time.NewTicker(interval)
 	defer t.Stop()
 	defer f.stop()
 	scan := func() {
 		if err := f.scan(); err != nil {
-			f.cfg.Log.Warn("look for listening ports", "error", err)
+			f.cfg.Log.Warn("find listening ports", "error", err)
 		}
 	}
 	scan()
@@ -161,7 +159,7 @@ func (f *Forwarder) Run(ctx context.Context) {
 	}
 }
 
-// Look makes Run look now. It returns when Run has, or when ctx ends.
+// Look makes Run look for sockets at once, and waits for that, or until ctx is done.
 func (f *Forwarder) Look(ctx context.Context) {
 	done := make(chan struct{})
 	select {
@@ -186,7 +184,7 @@ func (f *Forwarder) stop() {
 	}
 }
 
-// scan looks once, and makes bridges what they should be.
+// scan reads the sockets once, and starts and stops bridges accordingly.
 func (f *Forwarder) scan() error {
 	var all []listener
 	for _, name := range f.cfg.Files {
@@ -208,10 +206,10 @@ func (f *Forwarder) scan() error {
 	return nil
 }
 
-// wanted picks the sockets to bridge: one for each port that is listened on on
-// loopback (IPv4 before IPv6) and nowhere that the guest's address reaches. A socket
-// that listens at every IPv6 address comes before these, because it may take IPv4
-// too, which the table does not tell.
+// wanted returns the sockets that need a bridge: one for each port with a listener on
+// loopback (IPv4 is preferred) and none at the guest's address. A socket that listens at
+// every IPv6 address comes first, because it may also accept IPv4, which the table does
+// not tell.
 func wanted(all []listener, except []uint16) map[uint64]netip.AddrPort {
 	loopback := map[uint16]listener{}
 	every6 := map[uint16]listener{}
@@ -244,8 +242,8 @@ func wanted(all []listener, except []uint16) map[uint64]netip.AddrPort {
 	return m
 }
 
-// better orders the sockets of one port, always the same way: the kernel's own
-// order changes, and a bridge must not.
+// better orders the sockets of one port. The order must be stable, unlike the kernel's, so
+// that bridges do not change.
 func better(a, b listener) bool {
 	x, y := a.addr.Addr(), b.addr.Addr()
 	if x.Is4() != y.Is4() {
@@ -257,7 +255,7 @@ func better(a, b listener) bool {
 	return a.inode < b.inode
 }
 
-// retryAfter is how long a bridge that failed is left alone.
+// retryAfter is the time until a failed bridge is started again.
 const retryAfter = 10 * time.Second
 
 func (f *Forwarder) apply(want map[uint64]netip.AddrPort) {
@@ -267,7 +265,7 @@ func (f *Forwarder) apply(want map[uint64]netip.AddrPort) {
 		if fw.bridge != nil {
 			select {
 			case <-fw.bridge.Done():
-				// Somebody else has the port on the guest's address, most likely.
+				// Probably another socket has the port at the guest's address.
 				fw.bridge, fw.retry = nil, time.Now().Add(retryAfter)
 			default:
 			}
@@ -291,7 +289,7 @@ func (f *Forwarder) apply(want map[uint64]netip.AddrPort) {
 		}
 		b, err := newBridge(f.cfg.Address, loopbackOf(target))
 		if err != nil {
-			f.cfg.Log.Warn("bridge port", "target", target, "error", err)
+			f.cfg.Log.Warn("start bridge", "target", target, "error", err)
 			f.byNode[inode] = &forward{target: target, retry: time.Now().Add(retryAfter)}
 			continue
 		}
@@ -299,7 +297,7 @@ func (f *Forwarder) apply(want map[uint64]netip.AddrPort) {
 	}
 }
 
-// loopbackOf is where a bridge reaches a socket.
+// loopbackOf returns the address at which a bridge reaches a socket.
 func loopbackOf(target netip.AddrPort) netip.AddrPort {
 	if target.Addr().IsUnspecified() {
 		return netip.AddrPortFrom(netip.IPv6Loopback(), target.Port())
@@ -314,7 +312,7 @@ func taken(addr netip.AddrPort) bool {
 		return true
 	}
 	defer unix.Close(fd)
-	// Connections that have ended do not count.
+	// Closed connections in TIME_WAIT do not count.
 	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
 		return true
 	}

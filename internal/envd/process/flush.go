@@ -7,8 +7,8 @@ import (
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
 )
 
-// flusher is a ResponseWriter whose handler can hold flushes back, so that messages
-// that belong together leave in one packet. Only one goroutine may use it.
+// flusher is a ResponseWriter whose handler can delay flushes, so that several messages
+// leave in one packet. Only one goroutine may use it.
 type flusher struct {
 	http.ResponseWriter
 	held bool
@@ -16,7 +16,7 @@ type flusher struct {
 
 type flusherKey struct{}
 
-// withFlusher gives next's requests a flusher.
+// withFlusher gives each request of next a flusher.
 func withFlusher(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		f := &flusher{ResponseWriter: w}
@@ -34,9 +34,8 @@ func (f *flusher) Flush() {
 // Unwrap lets an [http.ResponseController] reach the connection.
 func (f *flusher) Unwrap() http.ResponseWriter { return f.ResponseWriter }
 
-// paced wraps send so that the end event leaves together with the end of the stream,
-// when the handler returns, and with holdStart the start event together with the
-// event after it.
+// paced wraps send: the end event leaves together with the end of the stream, when the
+// handler returns. With holdStart, the start event leaves together with the next event.
 func paced(ctx context.Context, holdStart bool, send func(*pb.ProcessEvent) error) func(*pb.ProcessEvent) error {
 	f, ok := ctx.Value(flusherKey{}).(*flusher)
 	if !ok {

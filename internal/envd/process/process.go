@@ -21,9 +21,9 @@ import (
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
 )
 
-// process is one running process. Three goroutines at most are its own: run,
-// and a pump for each output. They end with it, but for a pump whose pipe a
-// descendant still holds, which goes on until that closes it.
+// process is a running process. It has at most three goroutines: run, and a pump for each
+// output. They end with the process, except a pump whose pipe a descendant still has open,
+// which runs until that is closed.
 type process struct {
 	svc     *Service
 	pid     uint32
@@ -32,14 +32,14 @@ type process struct {
 	started time.Time
 	os      *os.Process
 	group   *cgroup.Group // nil without cgroups
-	pidfd   *os.File      // readable once the process has ended; nil where the kernel has none
+	pidfd   *os.File      // readable when the process has ended; nil if the kernel has no pidfds
 
 	stdin     *os.File // nil: not open
 	tty       *os.File // the terminal's master side; nil: no terminal
 	inputLock chan struct{}
 
 	mu       sync.Mutex // guards what follows; never held over I/O
-	exited   bool       // reaped: its pid may be another's
+	exited   bool       // reaped, so its pid may belong to another process
 	timedOut bool
 	subs     map[*subscriber]struct{}
 
@@ -48,7 +48,7 @@ type process struct {
 	end    *pb.ProcessEvent // its end event
 }
 
-// run waits for the process and sees it off.
+// run waits for the process, and then publishes its end and releases what it used.
 func (p *process) run(timeout time.Duration, outputs []output) {
 	defer p.svc.wg.Done()
 	if timeout > 0 {
@@ -73,12 +73,12 @@ func (p *process) run(timeout time.Duration, outputs []output) {
 	state, err := p.wait()
 	p.svc.remove(p)
 	if p.stdin != nil {
-		// Also wakes whoever waits to write to it.
+		// Also wakes blocked writers.
 		_ = p.stdin.Close()
 	}
 	close(p.reaped)
 	for _, o := range outputs {
-		// Wakes a pump that waits for output: from now on it waits no longer than grace.
+		// Wakes a pump that waits for output; from now on it waits at most for grace.
 		_ = o.r.SetReadDeadline(time.Unix(1, 0))
 	}
 	pumps.Wait()
@@ -86,15 +86,15 @@ func (p *process) run(timeout time.Duration, outputs []output) {
 	p.end = p.endEvent(state, err)
 	close(p.ended)
 	if p.group != nil {
-		// Those who wait for the end come first, even with one processor.
+		// Let those who wait for the end run first, even with one processor.
 		runtime.Gosched()
 		p.group.Close()
 		p.svc.cfg.Tree.Prepare()
 	}
 }
 
-// wait returns when the process has ended. Until it is reaped its pid is its
-// own, so reaping happens under the lock that signals are sent under.
+// wait returns when the process has ended. The pid is only safe to use until the process
+// is reaped, so reaping holds the same lock as sending signals.
 func (p *process) wait() (*os.ProcessState, error) {
 	if p.pidfd == nil || !p.awaitPidfd() {
 		for {
@@ -150,7 +150,7 @@ func (p *process) endEvent(state *os.ProcessState, err error) *pb.ProcessEvent {
 	return &pb.ProcessEvent{Event: &pb.ProcessEvent_End{End: e}}
 }
 
-// kill kills the process and all that came of it. It never blocks.
+// kill kills the process and all its descendants. It never blocks.
 func (p *process) kill() {
 	if err := p.signal(syscall.SIGKILL); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		p.svc.cfg.Log.Error("kill process", "pid", p.pid, "error", err)
@@ -169,7 +169,7 @@ func (p *process) signal(sig syscall.Signal) error {
 	// The process leads its session and its group.
 	err := syscall.Kill(-int(p.pid), sig)
 	if err == syscall.ESRCH {
-		return nil // it has ended and only waits to be reaped
+		return nil // the process has ended and was not reaped yet
 	}
 	if err != nil {
 		return fmt.Errorf("signal process %d: %w", p.pid, err)
@@ -221,7 +221,7 @@ func (p *process) input(ctx context.Context, in *pb.ProcessInput) error {
 	}
 	defer func() { <-p.inputLock }()
 
-	// A process that does not read must not hold the request for ever.
+	// A process that does not read must not block the request for ever.
 	interrupted := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		_ = f.SetWriteDeadline(time.Unix(1, 0))
@@ -260,7 +260,7 @@ func (p *process) closeStdin(ctx context.Context) error {
 	return nil
 }
 
-// output is one of a process's outputs and how its data is put in an event.
+// output is an output of a process, with the function that makes an event of its data.
 type output struct {
 	r    *os.File
 	wrap func([]byte) *pb.ProcessEvent_DataEvent
@@ -268,19 +268,19 @@ type output struct {
 
 const (
 	chunk = 32 << 10 // bytes of output in one event, at most
-	// grace is how long after the process's end its descendants may still
-	// write into an output before the end is told.
+	// grace is how long descendants may still write to an output after the process has
+	// ended, before the end is published.
 	grace = 100 * time.Millisecond
-	// graceBytes bounds the same for descendants that never stop.
+	// graceBytes bounds how much they may write then.
 	graceBytes = 1 << 20
 )
 
-// buffers are what pumps read into.
+// buffers has the buffers of pumps.
 var buffers = sync.Pool{New: func() any { return new([chunk]byte) }}
 
-// pump publishes what comes out of o and calls flushed when all that the
-// process itself wrote has been published. After that it swallows what
-// descendants still write, so that they neither block nor die of SIGPIPE.
+// pump publishes the output o, and calls flushed when everything that the process itself
+// wrote has been published. After that it discards what descendants still write, so that
+// they neither block nor get a SIGPIPE.
 func (p *process) pump(o output, flushed func()) {
 	defer o.r.Close()
 	pooled := buffers.Get().(*[chunk]byte)
@@ -302,8 +302,8 @@ func (p *process) pump(o output, flushed func()) {
 		return
 	}
 
-	// The process has ended. First comes all that is in the pipe, however
-	// slowly it is taken; the deadline is past, so a wait cannot happen.
+	// The process has ended. First publish everything in the pipe, however slow the
+	// subscribers are. Reads do not wait, because the deadline has passed.
 	_ = o.r.SetReadDeadline(time.Time{})
 	for left := buffered(o.r); left > 0 && err != io.EOF; {
 		var n int
@@ -315,7 +315,8 @@ func (p *process) pump(o output, flushed func()) {
 		}
 		left -= n
 	}
-	// Then what descendants add within the grace: time that subscribers take does not count.
+	// Then publish what descendants add within grace. Time spent on subscribers does not
+	// count.
 	patience, room := grace, graceBytes
 	for err = nil; patience > 0 && room > 0; {
 		begin := time.Now()
@@ -338,7 +339,7 @@ func (p *process) pump(o output, flushed func()) {
 	}
 }
 
-// buffered is how many bytes can be read from f at once.
+// buffered returns how many bytes can be read from f without waiting.
 func buffered(f *os.File) (n int) {
 	c, err := f.SyscallConn()
 	if err != nil {
@@ -348,10 +349,10 @@ func buffered(f *os.File) (n int) {
 	return n
 }
 
-// subscriber is one stream that follows a process.
+// subscriber is a stream that follows a process.
 type subscriber struct {
 	events chan *pb.ProcessEvent
-	left   chan struct{} // closed when nobody reads events any more
+	left   chan struct{} // closed when the stream has ended
 	once   sync.Once
 	slow   chan struct{} // closed when the process gave up on the subscriber
 }
@@ -381,8 +382,8 @@ func (p *process) unsubscribe(s *subscriber) {
 	s.once.Do(func() { close(s.left) })
 }
 
-// publish hands an event to every subscriber, waiting for those that are slow.
-// Each output has one publisher, so its order is kept.
+// publish sends an event to every subscriber, and waits for slow ones. Each output has only
+// one publisher, so its events stay in order.
 func (p *process) publish(e *pb.ProcessEvent) {
 	p.mu.Lock()
 	subs := make([]*subscriber, 0, len(p.subs))
@@ -390,7 +391,7 @@ func (p *process) publish(e *pb.ProcessEvent) {
 		subs = append(subs, s)
 	}
 	p.mu.Unlock()
-	// Those that have room are not kept waiting by those that have none.
+	// Subscribers with room come first, so that the others do not delay them.
 	var full []*subscriber
 	for _, s := range subs {
 		select {
@@ -404,7 +405,8 @@ func (p *process) publish(e *pb.ProcessEvent) {
 	}
 }
 
-// offer waits until s takes e, leaves, or has tried the others' patience.
+// offer waits until s accepts e or leaves. If it delays other subscribers for longer than
+// patience, it is dropped.
 func (p *process) offer(s *subscriber, e *pb.ProcessEvent) {
 	t := time.NewTicker(p.svc.patience)
 	defer t.Stop()
@@ -430,7 +432,7 @@ func (p *process) offer(s *subscriber, e *pb.ProcessEvent) {
 	}
 }
 
-// follow sends a process's events until its end, the end of the stream, or ctx's.
+// follow sends a process's events until the process or the stream ends, or ctx is done.
 func (p *process) follow(ctx context.Context, s *subscriber, every time.Duration, send func(*pb.ProcessEvent) error) error {
 	defer p.unsubscribe(s)
 	if err := send(&pb.ProcessEvent{Event: &pb.ProcessEvent_Start{Start: &pb.ProcessEvent_StartEvent{Pid: p.pid}}}); err != nil {
@@ -459,7 +461,8 @@ func (p *process) follow(ctx context.Context, s *subscriber, every time.Duration
 	}
 }
 
-// enter counts a process that is about to start; false: none may any more.
+// enter counts a process that is about to start. It returns false if the service is
+// closing.
 func (s *Service) enter() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -478,9 +481,9 @@ func (s *Service) add(p *process) {
 	}
 }
 
-var errDropped = connect.NewError(connect.CodeResourceExhausted, errors.New("the stream did not take its events and was dropped"))
+var errDropped = connect.NewError(connect.CodeResourceExhausted, errors.New("the stream was dropped because its client did not read its events"))
 
-// finish sends what is left of an ended process's events.
+// finish sends the remaining events of a process that has ended.
 func (p *process) finish(s *subscriber, send func(*pb.ProcessEvent) error) error {
 	for {
 		select {
@@ -493,7 +496,7 @@ func (p *process) finish(s *subscriber, send func(*pb.ProcessEvent) error) error
 		}
 		select {
 		case <-s.slow:
-			return errDropped // the end would say that nothing is missing
+			return errDropped // an end event would claim that the output is complete
 		default:
 			return send(p.end)
 		}
@@ -508,10 +511,10 @@ func (s *Service) remove(p *process) {
 	}
 }
 
-// resetOOM makes the kernel as ready to kill the process as any other: the
-// daemon itself is spared when memory runs out, and its children inherit that.
+// resetOOM gives a process the default OOM score. The daemon itself is exempt from the OOM
+// killer, and its children inherit that.
 func resetOOM(pid int) {
-	// Not os.WriteFile, which makes twice as many system calls: this delays every start.
+	// os.WriteFile would make twice as many system calls, and this delays every start.
 	fd, err := unix.Open("/proc/"+strconv.Itoa(pid)+"/oom_score_adj", unix.O_WRONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return

@@ -1,5 +1,5 @@
-// Package process runs users' processes and carries their input and output:
-// the Connect service process.Process.
+// Package process implements the Connect service process.Process, which runs users'
+// processes and transfers their input and output.
 package process
 
 import (
@@ -25,49 +25,48 @@ import (
 )
 
 const (
-	// TimeoutHeader is a request header of Start: after so many seconds the
+	// TimeoutHeader is a request header of Start: the number of seconds after which the
 	// process and all its descendants are killed.
 	TimeoutHeader = "Process-Timeout"
 	// KeepaliveHeader is a request header of streams: seconds between keepalives.
 	KeepaliveHeader = "Keepalive-Ping-Interval"
-	// HoldStartHeader is a request header of Start: if it is there, the start event
-	// comes with the event after it, for callers who only want to know the outcome.
+	// HoldStartHeader is a request header of Start: if it is set, the start event is sent
+	// together with the next event, for callers that only need the outcome.
 	HoldStartHeader = "Process-Hold-Start"
 
 	defaultKeepalive = 90 * time.Second
 	maxMessage       = 32 << 20 // bytes of one request message
 )
 
-// Defaults apply to processes whose request does not say otherwise.
+// Defaults apply to processes unless their request overrides them.
 type Defaults struct {
 	Envs    map[string]string
 	Workdir string
 }
 
-// Config says where and how processes run.
+// Config configures the service.
 type Config struct {
-	Tree     *cgroup.Tree    // nil: no cgroups, a kill reaches the process group alone
+	Tree     *cgroup.Tree    // nil: no cgroups, so a kill only reaches the process group
 	Defaults func() Defaults // read at each start
 	Log      *slog.Logger
 }
 
-// Service is the Connect service. Processes are its own, not their
-// requester's: they go on when the stream that started them breaks.
+// Service is the Connect service. It owns the processes: they continue if the stream that
+// started them breaks.
 type Service struct {
 	cfg Config
-	// patience is how long one subscriber that takes nothing may hold up the
-	// others of its process. One that is alone holds up nobody but the process,
-	// which is what a full pipe does; when its connection dies (the kernel's and
-	// HTTP/2's keepalives see to that), so does the subscription.
+	// patience is how long a subscriber that reads nothing may delay the others of its
+	// process. A single subscriber only delays the process, like a full pipe. If its
+	// connection dies, which keepalives detect, so does the subscription.
 	patience time.Duration
 
 	mu     sync.Mutex
 	byPID  map[uint32]*process
 	closed bool
-	wg     sync.WaitGroup // a count for each process that was started
+	wg     sync.WaitGroup // counts processes that were started and have not ended
 }
 
-// New makes a service without processes.
+// New returns a service without processes.
 func New(cfg Config) *Service {
 	if cfg.Tree != nil {
 		cfg.Tree.Prepare()
@@ -81,8 +80,8 @@ func (s *Service) Handler(opts ...connect.HandlerOption) (string, http.Handler) 
 	return path, withFlusher(h)
 }
 
-// Close kills every process, and with cgroups their descendants too, and waits
-// until they are gone or ctx is done.
+// Close kills every process, with cgroups also their descendants, and waits until they are
+// gone or ctx is done.
 func (s *Service) Close(ctx context.Context) error {
 	s.mu.Lock()
 	s.closed = true
@@ -227,7 +226,7 @@ func (s *Service) SendSignal(_ context.Context, req *connect.Request[pb.SendSign
 	if err != nil {
 		return nil, err
 	}
-	// The enum is open: any number may come.
+	// The enum is open, so any number is possible.
 	n := int(req.Msg.GetSignal())
 	if n < 1 || n > 64 {
 		return nil, invalid("signal %d is not between 1 and 64", n)
@@ -250,8 +249,7 @@ func (s *Service) CloseStdin(ctx context.Context, req *connect.Request[pb.CloseS
 	return connect.NewResponse(&pb.CloseStdinResponse{}), nil
 }
 
-// find returns the running process that sel names; of several with one tag,
-// the youngest.
+// find returns the running process that sel names, the youngest of several with one tag.
 func (s *Service) find(sel *pb.ProcessSelector) (*process, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -276,9 +274,9 @@ func (s *Service) find(sel *pb.ProcessSelector) (*process, error) {
 	return nil, invalid("a pid or a tag is needed")
 }
 
-// processTimeout is how long a process may run; 0: for ever. Where the header
-// is missing, a deadline of the request itself counts: a client of E2B's kind
-// gives a command's time limit as its stream's.
+// processTimeout returns how long a process may run (0: without limit). If the header is
+// missing, it is the request's own deadline, because E2B's clients pass a command's time
+// limit as the deadline of its stream.
 func processTimeout(ctx context.Context, h http.Header) (time.Duration, error) {
 	if v := h.Get(TimeoutHeader); v != "" {
 		return seconds(TimeoutHeader, v)

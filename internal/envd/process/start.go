@@ -23,11 +23,12 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
-// defaultPath is what PATH is unless the sandbox's or the request's environment says otherwise.
+// defaultPath is the PATH of processes, unless the sandbox's or the request's environment
+// has another.
 const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/games:/usr/local/games"
 
-// start runs a process as who and returns it with a subscriber that misses
-// nothing of its output.
+// start starts a process as who. It returns the process and a subscriber that gets all of
+// its output.
 func (s *Service) start(who *account.Account, req *pb.StartRequest, timeout time.Duration) (*process, *subscriber, error) {
 	config := req.GetProcess()
 	if config.GetCmd() == "" {
@@ -100,7 +101,7 @@ func (s *Service) start(who *account.Account, req *pb.StartRequest, timeout time
 	argv := append([]string{config.GetCmd()}, config.GetArgs()...)
 	attr := &os.ProcAttr{Dir: dir, Env: list(env), Files: files, Sys: sys}
 
-	// Counted before it is launched, so that Close waits for it.
+	// Counted before the launch, so that Close waits for it.
 	if !s.enter() {
 		return nil, nil, connect.NewError(connect.CodeUnavailable, errors.New("the daemon is stopping"))
 	}
@@ -108,7 +109,7 @@ func (s *Service) start(who *account.Account, req *pb.StartRequest, timeout time
 	sys.PidFD = &pidfd
 	p.os, err = launch(path, argv, attr, p.group)
 	if err != nil && p.group != nil && p.group.Gone() {
-		// Somebody with root's rights in the guest removed the prepared group.
+		// Root in the guest has removed the prepared group.
 		p.group.Close()
 		if p.group, err = s.cfg.Tree.New(); err == nil {
 			p.os, err = launch(path, argv, attr, p.group)
@@ -117,7 +118,7 @@ func (s *Service) start(who *account.Account, req *pb.StartRequest, timeout time
 	if err != nil {
 		s.wg.Done()
 		if errors.Is(err, unix.ENOENT) && who.Do(func() error { return executable(path) }) == nil {
-			// Its interpreter, or its loader, is what is not there.
+			// The file's interpreter or loader is missing.
 			return nil, nil, refusal(connect.CodeNotFound, hostwire.CommandNotFound, config.GetCmd(), "cannot execute: required file not found")
 		}
 		return nil, nil, unfit(config.GetCmd(), err)
@@ -135,8 +136,7 @@ func (s *Service) start(who *account.Account, req *pb.StartRequest, timeout time
 	return p, sub, nil
 }
 
-// launch starts a process inside group from its first instruction where the
-// kernel can do that.
+// launch starts a process in group, from its first instruction if the kernel supports that.
 func launch(path string, argv []string, attr *os.ProcAttr, group *cgroup.Group) (*os.Process, error) {
 	if group == nil {
 		return os.StartProcess(path, argv, attr)
@@ -150,16 +150,16 @@ func launch(path string, argv []string, attr *os.ProcAttr, group *cgroup.Group) 
 	if proc, err = os.StartProcess(path, argv, attr); err != nil {
 		return nil, err
 	}
-	// Best effort: it may have ended already.
+	// Best effort, because the process may have ended.
 	_ = group.Add(proc.Pid)
 	return proc, nil
 }
 
-// errNotFound says that no folder of PATH has a command.
+// errNotFound means that no folder in PATH has the command.
 var errNotFound = errors.New("command not found")
 
-// unfit returns the error of a command that cannot be started, in the words that
-// shells have for it if the command is the reason.
+// unfit returns the error for a command that cannot be started. If the command itself is
+// the reason, it has the text of a shell.
 func unfit(cmd string, err error) error {
 	if errors.Is(err, errNotFound) {
 		return refusal(connect.CodeNotFound, hostwire.CommandNotFound, cmd, errNotFound.Error())
@@ -178,7 +178,7 @@ func unfit(cmd string, err error) error {
 			code = connect.CodePermissionDenied
 		}
 		return refusal(code, hostwire.CommandNotExecutable, cmd, strings.ToUpper(why[:1])+why[1:])
-	default: // Not about the command itself.
+	default: // the command itself is not the reason
 	}
 	return fmt.Errorf("start %s: %w", cmd, err)
 }
@@ -189,7 +189,7 @@ func refusal(code connect.Code, reason, cmd, why string) error {
 	return err
 }
 
-// open makes the process's standard files, and this side's ends of them.
+// open opens the process's standard files, and the daemon's ends of them.
 func (p *process) open(req *pb.StartRequest) (files []*os.File, outputs []output, err error) {
 	if req.Pty != nil {
 		size, err := winsize(req.Pty)
@@ -218,15 +218,15 @@ func (p *process) open(req *pb.StartRequest) (files []*os.File, outputs []output
 			}
 		}
 	}()
-	// Not os.Pipe, which would have the process's end polled too.
+	// os.Pipe would make the process's end nonblocking, too.
 	pipe := func(own int) (r, w *os.File, err error) {
 		var fds [2]int
 		if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
-			return nil, nil, fmt.Errorf("make pipe: %w", err)
+			return nil, nil, fmt.Errorf("create pipe: %w", err)
 		}
 		if err := setNonblock(fds[own]); err != nil {
 			_, _ = unix.Close(fds[0]), unix.Close(fds[1])
-			return nil, nil, fmt.Errorf("make pipe: %w", err)
+			return nil, nil, fmt.Errorf("create pipe: %w", err)
 		}
 		r, w = os.NewFile(uintptr(fds[0]), "|0"), os.NewFile(uintptr(fds[1]), "|1")
 		opened = append(opened, r, w)
@@ -272,8 +272,8 @@ func setNonblock(fd int) error {
 	return err
 }
 
-// environment merges what the user, the sandbox and the request say, in this
-// order: the last one wins.
+// environment merges the variables of the user, the sandbox and the request. Later ones
+// win.
 func environment(who *account.Account, sandbox, request map[string]string, terminal bool) (map[string]string, error) {
 	env := map[string]string{
 		"PATH": defaultPath, "HOME": who.Home, "USER": who.Name, "LOGNAME": who.Name, "LANG": "C.UTF-8",
@@ -302,8 +302,8 @@ func list(env map[string]string) []string {
 	return l
 }
 
-// workdir is where the process starts: what the request says, else what the
-// sandbox says, else the user's home, else (there may be none) the root.
+// workdir returns the working directory of the process: the request's, otherwise the
+// sandbox's, otherwise the user's home, otherwise (if there is none) the root.
 func workdir(who *account.Account, request, sandbox string) (string, error) {
 	asked := request
 	if asked == "" {
@@ -336,8 +336,8 @@ func workdir(who *account.Account, request, sandbox string) (string, error) {
 	return "", fmt.Errorf("working directory %s: %w", dir, err)
 }
 
-// find looks a command up as execvp does, with the rights of the calling
-// thread. A command with a slash in it is a path, relative to dir.
+// find looks up a command as execvp does, with the rights of the calling thread. A command
+// with a slash is a path relative to dir.
 func find(cmd, dir, path string) (string, error) {
 	if strings.Contains(cmd, "/") {
 		if !filepath.IsAbs(cmd) {

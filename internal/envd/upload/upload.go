@@ -1,5 +1,5 @@
-// Package upload names the temporary files that uploads are written to before
-// they are renamed into place, so that watchers can tell them from users' own.
+// Package upload names the temporary files of uploads, which are renamed into place, so
+// that watchers can distinguish them from users' files.
 package upload
 
 import (
@@ -7,22 +7,22 @@ import (
 	"strings"
 )
 
-// Kind is what an upload's rename does.
+// Kind says whether an upload creates or replaces a file.
 type Kind string
 
 const (
-	// Fresh makes a file that was not there.
+	// Fresh is an upload that creates a file.
 	Fresh Kind = "new"
-	// Over replaces a file.
+	// Over is an upload that replaces a file.
 	Over Kind = "old"
 )
 
 const prefix = ".wrenn-upload-"
 
-// Name makes the name of a temporary file.
+// Name returns a new name for a temporary file.
 func Name(k Kind) string { return prefix + string(k) + "-" + rand.Text() }
 
-// KindOf tells of a base name whether it is a temporary file's, and of which kind.
+// KindOf reports whether a base name is that of a temporary file, and its kind.
 func KindOf(name string) (Kind, bool) {
 	rest, ok := strings.CutPrefix(name, prefix)
 	if !ok {
