@@ -44,7 +44,7 @@ func newObservers(memory *budget.Budget, parts ...part) *observers {
 // observe counts a completed request.
 func (o *observers) observe(seen rest.Observation) {
 	o.requests.WithLabelValues(seen.Method, seen.Route, strconv.Itoa(seen.Status)).Inc()
-	if !seen.Streamed {
+	if !seen.Lasts {
 		o.durations.WithLabelValues(seen.Method, seen.Route).Observe(seen.Took.Seconds())
 	}
 }

@@ -117,7 +117,7 @@ func (a *API) authorize(next http.Handler) http.Handler {
 			return
 		}
 		ctx := context.WithValue(r.Context(), principalKey{}, who)
-		if a.lasting[op] {
+		if propertiesOf(op).lasts {
 			var done func()
 			ctx, done = a.Watch.While(ctx, who, mark, func(ctx context.Context) error { return a.again(ctx, r, access, who) })
 			defer done()
@@ -128,20 +128,6 @@ func (a *API) authorize(next http.Handler) http.Handler {
 		}
 		next.ServeHTTP(w, r.WithContext(ctx))
 	})
-}
-
-// lasts reports whether the client or the guest determines an operation's duration, so
-// the caller may lose access during it.
-func lasts(op *openapi3.Operation) bool {
-	if op.OperationID == "exec" || op.OperationID == "runCode" { // They respond when a guest's command ends.
-		return true
-	}
-	for status, r := range op.Responses.Map() {
-		if status == "101" || status[0] == '2' && !isJSON(r.Value.Content) {
-			return true
-		}
-	}
-	return streams(op)
 }
 
 // again checks whether the caller of a running request still has access.

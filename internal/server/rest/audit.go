@@ -22,22 +22,6 @@ import (
 // recordWithin bounds how long a response waits for its audit record.
 const recordWithin = 5 * time.Second
 
-// changes reports whether an operation must be recorded: all except those that the
-// document declares read-only. Without a declaration, the method decides.
-func changes(m match) bool {
-	switch m.op.OperationID {
-	case "hostHeartbeat": // A heartbeat is not a change.
-		return false
-	case "execStream": // A WebSocket starts with GET.
-		return true
-	}
-	access, ok := m.op.Extensions["x-wrenn-access"].(map[string]any)
-	if read, says := access["read"].(bool); ok && says {
-		return !read
-	}
-	return m.method != http.MethodGet
-}
-
 // open reports whether an operation needs no authentication.
 func open(op *openapi3.Operation) bool { return op.Security != nil && len(*op.Security) == 0 }
 
@@ -45,7 +29,7 @@ func open(op *openapi3.Operation) bool { return op.Security != nil && len(*op.Se
 func (a *API) audit(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		m := routed(r)
-		if !changes(m) {
+		if !propertiesOf(m.op).recorded {
 			next.ServeHTTP(w, r)
 			return
 		}

@@ -26,8 +26,8 @@ type Observation struct {
 	Method, Route string
 	Status        int
 	Took          time.Duration
-	// Streamed reports that the client or the guest determined the duration.
-	Streamed bool
+	// Lasts reports that the client or the guest determined the duration.
+	Lasts bool
 }
 
 // observation collects what is known about a request. It is the request's ResponseWriter,
@@ -93,10 +93,7 @@ func (a *API) observe(next http.Handler) http.Handler {
 			seen := Observation{Method: "other", Route: "other", Status: status, Took: took}
 			if o.match.op != nil {
 				seen.Method, seen.Route = r.Method, o.match.path
-				switch o.match.op.OperationID {
-				case "exec", "execStream", "readFile", "writeFile", "readArchive", "writeArchive":
-					seen.Streamed = true
-				}
+				seen.Lasts = propertiesOf(o.match.op).lasts
 			}
 			if a.Observe != nil {
 				a.Observe(seen)

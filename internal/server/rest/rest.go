@@ -88,8 +88,6 @@ type API struct {
 	Config
 	spec   *openapi3.T
 	access map[*openapi3.Operation]auth.Access
-	// lasting caches [lasts] for all operations.
-	lasting map[*openapi3.Operation]bool
 	// letters has the pages of links in mails.
 	letters letterPages
 	public  *url.URL
@@ -121,6 +119,9 @@ var document = sync.OnceValues(func() (*openapi3.T, error) {
 	if err := spec.Validate(context.Background()); err != nil {
 		return nil, fmt.Errorf("check OpenAPI document: not valid in OpenAPI 3.0: %w", err)
 	}
+	if err := readProperties(spec); err != nil {
+		return nil, fmt.Errorf("check OpenAPI document: %w", err)
+	}
 	return spec, nil
 })
 
@@ -136,12 +137,9 @@ func New(c Config) (*API, error) {
 		return nil, fmt.Errorf("read WRENN_PUBLIC_URL: %q is not a URL like http://localhost:8000", c.PublicURL)
 	}
 	c.PublicURL = strings.TrimSuffix(c.PublicURL, "/")
-	a := &API{Config: c, spec: spec, public: public, lasting: make(map[*openapi3.Operation]bool)}
+	a := &API{Config: c, spec: spec, public: public}
 	if a.access, err = accessOf(spec); err != nil {
 		return nil, fmt.Errorf("read OpenAPI document: %w", err)
-	}
-	for op := range a.access {
-		a.lasting[op] = lasts(op)
 	}
 	if err := a.crossOrigin.AddTrustedOrigin(public.Scheme + "://" + public.Host); err != nil {
 		return nil, fmt.Errorf("read WRENN_PUBLIC_URL: %w", err)
@@ -169,11 +167,8 @@ func New(c Config) (*API, error) {
 // Handler returns the API's handler.
 func (a *API) Handler() http.Handler { return a.observe(a.recover(a.BoundAddresses(a.route(a.chi)))) }
 
-// Limits of JSON bodies, in bytes.
-const (
-	maxBody     = 1 << 20
-	maxExecBody = 16 << 20
-)
+// maxBody limits a JSON body, in bytes, unless the document says otherwise.
+const maxBody = 1 << 20
 
 // streams reports whether an operation streams its body on. All operations with bodies
 // other than JSON do.
@@ -218,10 +213,9 @@ func (a *API) limit(next http.Handler) http.Handler {
 			next.ServeHTTP(w, r)
 			return
 		}
-		most := int64(maxBody)
-		if op.OperationID == "exec" || op.OperationID == "runCode" {
+		most := propertiesOf(op).maxBody
+		if most > maxBody {
 			patience.Stream(r)
-			most = maxExecBody
 		}
 		if r.ContentLength > most {
 			a.Fail(w, r, tooLarge(most))

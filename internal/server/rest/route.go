@@ -116,7 +116,7 @@ func (m match) escaped() string {
 func (m match) call(method string) match {
 	if method == http.MethodHead {
 		m = m.call(http.MethodGet)
-		if m.op != nil && changes(m) {
+		if m.op != nil && propertiesOf(m.op).recorded {
 			m.op = nil
 		}
 		return m
