@@ -173,3 +173,43 @@ func TestBodiesTakeMemory(t *testing.T) {
 	p.call("GET", "/v1/sandboxes", nil).want(200)
 	p.eventually("the requests' memory is released", func() bool { return memory.Used() == all })
 }
+
+// TestUnreadStreamsTakeMemory: what the service answers with is counted for the owner while
+// it is not read, whether it comes from a port or from a file, and is refused if there is
+// no room for it.
+func TestUnreadStreamsTakeMemory(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	sandbox := p.create(map[string]any{})
+	p.agent.mu.Lock()
+	p.agent.files["/long"] = make([]byte, 64<<10)
+	p.agent.mu.Unlock()
+	p.agent.guest = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		n := 64 << 10
+		if strings.HasSuffix(r.URL.Path, "/short") {
+			n = 1 << 10
+		}
+		_, _ = w.Write(make([]byte, n))
+	})
+	port := []string{"Host", "8000-" + sandbox + ".localhost"}
+	file := "/v1/sandboxes/" + sandbox + "/files?path=/long"
+	for _, r := range []response{p.call("GET", "/long", nil, port...), p.call("GET", file, nil)} {
+		if r.want(200); len(r.Body) != 64<<10 {
+			t.Errorf("%d bytes came", len(r.Body))
+		}
+	}
+	memory := server.Memory(p.server)
+	p.eventually("nothing is held", func() bool { return memory.Used() == 0 })
+	for i := range budget.Share {
+		if err := memory.Hold(fmt.Sprint("somebody ", i)).Grow(256 << 20 / budget.Share); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, r := range []response{p.call("GET", "/long", nil, port...), p.call("GET", file, nil)} {
+		r.fails(429, "rate_limited")
+		if r.Header.Get("Retry-After") == "" {
+			t.Error("the answer does not say when to try again")
+		}
+	}
+	p.call("GET", "/short", nil, port...).want(200)
+}

@@ -169,8 +169,9 @@ func (p *Proxy) serve(w http.ResponseWriter, r *http.Request) {
 			defer leave()
 		}
 	}
+	var held *budget.Held
 	if err == nil {
-		held := p.Memory.Hold(target.payer.String())
+		held = p.Memory.Hold(target.payer.String())
 		defer held.Release()
 		err = p.buffer(r, &target, held)
 	}
@@ -178,7 +179,16 @@ func (p *Proxy) serve(w http.ResponseWriter, r *http.Request) {
 		p.fail(w, r, err)
 		return
 	}
-	p.forward(w, r, target)
+	answer := held.Stream(w, func(err error) { p.fail(w, r, err) })
+	defer func() {
+		// The proxy breaks off what it could not write, but that was a refusal.
+		//nolint:errorlint // The sentinel itself is what was panicked with.
+		if v := recover(); v != nil && (v != http.ErrAbortHandler || !answer.Refused()) {
+			panic(v)
+		}
+	}()
+	p.forward(answer, r, target)
+	answer.Finish()
 }
 
 // fail responds to a request that does not reach its sandbox.

@@ -155,7 +155,7 @@ func New(c Config) (*API, error) {
 
 	a.routes = newRouter(spec)
 	r := chi.NewRouter()
-	r.Use(a.audit, a.authorize, a.limit, a.validate)
+	r.Use(a.audit, a.authorize, a.limit, a.stream, a.validate)
 	rest.HandlerWithOptions(a, rest.ChiServerOptions{
 		BaseRouter:       r,
 		ErrorHandlerFunc: func(w http.ResponseWriter, r *http.Request, err error) { a.Fail(w, r, unbound(err)) },
@@ -174,6 +174,17 @@ const maxBody = 1 << 20
 // other than JSON do.
 func streams(op *openapi3.Operation) bool {
 	return op.RequestBody != nil && !isJSON(op.RequestBody.Value.Content)
+}
+
+// answersStream reports whether an operation's response can be of any length: all but JSON
+// are passed on as they come.
+func answersStream(op *openapi3.Operation) bool {
+	for status, r := range op.Responses.Map() {
+		if status == "101" || strings.HasPrefix(status, "2") && !isJSON(r.Value.Content) {
+			return true
+		}
+	}
+	return false
 }
 
 // isJSON reports whether content has no media type except JSON. It may have none.
@@ -223,6 +234,20 @@ func (a *API) limit(next http.Handler) http.Handler {
 		}
 		r.Body = http.MaxBytesReader(w, r.Body, most)
 		next.ServeHTTP(w, r)
+	})
+}
+
+// stream counts what a response of any length takes of the memory while its client does
+// not read.
+func (a *API) stream(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !answersStream(routed(r).op) {
+			next.ServeHTTP(w, r)
+			return
+		}
+		s := observed(r).held.Stream(w, func(err error) { a.Fail(w, r, err) })
+		next.ServeHTTP(s, r)
+		s.Finish()
 	})
 }
 
