@@ -199,9 +199,18 @@ func (c *Client) Thaw(ctx context.Context) error { return c.post(ctx, "/thaw", f
 func (c *Client) Settle(ctx context.Context) error { return c.post(ctx, "/settle", settleTimeout) }
 
 // Knock makes the guest daemon look for new servers on the guest's loopback, so that they
-// are reachable at its address. It ignores errors, because the daemon also looks once a
-// second by itself.
-func (c *Client) Knock(ctx context.Context) { _ = c.post(ctx, "/ports", knockTimeout) }
+// are reachable at its address, and reports whether there is one. It ignores errors, because
+// the daemon also looks once a second by itself.
+func (c *Client) Knock(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, knockTimeout)
+	defer cancel()
+	resp, err := c.do(ctx, http.MethodPost, "/ports", nil, nil, -1)
+	if err != nil {
+		return false
+	}
+	resp.Body.Close()
+	return resp.StatusCode == http.StatusOK
+}
 
 func (c *Client) post(ctx context.Context, path string, timeout time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, timeout)

@@ -10,18 +10,28 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/wrenn-dev/wrenn/internal/backoff"
+	"golang.org/x/sync/singleflight"
+
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
+	"github.com/wrenn-dev/wrenn/internal/redial"
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// The agent retries connections to a port on which nothing listens for a while, because a
-// command or a resume may have just started the server.
 const (
-	listenWait     = 5 * time.Second
-	firstRedial    = 10 * time.Millisecond
-	longestRedial  = 250 * time.Millisecond
-	connectTimeout = 10 * time.Second
+	// firstAttempt and longestAttempt are about how long an attempt to connect lasts. A
+	// guest on a busy host may take a second or two to answer.
+	firstAttempt   = 250 * time.Millisecond
+	longestAttempt = 4 * time.Second
+	// lateAfter is how long a guest may take to answer before it is suspicious.
+	lateAfter = 10 * time.Second
+	// maxDials bounds the connections to a guest that are being made at a time, and
+	// maxDialsPerPort those to one port, so that no port uses up what others need.
+	maxDials        = 1024
+	maxDialsPerPort = 64
+	// dialGap is how long the next connection to a port waits for the one before. Of those
+	// that a guest's kernel answers at once although only one fits into the backlog, it may
+	// forget the others seconds later, when their requests have been sent.
+	dialGap = 20 * time.Millisecond
 	// idleTimeout is the time after which an idle connection to a guest is closed.
 	idleTimeout = 60 * time.Second
 	// onceIdle is shorter than the time for which servers keep idle connections (2 s or more).
@@ -39,21 +49,24 @@ type ports struct {
 	only2 sync.Map
 }
 
-// newPorts makes the ports of the guest at host. Attempts to connect end with life, because
-// another sandbox may get the address soon after. knock makes the guest daemon look for new
-// servers on the guest's loopback, which makes them reachable. newPorts calls suspect when
-// the guest may be silent.
-func newPorts(life context.Context, d *net.Dialer, host string, knock func(context.Context), suspect func()) *ports {
-	knocking := make(chan struct{}, 1)
-	once := func(ctx context.Context) {
-		select {
-		case knocking <- struct{}{}:
-		default:
-			return // Another request's connection was refused just now.
-		}
-		defer func() { <-knocking }()
-		knock(ctx)
-	}
+// portsGuest is the guest whose ports [ports] reaches.
+type portsGuest struct {
+	host string
+	// knock asks the guest daemon to look for new servers on the guest's loopback, which
+	// only then become reachable. It returns whether there is one.
+	knock func(context.Context) bool
+	// suspect is told that the guest may not answer, and silent says whether that is
+	// certain. Both are called once a connection has taken late.
+	suspect func()
+	silent  func() bool
+	late    time.Duration
+}
+
+// newPorts makes the ports of a guest. Connecting ends with life, because the address may
+// be another sandbox's soon after; a request that is given up alone does not end it.
+func newPorts(life context.Context, d *net.Dialer, g portsGuest) *ports {
+	knocks := singleflight.Group{}
+	turns := newTurns(maxDials, maxDialsPerPort, dialGap)
 	dial := func(ctx context.Context, addr string) (net.Conn, error) {
 		_, port, err := net.SplitHostPort(addr)
 		if err != nil {
@@ -62,9 +75,27 @@ func newPorts(life context.Context, d *net.Dialer, host string, knock func(conte
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		defer context.AfterFunc(life, cancel)()
-		conn, err := dialPort(ctx, d, net.JoinHostPort(host, port), once)
+		suspected := false
+		dialer := redial.Dialer{
+			Net: d, First: firstAttempt, Longest: longestAttempt, Enter: turns.enter,
+			Refused: func(ctx context.Context) bool {
+				now, _, _ := knocks.Do("", func() (any, error) { return g.knock(ctx), nil })
+				return now.(bool)
+			},
+			Late: func(since time.Duration) bool {
+				if since < g.late {
+					return false
+				}
+				if !suspected {
+					g.suspect()
+					suspected = true
+				}
+				return g.silent()
+			},
+		}
+		conn, err := dialer.Dial(ctx, net.JoinHostPort(g.host, port))
 		if err != nil && ctx.Err() == nil && !errors.Is(err, syscall.ECONNREFUSED) {
-			suspect()
+			g.suspect()
 		}
 		return conn, err
 	}
@@ -72,7 +103,7 @@ func newPorts(life context.Context, d *net.Dialer, host string, knock func(conte
 	protocols.SetUnencryptedHTTP2(true)
 	return &ports{
 		http1: &upstream.Transport{
-			Dial: dial, Redial: redial, IdleTimeout: idleTimeout, OnceIdle: onceIdle, MaxIdle: 512, MaxIdlePerHost: 256, MaxHeaderBytes: maxHeader,
+			Dial: dial, Redial: redial.Pauses, IdleTimeout: idleTimeout, OnceIdle: onceIdle, MaxIdle: 512, MaxIdlePerHost: 256, MaxHeaderBytes: maxHeader,
 		},
 		http2: &http.Transport{
 			DialContext:        func(ctx context.Context, _, addr string) (net.Conn, error) { return dial(ctx, addr) },
@@ -114,30 +145,4 @@ func isGRPC(req *http.Request) bool {
 func (p *ports) close() {
 	p.http1.Close()
 	p.http2.CloseIdleConnections()
-}
-
-// dialPort connects to a guest's port, and retries for a while if no server listens yet. It
-// calls knock whenever a connection is refused.
-func dialPort(ctx context.Context, d *net.Dialer, address string, knock func(context.Context)) (net.Conn, error) {
-	wait := redial()
-	for {
-		conn, err := d.DialContext(ctx, "tcp", address)
-		if !errors.Is(err, syscall.ECONNREFUSED) {
-			return conn, err
-		}
-		knock(ctx)
-		if !wait(ctx) {
-			return conn, err
-		}
-	}
-}
-
-// redial returns a function that waits before the next attempt to connect. The function
-// returns false if there should be no further attempt.
-func redial() func(context.Context) bool {
-	deadline := time.Now().Add(listenWait)
-	pauses := backoff.New(firstRedial, longestRedial)
-	return func(ctx context.Context) bool {
-		return time.Now().Add(longestRedial).Before(deadline) && pauses.Wait(ctx) == nil
-	}
 }

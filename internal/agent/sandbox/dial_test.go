@@ -9,9 +9,12 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
@@ -29,45 +32,76 @@ func closedPort(t *testing.T) string {
 	return l.Addr().String()
 }
 
-// TestDialWaitsForServer starts a server only after it has refused a connection.
-func TestDialWaitsForServer(t *testing.T) {
-	address := closedPort(t)
-	tries, knocks := 0, 0
-	d := &net.Dialer{Control: func(string, string, syscall.RawConn) error {
-		if tries++; tries == 2 {
-			l, err := net.Listen("tcp", address)
-			if err != nil {
-				return err
-			}
-			t.Cleanup(func() { l.Close() })
-		}
-		return nil
-	}}
-	conn, err := dialPort(t.Context(), d, address, func(context.Context) { knocks++ })
+// guestAt is a guest whose daemon finds no new servers.
+func guestAt(host string) portsGuest {
+	return portsGuest{host: host, knock: func(context.Context) bool { return false }, suspect: func() {}, silent: func() bool { return false }}
+}
+
+// TestSilentPort connects to a port whose backlog is full until the guest is found not
+// to answer. There are more requests than may connect at a time.
+func TestSilentPort(t *testing.T) {
+	l, err := net.Listen("tcp", closedPort(t))
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn.Close()
-	if tries != 2 || knocks != 1 {
-		t.Errorf("connected at try %d, after %d knocks", tries, knocks)
+	defer l.Close()
+	raw, err := l.(*net.TCPListener).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
 	}
-}
-
-func TestDialGivesUp(t *testing.T) {
-	tries := 0
-	d := &net.Dialer{Control: func(string, string, syscall.RawConn) error { tries++; return nil }}
-	began := time.Now()
-	_, err := dialPort(t.Context(), d, closedPort(t), func(context.Context) {})
-	if took := time.Since(began); !errors.Is(err, syscall.ECONNREFUSED) || took < listenWait-longestRedial {
-		t.Errorf("%v after %v", err, took)
+	var failed error
+	if err := raw.Control(func(fd uintptr) { failed = unix.Listen(int(fd), 0) }); err != nil || failed != nil {
+		t.Fatal(err, failed)
 	}
-	if tries < 2 || tries > 40 {
-		t.Errorf("%d tries", tries)
+	waiting, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(t.Context())
-	d.Control = func(string, string, syscall.RawConn) error { cancel(); return nil }
-	if _, err := dialPort(ctx, d, closedPort(t), func(context.Context) {}); err == nil || time.Since(began) > 60*time.Second {
-		t.Errorf("cancelled: %v", err)
+	defer waiting.Close()
+	host, _, _ := net.SplitHostPort(l.Addr().String())
+	g := guestAt(host)
+	var suspected atomic.Int32
+	silent := make(chan struct{})
+	g.late = time.Nanosecond
+	g.suspect = func() { suspected.Add(1) }
+	g.silent = func() bool {
+		select {
+		case <-silent:
+			return true
+		default:
+			return false
+		}
+	}
+	p := newPorts(t.Context(), new(net.Dialer), g)
+	defer p.close()
+	const requests = maxDialsPerPort + 1
+	failures := make(chan error, requests)
+	for range requests {
+		go func() {
+			req, err := http.NewRequestWithContext(await.Context(t), http.MethodGet, "http://"+l.Addr().String()+"/", nil)
+			if err != nil {
+				failures <- err
+				return
+			}
+			resp, err := p.RoundTrip(req)
+			if err == nil {
+				resp.Body.Close()
+			}
+			failures <- err
+		}()
+	}
+	await.Until(t, "attempts fail", func() bool { return suspected.Load() > 0 })
+	select {
+	case err := <-failures:
+		t.Errorf("a request does not wait: %v", err)
+	default:
+	}
+	close(silent)
+	for range requests {
+		var late net.Error
+		if err := await.Recv(t, "the end of a request", failures); !errors.As(err, &late) || !late.Timeout() || !errors.Is(err, upstream.ErrUnsent) {
+			t.Errorf("a request to a guest that does not answer: %v", err)
+		}
 	}
 }
 
@@ -86,7 +120,7 @@ func TestDialEndsWithSandbox(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	transport := newPorts(life, d, host, func(context.Context) {}, func() {})
+	transport := newPorts(life, d, guestAt(host))
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+net.JoinHostPort(host, port)+"/", nil)
 	if err != nil {
 		t.Fatal(err)
@@ -116,7 +150,7 @@ func TestGRPC(t *testing.T) {
 	go server.Serve(l)
 	defer server.Close()
 	host, _, _ := net.SplitHostPort(l.Addr().String())
-	p := newPorts(t.Context(), new(net.Dialer), host, func(context.Context) {}, func() {})
+	p := newPorts(t.Context(), new(net.Dialer), guestAt(host))
 	defer p.close()
 	for kind, want := range map[string]string{
 		"application/grpc": "HTTP/2.0", "application/grpc+proto": "HTTP/2.0", "Application/GRPC; x=y": "HTTP/2.0",
@@ -179,7 +213,7 @@ func TestOnlyHTTP2(t *testing.T) {
 	go server.Serve(onlyHTTP2{l})
 	defer server.Close()
 	host, _, _ := net.SplitHostPort(l.Addr().String())
-	p := newPorts(t.Context(), new(net.Dialer), host, func(context.Context) {}, func() {})
+	p := newPorts(t.Context(), new(net.Dialer), guestAt(host))
 	defer p.close()
 	for _, try := range []struct{ method, body, want string }{
 		{http.MethodPost, "hello", ""},
@@ -245,7 +279,7 @@ func TestUnreadPort(t *testing.T) {
 	go server.Serve(l)
 	defer server.Close()
 	host, _, _ := net.SplitHostPort(l.Addr().String())
-	p := newPorts(t.Context(), new(net.Dialer), host, func(context.Context) {}, func() {})
+	p := newPorts(t.Context(), new(net.Dialer), guestAt(host))
 	defer p.close()
 	req, err := http.NewRequestWithContext(await.Context(t), http.MethodGet, "http://"+l.Addr().String()+"/", nil)
 	if err != nil {

@@ -334,7 +334,10 @@ func (b *box) connect(token string) {
 		if b.life.Err() != nil {
 			b.life, b.endLife = context.WithCancelCause(context.Background())
 		}
-		b.transport = newPorts(b.life, &net.Dialer{Timeout: connectTimeout}, b.slot.Address().String(), b.guest.Knock, b.guest.Suspect)
+		b.transport = newPorts(b.life, new(net.Dialer), portsGuest{
+			host: b.slot.Address().String(), knock: b.guest.Knock, suspect: b.guest.Suspect,
+			silent: func() bool { return b.silence() != nil }, late: lateAfter,
+		})
 		b.silent = nil
 	})
 	life, g := b.life, b.guest
