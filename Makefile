@@ -18,7 +18,7 @@ PACKAGES := test/browser/node_modules/.package-lock.json test/clients/node_modul
 # in internal/programs), and what its tests need besides.
 RUN_PACKAGES  := qemu-system-x86 postgresql redis-server mmdebstrap e2fsprogs kmod ca-certificates
 # (gcc: for the race detector.) LAB_PACKAGES are what test/lab needs of them.
-LAB_PACKAGES  := qemu-utils busybox-static nftables iptables iproute2 socat
+LAB_PACKAGES  := qemu-utils busybox-static nftables iptables iproute2
 TEST_PACKAGES := $(LAB_PACKAGES) slirp4netns btrfs-progs containernetworking-plugins gcc libc6-dev dpkg-dev docker-registry skopeo umoci chromium fonts-dejavu-core jq
 
 # What benchmarks are beside.

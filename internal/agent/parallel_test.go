@@ -33,6 +33,9 @@ while True:
         more = c.recv(65536)
         if not more: break
         data += more
+    if not data: # An attempt to connect that was given up too late.
+        c.close()
+        continue
     head, _, body = data.partition(b"\r\n\r\n")
     length = 0
     for line in head.split(b"\r\n"):

@@ -221,12 +221,13 @@ func (s *Server) envs(w http.ResponseWriter, _ *http.Request) {
 }
 
 // look serves /ports: it looks for services to publish at once, not only at the next
-// second.
+// second. The status is 200 if there is a new one, and 204 if not.
 func (s *Server) look(w http.ResponseWriter, r *http.Request) {
-	if s.ports != nil {
-		s.ports.Look(r.Context())
+	status := http.StatusNoContent
+	if s.ports != nil && s.ports.Look(r.Context()) {
+		status = http.StatusOK
 	}
-	w.WriteHeader(http.StatusNoContent)
+	w.WriteHeader(status)
 }
 
 // freezeLimit is how long users' processes may take to freeze.

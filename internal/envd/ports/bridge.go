@@ -1,140 +1,131 @@
 package ports
 
 import (
+	"context"
 	"errors"
-	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/netip"
-	"os"
-	"os/exec"
-	"strconv"
 	"sync"
-	"syscall"
+	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/redial"
 )
 
-// newBridge listens on address at target's port and forwards connections to target. It
-// uses socat, which takes no memory of the daemon, or a relay in the daemon if the image
-// has no socat.
-func newBridge(address netip.Addr, target netip.AddrPort) (bridge, error) {
-	socat, err := exec.LookPath("socat")
-	if errors.Is(err, exec.ErrNotFound) {
-		return newRelay(address, target)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("find socat: %w", err)
-	}
-	return newSocat(socat, address, target)
+const (
+	// maxOpen bounds the connections that one bridge holds open. Further ones wait in the
+	// kernel until it accepts them.
+	maxOpen = 4096
+	// maxDials bounds those of them that wait for the service to accept.
+	maxDials = 64
+	// acceptPause is how long a bridge waits if it has no descriptor for a connection.
+	acceptPause = 100 * time.Millisecond
+	// The service is on this machine, and answers soon unless its backlog is full.
+	firstAttempt, longestAttempt = 250 * time.Millisecond, time.Second
+)
+
+// keepAlive finds out that the other end of an idle connection is gone, as it is after a
+// resume.
+var keepAlive = net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 15 * time.Second, Count: 4}
+
+// bridge carries connections from the guest's address to a socket on its loopback.
+type bridge struct {
+	listener *net.TCPListener
+	target   string
+	dialer   redial.Dialer
+	log      *slog.Logger
+	stop     chan struct{} // closed by Stop
+	done     chan struct{} // closed once it listens no more
 }
 
-type socat struct {
-	cmd  *exec.Cmd
-	done chan struct{}
-}
-
-func newSocat(path string, address netip.Addr, target netip.AddrPort) (*socat, error) {
-	cmd := exec.Command(path, socatArgs(address, target)...)
-	cmd.Dir = "/"
-	cmd.Env = []string{}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := cmd.Start(); err != nil {
-		return nil, fmt.Errorf("start socat: %w", err)
-	}
-	_ = os.WriteFile("/proc/"+strconv.Itoa(cmd.Process.Pid)+"/oom_score_adj", []byte("0"), 0)
-	s := &socat{cmd: cmd, done: make(chan struct{})}
-	go func() {
-		defer close(s.done)
-		_ = cmd.Wait() // its exit code does not matter
-	}()
-	return s, nil
-}
-
-func socatArgs(address netip.Addr, target netip.AddrPort) []string {
-	port := strconv.Itoa(int(target.Port()))
-	// socat's default backlog of 5 would lose connections that arrive at the same time.
-	listen := "TCP4-LISTEN:" + port + ",bind=" + address.String() + ",backlog=4096,reuseaddr,fork"
-	if target.Addr().Is4() {
-		return []string{listen, "TCP4:" + target.String()}
-	}
-	return []string{listen, "TCP6:" + target.String()}
-}
-
-func (s *socat) Done() <-chan struct{} { return s.done }
-
-// Stop ends the listening socat and returns when the port is free. The processes that it
-// forked end with their connections.
-func (s *socat) Stop() {
-	_ = s.cmd.Process.Kill()
-	<-s.done
-}
-
-// relay is the bridge for a guest without socat.
-type relay struct {
-	l      net.Listener
-	target netip.AddrPort
-	done   chan struct{}
-}
-
-// maxRelayed bounds the open connections of one relay.
-const maxRelayed = 1024
-
-func newRelay(address netip.Addr, target netip.AddrPort) (*relay, error) {
-	l, err := net.Listen("tcp4", netip.AddrPortFrom(address, target.Port()).String())
+// newBridge listens on address at target's port. It listens when it returns.
+func newBridge(address netip.Addr, target netip.AddrPort, log *slog.Logger) (*bridge, error) {
+	l, err := net.ListenTCP("tcp4", net.TCPAddrFromAddrPort(netip.AddrPortFrom(address, target.Port())))
 	if err != nil {
 		return nil, err
 	}
-	r := &relay{l: l, target: target, done: make(chan struct{})}
-	go r.run()
-	return r, nil
+	places := make(chan struct{}, maxDials)
+	b := &bridge{listener: l, target: target.String(), log: log, stop: make(chan struct{}), done: make(chan struct{})}
+	b.dialer = redial.Dialer{
+		Net: &net.Dialer{KeepAliveConfig: net.KeepAliveConfig{Enable: false}, KeepAlive: -1}, First: firstAttempt, Longest: longestAttempt,
+		Enter: func(ctx context.Context, _ string) (func(), error) {
+			select {
+			case places <- struct{}{}:
+				return func() { <-places }, nil
+			case <-ctx.Done():
+				return nil, context.Cause(ctx)
+			}
+		},
+	}
+	go b.run()
+	return b, nil
 }
 
-func (r *relay) Done() <-chan struct{} { return r.done }
-
-func (r *relay) Stop() {
-	_ = r.l.Close()
-	<-r.done
+// Stop takes no more connections; those that are open go on. The port is free when it
+// returns. It is called once.
+func (b *bridge) Stop() {
+	close(b.stop)
+	_ = b.listener.Close()
+	<-b.done
 }
 
-func (r *relay) run() {
-	defer close(r.done)
-	defer r.l.Close()
-	room := make(chan struct{}, maxRelayed)
+func (b *bridge) run() {
+	defer close(b.done)
+	room := make(chan struct{}, maxOpen)
 	for {
-		c, err := r.l.Accept()
-		if err != nil {
-			return
-		}
 		select {
 		case room <- struct{}{}:
+		case <-b.stop:
+			return
+		}
+		c, err := b.listener.AcceptTCP()
+		if err == nil {
 			go func() {
 				defer func() { <-room }()
-				r.carry(c.(*net.TCPConn))
+				b.carry(c)
 			}()
-		default:
-			c.Close()
+			continue
+		}
+		<-room
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		b.log.Warn("bridge port: accept", "target", b.target, "error", err)
+		select {
+		case <-time.After(acceptPause):
+		case <-b.stop:
+			return
 		}
 	}
 }
 
-func (r *relay) carry(in *net.TCPConn) {
+// carry connects in to the service, and carries what either end sends, the end of it and
+// resets.
+func (b *bridge) carry(in *net.TCPConn) {
 	defer in.Close()
-	out, err := net.DialTCP("tcp", nil, net.TCPAddrFromAddrPort(r.target))
+	_ = in.SetKeepAliveConfig(keepAlive)
+	conn, err := b.dialer.Dial(context.Background(), b.target)
 	if err != nil {
+		b.log.Warn("bridge port: connect", "target", b.target, "error", err)
+		_ = in.SetLinger(0) // A reset cannot be taken for a response.
 		return
 	}
+	out := conn.(*net.TCPConn)
 	defer out.Close()
-	var both sync.WaitGroup
 	pass := func(to, from *net.TCPConn) {
-		_, err := io.Copy(to, from)
-		if err != nil {
-			// If one side is gone, the other must not wait for it.
-			in.Close()
-			out.Close()
+		if _, err := io.Copy(to, from); err != nil {
+			// A reset of one end becomes one of the other, or half a response might look whole.
+			for _, c := range []*net.TCPConn{in, out} {
+				_ = c.SetLinger(0)
+				_ = c.Close()
+			}
 			return
 		}
 		_ = to.CloseWrite()
 	}
-	both.Go(func() { pass(out, in) })
-	both.Go(func() { pass(in, out) })
-	both.Wait()
+	var back sync.WaitGroup
+	back.Go(func() { pass(in, out) })
+	pass(out, in)
+	back.Wait()
 }

@@ -91,7 +91,7 @@ type Config struct {
 // Forwarder bridges ports.
 type Forwarder struct {
 	cfg  Config
-	look chan chan struct{}
+	look chan chan bool
 
 	mu     sync.RWMutex
 	byNode map[uint64]*forward // by the inode of the socket behind the bridge
@@ -100,18 +100,10 @@ type Forwarder struct {
 // forward is a bridge, or one that could not be started, which is not retried at once.
 type forward struct {
 	target netip.AddrPort
-	bridge bridge
+	bridge *bridge
 	retry  time.Time
 	// reached is set if the socket itself accepts connections to the guest's address.
 	reached bool
-}
-
-// bridge forwards connections from the guest's address to a loopback socket.
-type bridge interface {
-	// Done is closed when the bridge has ended.
-	Done() <-chan struct{}
-	// Stop stops listening. Open connections continue.
-	Stop()
 }
 
 // New returns a forwarder, which works while Run runs.
@@ -119,7 +111,7 @@ func New(cfg Config) *Forwarder {
 	if len(cfg.Files) == 0 {
 		cfg.Files = []string{"/proc/net/tcp", "/proc/net/tcp6"}
 	}
-	return &Forwarder{cfg: cfg, look: make(chan chan struct{}), byNode: map[uint64]*forward{}}
+	return &Forwarder{cfg: cfg, look: make(chan chan bool), byNode: map[uint64]*forward{}}
 }
 
 // Forwarded lists the sockets that have a bridge.
@@ -140,10 +132,12 @@ func (f *Forwarder) Run(ctx context.Context) {
 	t := time.NewTicker(interval)
 	defer t.Stop()
 	defer f.stop()
-	scan := func() {
-		if err := f.scan(); err != nil {
+	scan := func() (made bool) {
+		made, err := f.scan()
+		if err != nil {
 			f.cfg.Log.Warn("find listening ports", "error", err)
 		}
+		return made
 	}
 	scan()
 	for {
@@ -153,23 +147,25 @@ func (f *Forwarder) Run(ctx context.Context) {
 		case <-t.C:
 			scan()
 		case asked := <-f.look:
-			scan()
-			close(asked)
+			asked <- scan()
 		}
 	}
 }
 
-// Look makes Run look for sockets at once, and waits for that, or until ctx is done.
-func (f *Forwarder) Look(ctx context.Context) {
-	done := make(chan struct{})
+// Look makes Run look for sockets at once, and reports whether it started a bridge, which
+// then listens. It returns early if ctx is done.
+func (f *Forwarder) Look(ctx context.Context) (made bool) {
+	answer := make(chan bool, 1)
 	select {
-	case f.look <- done:
+	case f.look <- answer:
 	case <-ctx.Done():
-		return
+		return false
 	}
 	select {
-	case <-done:
+	case made = <-answer:
+		return made
 	case <-ctx.Done():
+		return false
 	}
 }
 
@@ -184,8 +180,9 @@ func (f *Forwarder) stop() {
 	}
 }
 
-// scan reads the sockets once, and starts and stops bridges accordingly.
-func (f *Forwarder) scan() error {
+// scan reads the sockets once, and starts and stops bridges accordingly. It reports whether
+// it started one.
+func (f *Forwarder) scan() (made bool, err error) {
 	var all []listener
 	for _, name := range f.cfg.Files {
 		file, err := os.Open(name)
@@ -193,17 +190,16 @@ func (f *Forwarder) scan() error {
 			continue // no IPv6
 		}
 		if err != nil {
-			return err
+			return false, err
 		}
 		l, err := parse(file)
 		file.Close()
 		if err != nil {
-			return fmt.Errorf("read %s: %w", name, err)
+			return false, fmt.Errorf("read %s: %w", name, err)
 		}
 		all = append(all, l...)
 	}
-	f.apply(wanted(all, f.cfg.Except))
-	return nil
+	return f.apply(wanted(all, f.cfg.Except)), nil
 }
 
 // wanted returns the sockets that need a bridge: one for each port with a listener on
@@ -258,18 +254,11 @@ func better(a, b listener) bool {
 // retryAfter is the time until a failed bridge is started again.
 const retryAfter = 10 * time.Second
 
-func (f *Forwarder) apply(want map[uint64]netip.AddrPort) {
+// apply starts the bridges that are wanted, and stops the others.
+func (f *Forwarder) apply(want map[uint64]netip.AddrPort) (made bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for inode, fw := range f.byNode {
-		if fw.bridge != nil {
-			select {
-			case <-fw.bridge.Done():
-				// Probably another socket has the port at the guest's address.
-				fw.bridge, fw.retry = nil, time.Now().Add(retryAfter)
-			default:
-			}
-		}
 		if want[inode] == fw.target {
 			continue
 		}
@@ -287,14 +276,17 @@ func (f *Forwarder) apply(want map[uint64]netip.AddrPort) {
 			f.byNode[inode] = &forward{target: target, reached: true}
 			continue
 		}
-		b, err := newBridge(f.cfg.Address, loopbackOf(target))
+		b, err := newBridge(f.cfg.Address, loopbackOf(target), f.cfg.Log)
 		if err != nil {
+			// Probably another socket has the port at the guest's address.
 			f.cfg.Log.Warn("start bridge", "target", target, "error", err)
 			f.byNode[inode] = &forward{target: target, retry: time.Now().Add(retryAfter)}
 			continue
 		}
 		f.byNode[inode] = &forward{target: target, bridge: b}
+		made = true
 	}
+	return made
 }
 
 // loopbackOf returns the address at which a bridge reaches a socket.
