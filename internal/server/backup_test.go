@@ -46,8 +46,11 @@ func TestBackup(t *testing.T) {
 	since := p.create(map[string]any{})
 	p.end()
 
-	// First restore into an empty database, then over one in another state.
+	// First restore into an empty database, then in place of one that a later release changed.
+	p.sql("CREATE TABLE later (sandbox_id uuid REFERENCES sandboxes)")
+	p.sql("INSERT INTO goose_db_version (version_id, is_applied) VALUES (99999, true)")
 	for _, database := range []string{pgtest.New(t), p.config.DatabaseURL} {
+		follow("psql", database)
 		follow("pg_restore", database)
 		p.config.DatabaseURL = database
 		p.start()
