@@ -7,13 +7,14 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"fmt"
 	"log/slog"
 	"math"
 	"net/netip"
+	"strconv"
 	"sync"
 	"time"
 
-	"github.com/go-redis/redis_rate/v10"
 	"github.com/redis/go-redis/v9"
 	"golang.org/x/time/rate"
 
@@ -38,9 +39,34 @@ type Limit struct {
 	Per   time.Duration
 }
 
+// Try is a call to count for a caller, towards a limit.
+type Try struct {
+	Limit Limit
+	Of    string
+}
+
+// allow counts tries by the generic cell rate algorithm, in order, until one is refused.
+// A key has the time at which all its tries are paid off, in seconds since 2017, where
+// doubles are precise enough. It returns how long to wait, "0" if nothing was refused.
+// Its keys and values are those of redis_rate, which earlier releases used.
+var allow = redis.NewScript(`
+local time = redis.call("TIME")
+local now = (time[1] - 1483228800) + time[2] / 1000000
+for i, key in ipairs(KEYS) do
+  local burst, period = tonumber(ARGV[2 * i - 1]), tonumber(ARGV[2 * i])
+  local paid = math.max(tonumber(redis.call("GET", key) or now), now) + period / burst
+  local wait = paid - period - now
+  if wait > 0 then
+    return tostring(wait)
+  end
+  redis.call("SET", key, paid, "EX", math.ceil(paid - now))
+end
+return "0"
+`)
+
 // Limiter counts calls. It is safe for concurrent use.
 type Limiter struct {
-	redis *redis_rate.Limiter
+	redis *redis.Client
 	log   *slog.Logger
 	now   func() time.Time // replaced in tests
 
@@ -53,37 +79,60 @@ type Limiter struct {
 // New returns a limiter that counts in Redis.
 func New(client *redis.Client, log *slog.Logger) *Limiter {
 	// The client's own timeout applies even if the context's deadline is sooner.
-	return &Limiter{redis: redis_rate.NewLimiter(client.WithTimeout(answerWithin)), log: log, now: time.Now, local: make(map[string]*rate.Limiter)}
+	return &Limiter{redis: client.WithTimeout(answerWithin), log: log, now: time.Now, local: make(map[string]*rate.Limiter)}
 }
 
 // key returns the counter's key. It hashes the address or account, so that Redis does not
 // store it.
 func (l Limit) key(of string) string {
 	sum := sha256.Sum256([]byte(of))
-	return "wrenn:" + l.Name + ":" + hex.EncodeToString(sum[:16])
+	return "rate:wrenn:" + l.Name + ":" + hex.EncodeToString(sum[:16])
 }
 
 // Allow counts one call of a caller, or fails with rate_limited.
 func (l *Limiter) Allow(ctx context.Context, limit Limit, of string) error {
-	key := limit.key(of)
+	return l.AllowAll(ctx, Try{limit, of})
+}
+
+// AllowAll is [Limiter.Allow] for each try in order, in one round trip to Redis. It
+// counts none of those after one that is refused.
+func (l *Limiter) AllowAll(ctx context.Context, tries ...Try) error {
+	keys, bounds := make([]string, len(tries)), make([]any, 0, 2*len(tries))
+	for i, t := range tries {
+		keys[i] = t.Limit.key(t.Of)
+		bounds = append(bounds, t.Limit.Burst, t.Limit.Per.Seconds())
+	}
 	if !l.mayAsk() {
-		return l.allowLocally(limit, key)
+		return l.allowLocally(tries, keys)
 	}
 	ask, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
-	answer, err := l.redis.Allow(ask, key, redis_rate.Limit{Rate: limit.Burst, Burst: limit.Burst, Period: limit.Per})
+	wait, err := waits(allow.Run(ask, l.redis, keys, bounds...))
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
 	if err != nil {
 		l.say(err)
-		return l.allowLocally(limit, key)
+		return l.allowLocally(tries, keys)
 	}
-	if answer.Allowed == 0 {
-		return tooOften(answer.RetryAfter)
+	if wait > 0 {
+		return tooOften(wait)
 	}
 	l.say(nil)
 	return nil
+}
+
+// waits reads what the script allow returned.
+func waits(answer *redis.Cmd) (time.Duration, error) {
+	text, err := answer.Text()
+	if err != nil {
+		return 0, err
+	}
+	seconds, err := strconv.ParseFloat(text, 64)
+	if err != nil {
+		return 0, fmt.Errorf("read Redis's count: %w", err)
+	}
+	return time.Duration(seconds * float64(time.Second)), nil
 }
 
 // Forget resets a caller's counter.
@@ -92,7 +141,7 @@ func (l *Limiter) Forget(ctx context.Context, limit Limit, of string) {
 	defer cancel()
 	key := limit.key(of)
 	if l.mayAsk() {
-		if err := l.redis.Reset(ctx, key); err != nil {
+		if err := l.redis.Del(ctx, key).Err(); err != nil {
 			l.say(err)
 		}
 	}
@@ -101,9 +150,19 @@ func (l *Limiter) Forget(ctx context.Context, limit Limit, of string) {
 	delete(l.local, key)
 }
 
-func (l *Limiter) allowLocally(limit Limit, key string) error {
+func (l *Limiter) allowLocally(tries []Try, keys []string) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	for i, t := range tries {
+		if err := l.countLocally(t.Limit, keys[i]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// countLocally counts one try. l.mu is held.
+func (l *Limiter) countLocally(limit Limit, key string) error {
 	one, ok := l.local[key]
 	if !ok {
 		if len(l.local) >= maxLocal {

@@ -11,7 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/go-redis/redis_rate/v10"
 	"github.com/redis/go-redis/v9"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
@@ -40,7 +39,7 @@ func (d *double) ProcessHook(redis.ProcessHook) redis.ProcessHook {
 			return ctx.Err()
 		}
 		if c, ok := cmd.(*redis.Cmd); ok {
-			c.SetVal([]any{int64(1), int64(0), "-1", "0"})
+			c.SetVal("0")
 		}
 		return nil
 	}
@@ -54,8 +53,8 @@ func TestHang(t *testing.T) {
 	d := &double{}
 	client.AddHook(d)
 	l := New(client, slog.New(slog.DiscardHandler))
-	l.redis = redis_rate.NewLimiter(client) // New's client has no hooks
-	var late atomic.Int64                   // how far the limiter's clock is ahead
+	l.redis = client      // New's client has no hooks
+	var late atomic.Int64 // how far the limiter's clock is ahead
 	start := time.Now()
 	l.now = func() time.Time { return start.Add(time.Duration(late.Load())) }
 	limit := Limit{Name: "test", Burst: 50, Per: time.Hour}
@@ -232,7 +231,55 @@ func TestFullRedis(t *testing.T) {
 	// Redis has room again.
 	memory("0")
 	late.Add(int64(askAgain))
-	if !allow("one") || client.Exists(t.Context(), "rate:"+limit.key("one")).Val() != 1 {
+	if !allow("one") || client.Exists(t.Context(), limit.key("one")).Val() != 1 {
 		t.Error("Redis does not count again")
+	}
+}
+
+// TestAllowAll: tries are counted in order, in one round trip, until one is refused,
+// with Redis and without it.
+func TestAllowAll(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	redistest.Start(t, socket)
+	client := redis.NewClient(&redis.Options{Network: "unix", Addr: socket})
+	t.Cleanup(func() { _ = client.Close() })
+	one, team := Limit{Name: "one", Burst: 3, Per: time.Hour}, Limit{Name: "team", Burst: 4, Per: time.Hour}
+	for _, where := range []string{"Redis", "this server"} {
+		l := New(client, slog.New(slog.DiscardHandler))
+		if where != "Redis" {
+			l.say(errors.New("it is down"))
+		}
+		allowed := func(of string) (n int) {
+			t.Helper()
+			for range 5 {
+				err := l.AllowAll(t.Context(), Try{one, of}, Try{team, "theirs"})
+				if err != nil && !fault.Is(err, fault.RateLimited) {
+					t.Fatal(err)
+				}
+				var f *fault.Error
+				if errors.As(err, &f) && (f.RetryAfter <= 0 || f.RetryAfter > time.Hour) {
+					t.Errorf("%s says to try again in %v", where, f.RetryAfter)
+				}
+				if err == nil {
+					n++
+				}
+			}
+			return n
+		}
+		if n := allowed("a"); n != 3 {
+			t.Errorf("%s allows %d calls of the first member, want 3", where, n)
+		}
+		// What the first was refused did not count for the team.
+		if n := allowed("b"); n != 1 {
+			t.Errorf("%s allows %d calls of the second member, want the one that the team has left", where, n)
+		}
+		// What the team was refused counted for the second, who has none left.
+		if err := l.Allow(t.Context(), one, "b"); !fault.Is(err, fault.RateLimited) {
+			t.Errorf("%s does not count what the team was refused: %v", where, err)
+		}
+		l.Forget(t.Context(), one, "b")
+		if err := l.Allow(t.Context(), one, "b"); err != nil {
+			t.Errorf("%s has not forgotten: %v", where, err)
+		}
 	}
 }

@@ -44,10 +44,11 @@ func (r Rates) of(class auth.Rate) (one, team ratelimit.Limit) {
 // rate_limited.
 func (a *API) spend(ctx context.Context, class auth.Rate, who auth.Principal, ofTeam bool) error {
 	one, team := a.Rates.of(class)
-	// Count for the team second, so that calls which a member's own limit refuses do not
-	// count for the team.
-	if err := a.Limiter.Allow(ctx, one, who.ID().String()); err != nil || !ofTeam || who.Team == uuid.Nil {
-		return err
+	tries := []ratelimit.Try{{Limit: one, Of: who.ID().String()}}
+	if ofTeam && who.Team != uuid.Nil {
+		// Count for the team second, so that calls which a member's own limit refuses do
+		// not count for the team.
+		tries = append(tries, ratelimit.Try{Limit: team, Of: who.Team.String()})
 	}
-	return a.Limiter.Allow(ctx, team, who.Team.String())
+	return a.Limiter.AllowAll(ctx, tries...)
 }
