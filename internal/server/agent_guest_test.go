@@ -138,6 +138,9 @@ func (a *agent) Run(_ context.Context, req *connect.Request[hostagentv1.RunReque
 	if a.before.Load() {
 		return connect.NewError(connect.CodeUnimplemented, errors.New("no such call"))
 	}
+	if !a.has(req.Msg.SandboxId) {
+		return connect.NewError(connect.CodeNotFound, errors.New("no such sandbox"))
+	}
 	if err := a.usable(req.Msg.SandboxId); err != nil {
 		return err
 	}

@@ -14,7 +14,6 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/google/uuid"
@@ -69,7 +68,7 @@ type Config struct {
 // Proxy handles requests to sandboxes' host names.
 type Proxy struct {
 	Config
-	cache    *cache
+	cache    *sandboxes.Cache[target]
 	errors   *stdlog.Logger // for upgraded connections
 	requests *prometheus.CounterVec
 	// forwarded is the counter of requests with the result "forwarded".
@@ -79,14 +78,12 @@ type Proxy struct {
 // New returns a proxy. It subscribes to changes of sandboxes and to revocations.
 func New(c Config) *Proxy {
 	p := &Proxy{
-		Config: c, cache: newCache(),
+		Config: c, cache: sandboxes.NewCache[target](c.Sandboxes),
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "wrenn_proxy_requests_total", Help: "Requests to sandboxes' ports, by result: forwarded, or the error's code."}, []string{"result"}),
 	}
 	p.forwarded = p.requests.WithLabelValues("forwarded")
 	p.errors = slog.NewLogLogger(c.Log.Handler(), slog.LevelDebug)
-	c.Sandboxes.OnChange(p.cache.drop)
-	c.Sandboxes.OnDeaf(p.cache.deafen)
-	c.Watch.OnWord(p.cache.revoked)
+	c.Watch.OnWord(p.revoked)
 	c.Watch.OnWord(func(string) { c.Keys.Forget() })
 	return p
 }
@@ -292,7 +289,7 @@ func (p *Proxy) resolve(r *http.Request) (destination, error) {
 	if err != nil {
 		return none, err
 	}
-	t, err := p.cache.get(r.Context(), sandbox, p.lookup)
+	t, err := p.cache.Get(r.Context(), sandbox, p.lookup)
 	if err != nil {
 		return none, err
 	}
@@ -377,16 +374,27 @@ func (p *Proxy) holder(ctx context.Context, key string) (auth.Principal, error) 
 	return who, err
 }
 
-func (p *Proxy) lookup(ctx context.Context, sandbox uuid.UUID) (target, error) {
+// revoked drops a sandbox that somebody lost access to, or all sandboxes if whose is
+// another id or none.
+func (p *Proxy) revoked(whose string) {
+	if sandbox, err := uuid.Parse(whose); err == nil {
+		p.cache.Drop(sandbox)
+		return
+	}
+	p.cache.Clear()
+}
+
+// lookup finds a target, which is remembered while it runs.
+func (p *Proxy) lookup(ctx context.Context, sandbox uuid.UUID) (found target, keep bool, err error) {
 	row, payer, err := p.Sandboxes.LookupPayer(ctx, sandbox)
 	if err != nil {
-		return target{}, err
+		return target{}, false, err
 	}
 	t := target{team: row.TeamID, payer: payer, epoch: row.TokenEpoch, state: sandboxes.State(row.State)}
 	if row.HostID != nil {
 		t.host = *row.HostID
 	}
-	return t, nil
+	return t, t.state == sandboxes.Running, nil
 }
 
 // forwarded is the headers that the front door sets.
@@ -524,92 +532,10 @@ func (k *waker) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 }
 
-const (
-	// targetsLast is how long a target stays in the cache.
-	targetsLast = 120 * time.Second
-	// maxTargets bounds the cache.
-	maxTargets = 8192
-)
-
 // target is a sandbox's host, owner and state.
 type target struct {
 	team, host uuid.UUID
 	payer      uuid.UUID // of the team
 	state      sandboxes.State
 	epoch      int32 // of its tokens
-	until      time.Time
-}
-
-// cache holds the targets of running sandboxes until they change. It is safe for
-// concurrent use.
-type cache struct {
-	mu      sync.Mutex
-	targets map[uuid.UUID]target
-	// drops counts changes, so that a lookup that began before a change is not cached
-	// after it.
-	drops uint64
-	// deaf reports that the server may miss changes, so nothing is cached.
-	deaf bool
-}
-
-func newCache() *cache { return &cache{targets: make(map[uuid.UUID]target)} }
-
-func (c *cache) drop(sandbox uuid.UUID) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.drops++
-	delete(c.targets, sandbox)
-}
-
-// revoked drops a sandbox that somebody lost access to, or all sandboxes if whose is
-// another id or none.
-func (c *cache) revoked(whose string) {
-	if sandbox, err := uuid.Parse(whose); err == nil {
-		c.drop(sandbox)
-		return
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.drops++
-	clear(c.targets)
-}
-
-// deafen clears the cache and disables it while changes can be missed.
-func (c *cache) deafen(is bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.drops++
-	c.deaf = is
-	clear(c.targets)
-}
-
-func (c *cache) get(ctx context.Context, sandbox uuid.UUID, lookup func(context.Context, uuid.UUID) (target, error)) (target, error) {
-	c.mu.Lock()
-	t, ok := c.targets[sandbox]
-	drops := c.drops
-	c.mu.Unlock()
-	now := time.Now()
-	if ok && now.Before(t.until) {
-		return t, nil
-	}
-	t, err := lookup(ctx, sandbox)
-	if err != nil || t.state != sandboxes.Running {
-		return t, err
-	}
-	t.until = now.Add(targetsLast)
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.drops != drops || c.deaf {
-		return t, nil
-	}
-	if len(c.targets) >= maxTargets {
-		for other, old := range c.targets {
-			if len(c.targets) < maxTargets && now.Before(old.until) {
-				break
-			}
-			delete(c.targets, other)
-		}
-	}
-	c.targets[sandbox] = t
-	return t, nil
 }

@@ -149,7 +149,11 @@ func (a *API) again(ctx context.Context, r *http.Request, access auth.Access, wh
 func (a *API) identify(r *http.Request, access auth.Access) (auth.Principal, error) {
 	team, malformed := a.teamOf(r, access)
 	if key := r.Header.Get("X-API-Key"); key != "" {
-		who, err := a.Keys.Check(r.Context(), key)
+		check := a.Keys.Check
+		if propertiesOf(routed(r).op).lasts {
+			check = a.Keys.CheckRecent // Watch ends the call when it hears of a revocation.
+		}
+		who, err := check(r.Context(), key)
 		if err == nil && team != nil && *team != who.Team {
 			err = fault.New(fault.NotFound, "no such team")
 		}

@@ -16,6 +16,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/requestid"
 	"github.com/wrenn-dev/wrenn/internal/server/audit"
+	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
@@ -51,6 +52,12 @@ func (a *API) audit(next http.Handler) http.Handler {
 	})
 }
 
+// ofPeople reports whether an operation can change what keys may do. Keys of teams
+// cannot call such operations.
+func ofPeople(access auth.Access) bool {
+	return access.Role == auth.Platform || access.Role != auth.Anybody && len(access.Scopes) == 0
+}
+
 // recorder writes a request's audit record just before the response. If that fails, it
 // replaces the response with an error.
 type recorder struct {
@@ -78,6 +85,9 @@ func (rec *recorder) WriteHeader(status int) {
 		}
 		if status >= 500 {
 			result = audit.Failed
+		}
+		if result == audit.OK && ofPeople(rec.api.access[rec.op]) {
+			rec.api.Keys.Forget() // Somebody may do less now; the database's notification comes only later.
 		}
 		if err := rec.write(result, code); err != nil {
 			rec.mute = true

@@ -68,6 +68,9 @@ type Service struct {
 	mu    sync.Mutex
 	boxes map[uuid.UUID]*box
 
+	// known has where sandboxes run.
+	known *Cache[place]
+
 	hooks []func(uuid.UUID)
 	// deafness is called when other servers' changes can, or can no longer, be missed.
 	deafness []func(bool)
@@ -75,7 +78,9 @@ type Service struct {
 
 // New returns a service.
 func New(c Config) *Service {
-	return &Service{Config: c, metrics: newMetrics(c.Store), boxes: make(map[uuid.UUID]*box)}
+	s := &Service{Config: c, metrics: newMetrics(c.Store), boxes: make(map[uuid.UUID]*box)}
+	s.known = NewCache[place](s)
+	return s
 }
 
 // Collectors returns the service's Prometheus metrics.

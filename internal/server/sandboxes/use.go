@@ -10,6 +10,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
@@ -50,17 +51,60 @@ func (s *Service) Refused(ctx context.Context, team, sandbox uuid.UUID) (db.Sand
 // tries is how often a call is attempted if its sandbox is paused at the same time.
 const tries = 3
 
+// place is where a team's sandbox runs.
+type place struct{ team, host uuid.UUID }
+
+// locate is [Service.Wake] that believes what this server heard last of a running
+// sandbox; sure says that it has looked at the table.
+func (s *Service) locate(ctx context.Context, team, sandbox uuid.UUID) (host *hosts.Host, sure bool, err error) {
+	at, err := s.known.Get(ctx, sandbox, func(ctx context.Context, sandbox uuid.UUID) (place, bool, error) {
+		sure = true
+		row, found, err := s.Wake(ctx, team, sandbox)
+		if err != nil {
+			return place{}, false, err
+		}
+		host = found
+		return place{team, host.ID}, State(row.State) == Running, nil
+	})
+	if err != nil || sure {
+		return host, sure, err
+	}
+	if at.team == team {
+		if host, err = s.Hosts.Get(&at.host); err == nil {
+			return host, false, nil
+		}
+	}
+	_, host, err = s.Wake(ctx, team, sandbox)
+	return host, true, err
+}
+
 // call calls the host of a team's sandbox. It resumes a paused sandbox first.
 func (s *Service) call(ctx context.Context, team, sandbox uuid.UUID, f func(*hosts.Host) error) error {
-	_, host, err := s.Wake(ctx, team, sandbox)
+	host, sure, err := s.locate(ctx, team, sandbox)
 	for try := 1; err == nil; try++ {
 		err = f(host)
-		if !refusedState(err) || try == tries {
+		switch {
+		case try == tries:
+			return hosts.Fault(err)
+		case refusedState(err):
+			sure = true
+			_, host, err = s.Refused(ctx, team, sandbox)
+		case !sure && unknown(err):
+			// The word of its end, or of its move to another host, is still on its way.
+			sure = true
+			s.known.Drop(sandbox)
+			_, host, err = s.Wake(ctx, team, sandbox)
+		default:
 			return hosts.Fault(err)
 		}
-		_, host, err = s.Refused(ctx, team, sandbox)
 	}
 	return err
+}
+
+// unknown reports whether a host does not have a sandbox, so that it has done nothing.
+func unknown(err error) bool {
+	var e *connect.Error
+	return errors.As(err, &e) && e.Code() == connect.CodeNotFound && e.Meta().Get(hostwire.ErrorReason) == ""
 }
 
 // peek calls the host of a team's running sandbox. It does not resume a paused one, and
