@@ -58,6 +58,10 @@ func TestGroup(t *testing.T) {
 	if _, err := os.Stat(path); err != nil {
 		t.Errorf("a group with a descendant was removed: %v", err)
 	}
+	// Root in the guest can make groups in it.
+	if err := os.MkdirAll(filepath.Join(path, "nested", "deeper"), 0o755); err != nil {
+		t.Fatal(err)
+	}
 	if err := os.WriteFile(filepath.Join(path, "cgroup.kill"), []byte("1"), 0); err != nil {
 		t.Fatal(err)
 	}
