@@ -12,26 +12,25 @@ const blanks = " \t"
 
 func blank(c byte) bool { return c == ' ' || c == '\t' }
 
-// line is a logical line: physical lines joined, without those of comments
-// between them.
+// line is a logical line: joined physical lines, without comments between them.
 type line struct {
 	text  string
 	spans []span
 
-	// near is the place that position found last, and begins at an offset.
-	// Counting on from there, a whole line takes one pass.
+	// near is the last result of position. Counting on from there, all positions of a line
+	// take one pass.
 	near span
 }
 
-// span says where the line's text from offset on comes from.
+// span says where in the recipe the line's text from offset on begins.
 type span struct {
 	offset int
 	from   Position
 }
 
-// position is the place in the recipe of an offset in the line.
+// position returns the position in the recipe of an offset in the line.
 func (l *line) position(offset int) Position {
-	// What is between two physical lines counts as the first one's end.
+	// An offset between two physical lines counts as the end of the first one.
 	n := sort.Search(len(l.spans)-1, func(i int) bool {
 		next := l.spans[i+1].offset
 		return next > offset || next == offset && offset == len(l.text)
@@ -60,7 +59,8 @@ func (b *builder) add(text string, from Position) {
 
 func (b *builder) line() *line { return &line{text: b.text.String(), spans: b.spans} }
 
-// check refuses what no text of a recipe may have.
+// check refuses text that cannot be a recipe: too long, not UTF-8, or with control
+// characters.
 func check(text string) *Error {
 	if len(text) > MaxSize {
 		return &Error{Position{1, 1}, fmt.Sprintf("the recipe is longer than %d bytes", MaxSize)}
@@ -82,12 +82,11 @@ func check(text string) *Error {
 	return nil
 }
 
-// maxInstructions bounds a recipe's instructions, and with them the memory that
-// reading it takes.
+// maxInstructions bounds a recipe's instructions, and so the memory for parsing it.
 const maxInstructions = 10_000
 
-// split makes logical lines of a recipe that was checked. With an error come
-// the lines before it.
+// split splits a checked recipe into logical lines. If it fails, it returns the lines
+// before the error, too.
 func split(text string) ([]*line, *Error) {
 	const bom = "\ufeff"
 	physical := strings.Split(text, "\n")
@@ -142,9 +141,8 @@ func split(text string) ([]*line, *Error) {
 	return lines, nil
 }
 
-// directive tells whether a comment at the recipe's top is a parser directive
-// of Dockerfiles, and what is wrong with it. Those for other programs mean
-// nothing here.
+// directive reports whether a comment at the top of the recipe is a parser directive of
+// Dockerfiles, and what is wrong with it. Directives for other programs are ignored.
 func directive(comment string) (is bool, wrong string) {
 	key, value, ok := strings.Cut(strings.TrimLeft(comment, "#"+blanks), "=")
 	if !ok {

@@ -14,7 +14,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 )
 
-// imageScheme begins the name of an OCI image.
+// imageScheme is the prefix of an OCI image's name.
 const imageScheme = "oci:"
 
 var (
@@ -25,7 +25,7 @@ var (
 	hereDocument = regexp.MustCompile(`^[0-9]*<<-?[ \t]*[^<\s]`)
 )
 
-// instead says what to write for what a Dockerfile may have and a recipe not.
+// instead says what to write instead of a Dockerfile's instructions that recipes lack.
 var instead = map[string]string{
 	"ADD":        "recipes have no ADD: for files write COPY, for the rest RUN with curl or tar",
 	"ARG":        "recipes have no ARG: write ENV, or the value itself",
@@ -42,8 +42,7 @@ var instead = map[string]string{
 
 const known = "FROM, RUN, ENV, COPY, WORKDIR, USER, LIMIT, START and HEALTHCHECK"
 
-// Parse reads a recipe. Its error is Errors: every instruction is looked at,
-// so that all that must change is known at once.
+// Parse parses a recipe. Its error is Errors, which has the mistakes of all instructions.
 func Parse(text string) (*Recipe, error) {
 	if err := check(text); err != nil {
 		return nil, Errors{err}
@@ -81,13 +80,13 @@ type parser struct {
 	left   *int // words
 }
 
-// failure is an error, perhaps one after which nothing can be read.
+// failure is an error, after which parsing may have to stop.
 type failure struct {
 	*Error
 	last bool
 }
 
-// instruction reads one logical line.
+// instruction parses one logical line.
 func (p *parser) instruction(l *line) *failure {
 	s := &scanner{line: l, text: l.text, left: p.left}
 	s.skipBlanks()
@@ -226,7 +225,7 @@ func (p *parser) parseLimit(s *scanner, pos Position) *failure {
 	return nil
 }
 
-// command reads a command in either form.
+// command parses a command in shell or exec form.
 func command(s *scanner, keyword string) (Command, *failure) {
 	rest := s.rest()
 	if rest == "" {
@@ -257,8 +256,8 @@ func hereDocumentError(s *scanner, at int) *Error {
 	return s.fail(at, "recipes have no here-documents: continue the line with \\, or COPY a file; what follows is not read")
 }
 
-// findHereDocument is the offset of the first here-document of a shell's
-// command, or -1. A Dockerfile takes them in unquoted words that begin so.
+// findHereDocument returns the offset of the first here-document in a shell command, or
+// -1. As in a Dockerfile, that is an unquoted word which begins like one.
 func findHereDocument(text string) int {
 	begins := true // a word
 	for i := 0; i < len(text); i++ {
@@ -286,8 +285,8 @@ func findHereDocument(text string) int {
 	return -1
 }
 
-// array reads a JSON array of strings. It is nil if the text is none and need
-// not be meant as one: the shell has a command [, which a blank follows.
+// array parses a JSON array of strings. It returns nil if the text is something else that
+// is valid, because the shell has a command [, which is followed by a blank.
 func (s *scanner) array(text string) ([]string, *Error) {
 	// Each string but the last has a comma behind it; the shell's words may have some, too.
 	if err := s.take(s.at, strings.Count(text, ",")); err != nil {
@@ -318,7 +317,7 @@ func (s *scanner) array(text string) ([]string, *Error) {
 	return args, nil
 }
 
-// boundary is the last beginning of a character up to at.
+// boundary returns the start of the character at the offset at.
 func boundary(text string, at int) int {
 	for at > 0 && at < len(text) && text[at]&0xc0 == 0x80 {
 		at--
@@ -326,7 +325,7 @@ func boundary(text string, at int) int {
 	return at
 }
 
-// array is the canonical form of a list of strings.
+// array returns the canonical form of a list of strings.
 func array(list []string) string {
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)
@@ -389,7 +388,7 @@ type flag struct {
 	at    int // offset of the flag
 }
 
-// flags reads flags. hints say of some that there are not what to do instead.
+// flags parses flags. hints say what to write instead of some flags that recipes lack.
 func (s *scanner) flags(names []string, hints map[string]string) ([]flag, *Error) {
 	var list []flag
 	for s.skipBlanks(); strings.HasPrefix(s.text[s.at:], "--"); s.skipBlanks() {
@@ -487,7 +486,7 @@ func (p *parser) parseCopy(s *scanner, pos Position) *failure {
 	return nil
 }
 
-// paths reads COPY's arguments in either form.
+// paths parses COPY's arguments in either form.
 func (s *scanner) paths() ([]Word, *failure) {
 	rest := s.rest()
 	var words []Word
@@ -528,7 +527,7 @@ func (s *scanner) paths() ([]Word, *failure) {
 	return words, nil
 }
 
-// wrongSource says why a path cannot be what COPY copies, or "".
+// wrongSource returns why a path cannot be a source of COPY, or "".
 func wrongSource(text string) string {
 	if text == "" {
 		return "the path is empty"

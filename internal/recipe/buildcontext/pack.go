@@ -1,10 +1,9 @@
-// Package buildcontext carries the folder that a recipe copies from to where
-// it is built: packed into an archive that is named by its content, and
-// read with nothing left to the archive's good will.
+// Package buildcontext packs the folder that a recipe copies from into an archive that is
+// named by its content, and reads such archives, which it does not trust.
 //
-// The archive is a tar (POSIX.1-2001, pax) of folders, files and symbolic
-// links, sorted by name, with permission bits and without owners, times and
-// hard links: the same files make the same bytes, whose SHA-256 is its name.
+// The archive is a tar (POSIX.1-2001, pax) of folders, files and symbolic links, sorted by
+// name, with permission bits and without owners, times and hard links. So the same files
+// give the same bytes, whose SHA-256 is the archive's name.
 package buildcontext
 
 import (
@@ -26,8 +25,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ignoreFiles are where a folder says what is not packed, in the form that
-// Docker documents for .dockerignore. The first that is there counts.
+// ignoreFiles list what not to pack, in the format of .dockerignore. The first one that
+// exists counts.
 var ignoreFiles = []string{".wrennignore", ".dockerignore"}
 
 // Digest names an archive: "sha256:" and 64 hexadecimal digits.
@@ -35,10 +34,9 @@ type Digest string
 
 func digestOf(sum []byte) Digest { return Digest("sha256:" + hex.EncodeToString(sum)) }
 
-// Pack writes what is in the folder dir, but for what it says is to be
-// ignored, and returns the archive's name. Links that lead out of the folder
-// and what is neither file, folder nor link are errors that name them, as are
-// more or larger files than limits allow.
+// Pack writes the content of the folder dir, except ignored files, to w and returns the
+// archive's name. It fails for links that lead out of the folder, for anything that is not
+// a file, folder or link, and for more or larger files than limits allow.
 func Pack(ctx context.Context, w io.Writer, dir string, limits Limits) (Digest, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -91,7 +89,7 @@ type packer struct {
 	budget  *budget
 }
 
-// folder packs what is in a folder, whose own entry is written.
+// folder packs the content of a folder, whose own entry is already written.
 func (p *packer) folder(dir string, parent patternmatcher.MatchInfo) error {
 	f, err := p.root.OpenFile(dir, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
@@ -112,7 +110,7 @@ func (p *packer) folder(dir string, parent patternmatcher.MatchInfo) error {
 		if err != nil {
 			return fmt.Errorf("match %s: %w", name, err)
 		}
-		// A folder that is ignored may hold what is excepted from that.
+		// An ignored folder may have entries that are excepted from that.
 		if skip && !(e.IsDir() && p.ignored.Exclusions()) {
 			continue
 		}
@@ -187,9 +185,9 @@ func (p *packer) file(name string, h *tar.Header) error {
 	return nil
 }
 
-// checkLink refuses a symbolic link that leads out of the folder that name
-// lies in, or could by way of another: a way up is exact only before the
-// first name, since the folders that a link lies in are no links themselves.
+// checkLink refuses a symbolic link that leads out of the packed folder, or could through
+// another link. So it accepts ".." only at the beginning of the target, because the
+// folders above a link are not links themselves.
 func checkLink(name, target string) error {
 	out := path.IsAbs(target)
 	up, named := 0, false

@@ -14,11 +14,11 @@ import (
 	"strings"
 )
 
-// ErrRefused is in the error of an archive that Pack would not have made, or
-// that is not the one that was named.
+// ErrRefused is the error, wrapped, for an archive that Pack would not have made, or that
+// has another digest than its name.
 var ErrRefused = errors.New("archive refused")
 
-// Limits bound an archive. Zeros stand for DefaultLimits'.
+// Limits bound an archive. Zero fields have the values of DefaultLimits.
 type Limits struct {
 	Entries int
 	Bytes   int64 // of all files together
@@ -27,15 +27,15 @@ type Limits struct {
 // DefaultLimits are enough for a project's sources and its data.
 var DefaultLimits = Limits{Entries: 100_000, Bytes: 4 << 30}
 
-// The longest name and link, in bytes, and depth of folders of an archive, and the
-// bytes of all names and links together, which readers keep.
+// The longest name and link of an archive in bytes, the depth of its folders, and the bytes
+// of all names and links together, which readers keep in memory.
 const (
 	maxName  = 4095 // PATH_MAX, the final NUL aside
 	maxDepth = 128
 	maxNames = 32 << 20
 )
 
-// budget is what is left of the limits.
+// budget is the unused part of the limits.
 type budget struct {
 	limits  Limits
 	entries int
@@ -53,7 +53,7 @@ func newBudget(l Limits) *budget {
 	return &budget{limits: l, entries: l.Entries, bytes: l.Bytes, names: maxNames}
 }
 
-// entry takes one entry's share.
+// entry subtracts one entry from the budget.
 func (b *budget) entry(name, link string, size int64) error {
 	if b.entries--; b.entries < 0 {
 		return fmt.Errorf("more than %d files and folders: %w", b.limits.Entries, ErrRefused)
@@ -71,10 +71,10 @@ func (b *budget) entry(name, link string, size int64) error {
 	return nil
 }
 
-// Read calls visit with each entry of an archive, whose name must be want, in
-// its order: folders (without the slash), files, which may be read, and symbolic
-// links. What Pack does not write is refused; what visit was given counts only
-// if Read returns nil.
+// Read calls visit for each entry of an archive in order: folders (without a final slash),
+// files, whose content visit may read, and symbolic links. It refuses anything that Pack
+// would not write. The archive must have the digest want, which Read can only check at the
+// end, so the entries are trustworthy only if Read returns nil.
 func Read(ctx context.Context, r io.Reader, want Digest, limits Limits, visit func(h *tar.Header, content io.Reader) error) error {
 	sum := sha256.New()
 	c := checker{budget: newBudget(limits), dirs: map[string]bool{".": true}}
@@ -87,10 +87,10 @@ func Read(ctx context.Context, r io.Reader, want Digest, limits Limits, visit fu
 	return nil
 }
 
-// checker refuses what Pack does not write.
+// checker refuses entries that Pack would not write.
 type checker struct {
 	budget *budget
-	dirs   map[string]bool // names that entries have come below, or may
+	dirs   map[string]bool // names below which entries may be
 	last   string          // name of the last entry
 }
 
@@ -111,7 +111,7 @@ func (c *checker) all(in io.Reader, visit func(*tar.Header, io.Reader) error) er
 			return err
 		}
 	}
-	// The archive's name is of all its bytes.
+	// The digest covers all bytes, also the padding.
 	const padding = 1 << 20
 	n, err := io.Copy(io.Discard, io.LimitReader(in, padding))
 	if err != nil {
@@ -123,7 +123,7 @@ func (c *checker) all(in io.Reader, visit func(*tar.Header, io.Reader) error) er
 	return nil
 }
 
-// check checks an entry, whose name it leaves without a final slash.
+// check checks an entry, and removes the final slash from its name.
 func (c *checker) check(h *tar.Header) error {
 	if err := c.budget.entry(h.Name, h.Linkname, h.Size); err != nil {
 		return err
@@ -135,8 +135,7 @@ func (c *checker) check(h *tar.Header) error {
 	if !filepath.IsLocal(name) || strings.ContainsRune(name, 0) || name == "." || path.Clean(name) != name {
 		return fmt.Errorf("entry %q is no name below the folder: %w", h.Name, ErrRefused)
 	}
-	// In the order that Pack writes, none can come twice, and none before its
-	// folder.
+	// Pack's order excludes duplicates and entries before their folder.
 	if c.last != "" && compare(c.last, name) >= 0 {
 		return fmt.Errorf("entry %q comes twice or out of order: %w", h.Name, ErrRefused)
 	}
@@ -160,8 +159,8 @@ func (c *checker) check(h *tar.Header) error {
 	return fmt.Errorf("entry %q is of type %q: %w", h.Name, h.Typeflag, ErrRefused)
 }
 
-// parents takes in the folders that the archive has no entry of: those that
-// were ignored but for something in them.
+// parents adds the folders above dir that have no entry, because they were ignored except
+// for something in them.
 func (c *checker) parents(dir string) error {
 	is, ok := c.dirs[dir]
 	if is {
@@ -177,8 +176,8 @@ func (c *checker) parents(dir string) error {
 	return c.budget.entry(dir, "", 0)
 }
 
-// compare is the order of an archive's names, that of a walk which sorts each
-// folder: "a/b" comes before "a.b".
+// compare compares two names of an archive in the order of a walk that sorts each folder:
+// "a/b" comes before "a.b".
 func compare(a, b string) int {
 	return slices.Compare(strings.Split(a, "/"), strings.Split(b, "/"))
 }
