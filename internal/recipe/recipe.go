@@ -1,16 +1,15 @@
-// Package recipe reads recipes, the texts that templates are built from.
+// Package recipe parses recipes, the texts from which templates are built.
 //
-// The language is a subset of the Dockerfile's (Docker's "Dockerfile
-// reference", whose rules hold for what is in it) and two instructions more,
-// START and LIMIT. docs/recipes.md describes it. What a Dockerfile has and a recipe has
-// not is refused with its place and what to write instead, never passed over.
+// The language is a subset of Dockerfiles, with the rules of Docker's "Dockerfile
+// reference", and two more instructions, START and LIMIT. docs/recipes.md describes it. The
+// parser refuses the rest of the Dockerfile language, with the position and what to write
+// instead, and ignores nothing.
 //
-// BuildKit's own parser (github.com/moby/buildkit/frontend/dockerfile) is not
-// used: it gives places as lines alone, since it joins continued lines before
-// it looks at them; it leaves unknown instructions, flags and forms to later
-// layers; and its packages need 35 others, protobuf's among them, to read a
-// language of nine instructions. The tests hold this parser to the meanings
-// that BuildKit's has.
+// It does not use BuildKit's parser (github.com/moby/buildkit/frontend/dockerfile), because
+// that one reports only lines, since it joins continued lines first; it leaves unknown
+// instructions, flags and forms to later layers; and its packages need 35 others, such as
+// protobuf's, for a language of nine instructions. The tests compare this parser with
+// BuildKit's.
 package recipe
 
 import (
@@ -24,7 +23,7 @@ import (
 // MaxSize bounds a recipe's text, in bytes.
 const MaxSize = 1 << 20
 
-// Position is a place in a recipe's text.
+// Position is a position in a recipe's text.
 type Position struct {
 	Line   int // from 1
 	Column int // in characters, from 1
@@ -32,7 +31,7 @@ type Position struct {
 
 func (p Position) String() string { return fmt.Sprintf("%d:%d", p.Line, p.Column) }
 
-// Error says what is wrong at one place of a recipe.
+// Error is a mistake at one position of a recipe.
 type Error struct {
 	Pos     Position
 	Message string
@@ -40,8 +39,8 @@ type Error struct {
 
 func (e *Error) Error() string { return e.Pos.String() + ": " + e.Message }
 
-// Errors are what is wrong with a recipe, one for each instruction at most, in
-// the order of the text. Parse returns no other error, and no more than a hundred.
+// Errors are the mistakes in a recipe, at most one per instruction and a hundred in all, in
+// the order of the text. Parse returns no other error.
 type Errors []*Error
 
 const maxErrors = 100
@@ -54,22 +53,21 @@ func (e Errors) Error() string {
 	return strings.Join(lines, "\n")
 }
 
-// Recipe is a recipe that was read.
+// Recipe is a parsed recipe.
 type Recipe struct {
 	From  From
 	Steps []Step
-	// Start is left running when the template is captured, and HealthCheck
-	// says when it is ready for that. Wherever they stand in the text, both see
-	// what the last step left. Nil: there is none.
+	// Start keeps running when the template is captured, and HealthCheck says when it is
+	// ready for that. Wherever they are in the text, both run after the last step. Nil: none.
 	Start       *Start
 	HealthCheck *HealthCheck
-	// Limit bounds what the template's sandboxes use of their host. The build's
-	// own sandbox has the limits of what the recipe starts from. Nil: there is none.
+	// Limit bounds how much the template's sandboxes use of their host. The build's own
+	// sandbox has the limits of the recipe's base. Nil: none.
 	Limit *Limit
 }
 
-// String is the recipe in a form without comments and choices: Parse makes the
-// same recipe of it, positions aside, and of that String makes the same text.
+// String returns the recipe in its canonical form. Parsing that gives the same recipe,
+// except for positions, and so the same canonical form.
 func (r *Recipe) String() string {
 	var b strings.Builder
 	fmt.Fprintln(&b, r.From)
@@ -115,11 +113,11 @@ type Step interface {
 
 // Command is a command in one of its two forms.
 type Command struct {
-	Shell string   // for /bin/sh -c, as it was written but for joined lines
+	Shell string   // for /bin/sh -c, as it was written, with lines joined
 	Exec  []string // program and arguments; nil: Shell
 }
 
-// Args is the command's program and arguments.
+// Args returns the command's program and arguments.
 func (c Command) Args() []string {
 	if c.Exec != nil {
 		return c.Exec
@@ -134,7 +132,7 @@ func (c Command) String() string {
 	return array(c.Exec)
 }
 
-// Run runs a command. Variables in it are the shell's business.
+// Run runs a command. The shell expands variables in it.
 type Run struct {
 	Pos     Position
 	Command Command
@@ -200,8 +198,8 @@ func (s *Copy) String() string {
 	return b.String()
 }
 
-// Workdir sets, and makes, the working directory. A relative one starts from
-// the one before.
+// Workdir sets and creates the working directory. A relative path starts at the present
+// one.
 type Workdir struct {
 	Pos  Position
 	Path Word
@@ -212,7 +210,7 @@ func (s *Workdir) Position() Position { return s.Pos }
 
 func (s *Workdir) String() string { return "WORKDIR " + s.Path.String() }
 
-// User sets who the following commands, and the template's, run as.
+// User sets the user of the following commands and of the template's processes.
 type User struct {
 	Pos  Position
 	Name Word // "user" or "user:group", names or numbers
@@ -230,7 +228,7 @@ type Limit struct {
 	Limits map[string]int64
 }
 
-// MinLimits has the names of all limits, each with the least that a guest works with.
+// MinLimits has the names of all limits, each with the lowest value at which a guest works.
 var MinLimits = map[string]int64{
 	"disk_bytes":  1 << 20,  // read and written, together
 	"disk_ops":    50,       // reads and writes, together
@@ -250,7 +248,7 @@ func (l *Limit) String() string {
 	return b.String()
 }
 
-// Start is a command that is left running.
+// Start is a command that keeps running.
 type Start struct {
 	Pos     Position
 	Command Command
@@ -258,11 +256,11 @@ type Start struct {
 
 func (s *Start) String() string { return "START " + s.Command.String() }
 
-// HealthCheck says how to find out that what was started is ready. Zeros stand
-// for the Dockerfile's defaults: 30 s, 30 s, 0 s, 3.
+// HealthCheck says how to check that the started command is ready. Zero fields have the
+// defaults of Dockerfiles: 30 s, 30 s, 0 s, 3.
 type HealthCheck struct {
 	Pos         Position
-	None        bool // not even the one that the base brings
+	None        bool // no check, not even that of the base
 	Command     Command
 	Interval    time.Duration // between two checks
 	Timeout     time.Duration // of one check

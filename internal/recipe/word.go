@@ -6,14 +6,14 @@ import (
 	"unicode/utf8"
 )
 
-// MaxExpanded bounds an expanded word, in bytes: it is what Linux takes as one
-// argument or one variable (MAX_ARG_STRLEN, execve(2)), the final NUL aside.
+// MaxExpanded bounds an expanded word, in bytes. It is Linux's limit for one argument or
+// one variable (MAX_ARG_STRLEN, execve(2)), without the final NUL.
 const MaxExpanded = 128<<10 - 1
 
-// maxDepth bounds variables within variables' alternatives.
+// maxDepth bounds the nesting of variables.
 const maxDepth = 32
 
-// Word is a text with variables in it, its quotes and escapes resolved.
+// Word is a text with variables, whose quotes and escapes are resolved.
 type Word struct {
 	Pos   Position
 	parts []part
@@ -24,11 +24,11 @@ type part struct {
 	text string
 	name string // empty: text
 	op   string // "", "-", ":-", "+" or ":+"
-	alt  []part // what stands behind op
+	alt  []part // after op
 }
 
-// Expand replaces the word's variables by what lookup says they are; unset
-// ones are empty. The error is an *Error, for a text longer than MaxExpanded.
+// Expand replaces the word's variables with the values that lookup returns; unset ones are
+// empty. If the text is longer than MaxExpanded, the error is an *Error.
 func (w Word) Expand(lookup func(name string) (value string, set bool)) (string, error) {
 	var b strings.Builder
 	if !expand(&b, w.parts, lookup) {
@@ -62,7 +62,7 @@ func expand(b *strings.Builder, parts []part, lookup func(string) (string, bool)
 	return true
 }
 
-// Literal is the word's text if it has no variables.
+// Literal returns the word's text, if it has no variables.
 func (w Word) Literal() (text string, ok bool) {
 	switch len(w.parts) {
 	case 0:
@@ -73,11 +73,11 @@ func (w Word) Literal() (text string, ok bool) {
 	return "", false // neighbouring literals are one
 }
 
-// String is the word's canonical form, in double quotes where it needs any.
+// String returns the word's canonical form, in double quotes if it needs quotes.
 func (w Word) String() string { return render(w.parts, "") }
 
-// render writes parts so that a scanner makes the same of them. Bytes of
-// special mean something where the text goes.
+// render returns text that a scanner parses to the same parts. special has further bytes
+// that need quotes in the context of the text.
 func render(parts []part, special string) string {
 	bare := len(parts) > 0
 	for i, p := range parts {
@@ -115,11 +115,10 @@ type scanner struct {
 	left *int // how many words and variables the recipe may still have
 }
 
-// maxWords bounds the words and variables of a recipe, and with them the memory
-// that reading it takes.
+// maxWords bounds the words and variables of a recipe, and so the memory for parsing it.
 const maxWords = 50_000
 
-// take takes n of the words and variables that are left.
+// take subtracts n from the words and variables that the recipe may still have.
 func (s *scanner) take(at, n int) *Error {
 	if *s.left -= n; *s.left < 0 {
 		return s.fail(at, "more than %d words and variables", maxWords)
@@ -135,18 +134,18 @@ func (s *scanner) skipBlanks() {
 	}
 }
 
-// rest is what was not read yet, without blanks around it.
+// rest returns the text that was not read yet, without surrounding blanks.
 func (s *scanner) rest() string {
 	s.skipBlanks()
 	return strings.TrimRight(s.text[s.at:], blanks)
 }
 
-// fail is an error at an offset of the line.
+// fail returns an error at an offset of the line.
 func (s *scanner) fail(at int, format string, args ...any) *Error {
 	return &Error{s.line.position(at), fmt.Sprintf(format, args...)}
 }
 
-// end is where a word ends.
+// end says which characters end a word.
 type end int
 
 const (
@@ -155,7 +154,7 @@ const (
 	atBrace
 )
 
-// word reads a word up to its end, which stays unread.
+// word reads a word up to its end, which it does not read.
 func (s *scanner) word(until end) (Word, *Error) {
 	w := Word{Pos: s.line.position(s.at)}
 	if err := s.take(s.at, 1); err != nil {
@@ -199,7 +198,7 @@ func (s *scanner) parts(until end, depth int) ([]part, *Error) {
 	return list.done(), nil
 }
 
-// parts is a list in which neighbouring literals become one.
+// parts is a list that joins neighbouring literals.
 type parts struct {
 	list    []part
 	literal strings.Builder // comes after list
@@ -209,7 +208,7 @@ func (l *parts) add(text string) { l.literal.WriteString(text) }
 
 func (l *parts) variable(p part) { l.list = append(l.done(), p) }
 
-// done is the whole list.
+// done returns the whole list.
 func (l *parts) done() []part {
 	if l.literal.Len() > 0 {
 		l.list = append(l.list, part{text: l.literal.String()})
@@ -244,7 +243,7 @@ func (s *scanner) quoted(list *parts, depth int) *Error {
 				return s.fail(open, "this quote is not closed")
 			}
 			if !strings.ContainsRune(`"$\`, rune(s.text[s.at])) {
-				list.add(`\`) // escapes these three alone here
+				list.add(`\`) // here the backslash only escapes these three characters
 			}
 			list.add(s.char())
 		default:
