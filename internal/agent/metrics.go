@@ -84,7 +84,7 @@ func (m *metrics) watch(a *Agent) {
 	gauge("wrenn_agent_warm_machines", "Restored machines that wait for the next sandboxes.", func() float64 {
 		return float64(a.sandboxes.Waiting())
 	})
-	gauge("wrenn_agent_memory_reserved_bytes", "Memory promised to sandboxes, and taken by what they began with.", func() float64 {
+	gauge("wrenn_agent_memory_reserved_bytes", "Memory reserved for sandboxes, including the memory of templates that they share.", func() float64 {
 		reserved, _ := a.sandboxes.Memory()
 		return float64(reserved) * (1 << 20)
 	})

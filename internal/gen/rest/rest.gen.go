@@ -893,14 +893,14 @@ type ChangeChannel struct {
 	// Address The address of `email`, which must have one.
 	Address *string `json:"address,omitempty"`
 
-	// Enabled Whether it is told of anything.
+	// Enabled Whether it gets messages.
 	Enabled *bool          `json:"enabled,omitempty"`
 	Events  *ChannelEvents `json:"events,omitempty"`
 
-	// Name For people.
+	// Name A name for people.
 	Name *string `json:"name,omitempty"`
 
-	// Secret What messages of a `webhook` are signed with.
+	// Secret The key that signs the messages of a `webhook`.
 	Secret *string `json:"secret,omitempty"`
 
 	// URL Where messages are posted. All kinds but `email` must have one.
@@ -936,30 +936,30 @@ type ChangeUser struct {
 
 // Channel defines model for Channel.
 type Channel struct {
-	// Confirmed Whether it may get messages: the recipient of mail has confirmed the address; true for other kinds.
+	// Confirmed Whether the recipient of mail has confirmed the address; true for other kinds. Only confirmed channels get messages.
 	Confirmed bool `json:"confirmed"`
 
 	// CreatedAt When it was created.
 	CreatedAt time.Time `json:"created_at"`
 
-	// DisabledReason Why it was disabled; absent where nobody but people did.
+	// DisabledReason Why the server disabled it; absent if the server did not.
 	DisabledReason *string `json:"disabled_reason,omitempty"`
 
-	// Enabled Whether it is told of anything.
+	// Enabled Whether it gets messages.
 	Enabled bool          `json:"enabled"`
 	Events  ChannelEvents `json:"events"`
 
-	// FailingSince Since when nothing could be delivered; absent: all is well.
+	// FailingSince Since when deliveries fail; absent if they do not fail.
 	FailingSince *time.Time `json:"failing_since,omitempty"`
 
 	// ID The channel's id.
 	ID   string      `json:"id"`
 	Kind ChannelKind `json:"kind"`
 
-	// Name For people.
+	// Name A name for people.
 	Name string `json:"name"`
 
-	// Target Where it goes: the mail address, or the URL without its path and query, which may be secret.
+	// Target The recipient: the mail address, or the URL without its path and query, which may be secret.
 	Target string `json:"target"`
 
 	// TeamID The team that owns it.
@@ -968,16 +968,16 @@ type Channel struct {
 
 // ChannelDelivery defines model for ChannelDelivery.
 type ChannelDelivery struct {
-	// Attempts How often it was tried.
+	// Attempts Number of attempts.
 	Attempts int32 `json:"attempts"`
 
-	// CreatedAt When it happened.
+	// CreatedAt When the event happened.
 	CreatedAt time.Time `json:"created_at"`
 
 	// Error The error of the last attempt; absent if it succeeded.
 	Error *string `json:"error,omitempty"`
 
-	// Event What is told.
+	// Event The event.
 	Event string `json:"event"`
 
 	// ID The message's id.
@@ -986,7 +986,7 @@ type ChannelDelivery struct {
 	// NextAt When the next attempt is due; absent unless the delivery is pending.
 	NextAt *time.Time `json:"next_at,omitempty"`
 
-	// State `pending`: it is tried again; `failed`: it was tried often enough.
+	// State `pending`: the server will try to deliver it; `failed`: the server gave up.
 	State ChannelDeliveryState `json:"state"`
 
 	// Status The HTTP status of the last response; 0: none.
@@ -995,11 +995,11 @@ type ChannelDelivery struct {
 	// TookMs How long the last attempt took.
 	TookMs int64 `json:"took_ms"`
 
-	// TriedAt When it was tried last; absent: not yet.
+	// TriedAt When the last attempt was made; absent before the first.
 	TriedAt *time.Time `json:"tried_at,omitempty"`
 }
 
-// ChannelDeliveryState `pending`: it is tried again; `failed`: it was tried often enough.
+// ChannelDeliveryState `pending`: the server will try to deliver it; `failed`: the server gave up.
 type ChannelDeliveryState string
 
 // ChannelDeliveryList defines model for ChannelDeliveryList.
@@ -1010,12 +1010,12 @@ type ChannelDeliveryList struct {
 	NextCursor *string `json:"next_cursor,omitempty"`
 }
 
-// ChannelEvent `sandbox.started`, `sandbox.paused`, `sandbox.ended` (as `reason` and `ended_because` say),
+// ChannelEvent `sandbox.started`, `sandbox.paused`, `sandbox.ended` (`reason` and `ended_because` say why),
 // `sandbox.failed` (it did not start), `sandbox.missing` (its host is unreachable),
 // `sandbox.lost`; `sandbox.unresponsive`, `sandbox.responsive` and `sandbox.memory_lost` (its
-// condition, with its reason); `build.finished` (`state` says how); `quota.reached` (something
-// was refused for the team's quota; once an hour). For the platform's admins alone:
-// `host.unreachable`, `host.online`.
+// condition changed, with a reason); `build.finished` (`state` has the result);
+// `quota.reached` (the team's quota refused a request; once an hour at most). Only for the
+// platform's admins: `host.unreachable`, `host.online`.
 type ChannelEvent string
 
 // ChannelEvents defines model for ChannelEvents.
@@ -1061,13 +1061,13 @@ type CodeError struct {
 	Value     string `json:"value"`
 }
 
-// CodeOutput A value or a picture, in every form that the code has of it.
+// CodeOutput A value or a picture, in every format that the code produced.
 type CodeOutput struct {
-	// Extra Other forms, by media type.
+	// Extra Other formats, by media type.
 	Extra *map[string]interface{} `json:"extra,omitempty"`
 	HTML  *string                 `json:"html,omitempty"`
 
-	// IsMainResult It is the value of the last expression.
+	// IsMainResult Whether it is the value of the last expression.
 	IsMainResult bool    `json:"is_main_result"`
 	Javascript   *string `json:"javascript,omitempty"`
 
@@ -1099,9 +1099,9 @@ type CodeResult struct {
 
 // Condition A problem of a sandbox beside its state; absent if there is none.
 type Condition struct {
-	// Kind `unresponsive`: its guest does not answer, though it runs; the condition ends when it
-	// answers, or by a reboot. `memory_lost`: its virtual machine ended without being saved,
-	// so it is paused, with its disk, and boots from that when it is resumed, rebooted or used.
+	// Kind `unresponsive`: it runs, but its guest does not answer; the condition ends when the
+	// guest answers or reboots. `memory_lost`: its virtual machine ended without being saved,
+	// so it is paused and boots from its disk when a client resumes, reboots or uses it.
 	Kind ConditionKind `json:"kind"`
 
 	// Message The reason in a sentence, with details. It can contain the guest's own text.
@@ -1118,9 +1118,9 @@ type Condition struct {
 	Since time.Time `json:"since"`
 }
 
-// ConditionKind `unresponsive`: its guest does not answer, though it runs; the condition ends when it
-// answers, or by a reboot. `memory_lost`: its virtual machine ended without being saved,
-// so it is paused, with its disk, and boots from that when it is resumed, rebooted or used.
+// ConditionKind `unresponsive`: it runs, but its guest does not answer; the condition ends when the
+// guest answers or reboots. `memory_lost`: its virtual machine ended without being saved,
+// so it is paused and boots from its disk when a client resumes, reboots or uses it.
 type ConditionKind string
 
 // ConditionReason Why the sandbox has the condition. A sandbox is `unresponsive` because its guest daemon
@@ -1147,8 +1147,8 @@ type CreateBuild struct {
 	// MemoryMib Memory in MiB, likewise; absent: the base's or 512.
 	MemoryMib *int32 `json:"memory_mib,omitempty"`
 
-	// Name What a template is called. `builds` and `import` have another meaning in the API's paths,
-	// and a template's id names that template.
+	// Name A template's name. `builds` and `import` are reserved for the API's paths, and the id
+	// of a template refers to that template.
 	Name TemplateName `json:"name"`
 
 	// NoCache Run every step, and store no layers.
@@ -1186,10 +1186,10 @@ type CreateChannel struct {
 	Events  ChannelEvents `json:"events"`
 	Kind    ChannelKind   `json:"kind"`
 
-	// Name For people.
+	// Name A name for people.
 	Name string `json:"name"`
 
-	// Secret What messages of a `webhook` are signed with, which must have one.
+	// Secret The key that signs the messages of a `webhook`, which must have one.
 	Secret *string `json:"secret,omitempty"`
 
 	// URL Where messages are posted. All kinds but `email` must have one.
@@ -1198,7 +1198,7 @@ type CreateChannel struct {
 
 // CreateContext defines model for CreateContext.
 type CreateContext struct {
-	// Cwd Where it begins. The default is the user's home.
+	// Cwd The working directory at the start. The default is the user's home directory.
 	Cwd      *string                `json:"cwd,omitempty"`
 	Language *CreateContextLanguage `json:"language,omitempty"`
 }
@@ -1208,9 +1208,10 @@ type CreateContextLanguage string
 
 // CreateSandbox defines model for CreateSandbox.
 type CreateSandbox struct {
-	// AutoResume Whether a paused sandbox is resumed by the first request to one of its ports, or call that
-	// uses it (commands, files, `ping`, `fork`); else these fail with `sandbox_paused`. Absent: it
-	// is where `on_timeout` is `pause`. To look at a sandbox (`metrics`, `logs`) never resumes it.
+	// AutoResume Whether the first request to one of its ports, or the first call that uses it (commands,
+	// files, `ping`, `fork`), resumes a paused sandbox. If not, these fail with
+	// `sandbox_paused`. The default is true if `on_timeout` is `pause`. Calls that only look
+	// at a sandbox (`metrics`, `logs`) never resume it.
 	AutoResume *bool `json:"auto_resume,omitempty"`
 
 	// DiskMib Disk in MiB; absent: the template's size, which is also the minimum.
@@ -1243,8 +1244,8 @@ type CreateSandbox struct {
 
 // CreateSnapshot defines model for CreateSnapshot.
 type CreateSnapshot struct {
-	// Name What a template is called. `builds` and `import` have another meaning in the API's paths,
-	// and a template's id names that template.
+	// Name A template's name. `builds` and `import` are reserved for the API's paths, and the id
+	// of a template refers to that template.
 	Name TemplateName `json:"name"`
 
 	// SandboxID A sandbox's id.
@@ -1305,7 +1306,7 @@ type Error struct {
 		// `host_unreachable` and `unavailable` 503, `timeout` 504, `no_space` 507.
 		Code string `json:"code"`
 
-		// Message For people.
+		// Message A name for people.
 		Message string `json:"message"`
 	} `json:"error"`
 }
@@ -1375,7 +1376,7 @@ type ExecStreamControl struct {
 	// Rows `resize` needs it.
 	Rows *int32 `json:"rows,omitempty"`
 
-	// Signal `signal` needs it: a number as Linux on x86-64 has it.
+	// Signal `signal` needs it: a signal number of Linux on x86-64.
 	Signal *int32                `json:"signal,omitempty"`
 	Type   ExecStreamControlType `json:"type"`
 }
@@ -1385,22 +1386,22 @@ type ExecStreamControlType string
 
 // ExecStreamEvent A text message of the server.
 type ExecStreamEvent struct {
-	// Code With `error`: as in every error.
+	// Code With `error`: the error's code, as in every error response.
 	Code *string `json:"code,omitempty"`
 
-	// Error With `exited`: why it ended where it did not exit by itself.
+	// Error With `exited`: why the command ended, if it did not exit by itself.
 	Error *string `json:"error,omitempty"`
 
-	// ExitCode With `exited`: the exit code; 128 + N where signal N ended it.
+	// ExitCode With `exited`: the exit code; 128 + N if signal N ended it.
 	ExitCode *int32 `json:"exit_code,omitempty"`
 
-	// Message With `error`: as in every error.
+	// Message With `error`: the error's message, as in every error response.
 	Message *string `json:"message,omitempty"`
 
 	// Pid With `started`: the process in the guest.
 	Pid *int64 `json:"pid,omitempty"`
 
-	// TimedOut With `exited`: it was killed because its time was over.
+	// TimedOut With `exited`: the command exceeded its time limit and was killed.
 	TimedOut *bool               `json:"timed_out,omitempty"`
 	Type     ExecStreamEventType `json:"type"`
 }
@@ -1436,13 +1437,13 @@ type ExecStreamStart struct {
 	User *UserName `json:"user,omitempty"`
 }
 
-// FailedImport The last import of the template's name, where it has failed; only `GET /v1/templates/{template}`
-// says so. Where there is no version of that name at all, its answer 404 says the same in words.
+// FailedImport The last import of the template's name, if it failed; only `GET /v1/templates/{template}`
+// returns it. If no version of that name exists, the message of its 404 says the same.
 type FailedImport struct {
-	// Error Why.
+	// Error Why the import failed.
 	Error string `json:"error"`
 
-	// FailedAt When.
+	// FailedAt When the import failed.
 	FailedAt time.Time `json:"failed_at"`
 }
 
@@ -1454,7 +1455,7 @@ type FileInfo struct {
 	// Path Absolute path in the guest.
 	Path string `json:"path"`
 
-	// Size Bytes that were written.
+	// Size Number of bytes written.
 	Size int64 `json:"size"`
 }
 
@@ -1466,7 +1467,7 @@ type ForgotPassword struct {
 
 // ForkRequest defines model for ForkRequest.
 type ForkRequest struct {
-	// Count How many copies.
+	// Count Number of copies.
 	Count *int32 `json:"count,omitempty"`
 }
 
@@ -1516,9 +1517,9 @@ type Host struct {
 	// Slots Maximum number of running sandboxes.
 	Slots int32 `json:"slots"`
 
-	// Status `pending`: its agent has not registered, or not answered yet. `unreachable`: not heard
-	// of for two heartbeats; what ran on it is `missing`. `draining`: it gets no new
-	// sandboxes. `offline`: its agent said that it goes, or was revoked.
+	// Status `pending`: its agent has not registered or not answered yet. `unreachable`: its agent
+	// missed two heartbeats, and its running sandboxes are `missing`. `draining`: it gets no
+	// new sandboxes. `offline`: its agent announced that it stops, or was revoked.
 	Status HostStatus `json:"status"`
 	Tags   []string   `json:"tags"`
 
@@ -1528,9 +1529,9 @@ type Host struct {
 	Vmm     string  `json:"vmm"`
 }
 
-// HostStatus `pending`: its agent has not registered, or not answered yet. `unreachable`: not heard
-// of for two heartbeats; what ran on it is `missing`. `draining`: it gets no new
-// sandboxes. `offline`: its agent said that it goes, or was revoked.
+// HostStatus `pending`: its agent has not registered or not answered yet. `unreachable`: its agent
+// missed two heartbeats, and its running sandboxes are `missing`. `draining`: it gets no
+// new sandboxes. `offline`: its agent announced that it stops, or was revoked.
 type HostStatus string
 
 // HostCredentials defines model for HostCredentials.
@@ -1642,12 +1643,12 @@ type ImportTemplate struct {
 	// Inert Do not start the image's entry point and command.
 	Inert *bool `json:"inert,omitempty"`
 
-	// Name What a template is called. `builds` and `import` have another meaning in the API's paths,
-	// and a template's id names that template.
+	// Name A template's name. `builds` and `import` are reserved for the API's paths, and the id
+	// of a template refers to that template.
 	Name     TemplateName `json:"name"`
 	Password *string      `json:"password,omitempty"`
 
-	// Reference The image as `docker pull` takes it.
+	// Reference The image's reference, as for `docker pull`.
 	Reference string  `json:"reference"`
 	Username  *string `json:"username,omitempty"`
 }
@@ -1883,23 +1884,23 @@ type ResetPassword struct {
 type RunCode struct {
 	Code string `json:"code"`
 
-	// ContextID Where to run it.
+	// ContextID The context that runs the code.
 	ContextID *string `json:"context_id,omitempty"`
 
-	// Envs Environment variables while it runs.
+	// Envs Environment variables while the code runs.
 	Envs *map[string]string `json:"envs,omitempty"`
 
-	// Language What the code is written in.
+	// Language The code's language.
 	Language *RunCodeLanguage `json:"language,omitempty"`
 
-	// Stream Answer with what happens as it happens.
+	// Stream Return events as they happen.
 	Stream *bool `json:"stream,omitempty"`
 
-	// TimeoutSeconds The code is interrupted after this.
+	// TimeoutSeconds Seconds after which the code is interrupted.
 	TimeoutSeconds *int32 `json:"timeout_seconds,omitempty"`
 }
 
-// RunCodeLanguage What the code is written in.
+// RunCodeLanguage The code's language.
 type RunCodeLanguage string
 
 // Sandbox defines model for Sandbox.
@@ -1919,10 +1920,10 @@ type Sandbox struct {
 	// DiskMib Disk in MiB; 0 until it is known.
 	DiskMib int32 `json:"disk_mib"`
 
-	// EndReason Why it ended: `deleted`, by a call; `expired`, not used for its timeout; `exited`, its guest
-	// shut down; `oom`, `crashed`, `restarted` or `killed`, it had lost its memory for that reason
-	// and was not used again for its timeout; `lost`, its host no longer has it; `failed`, it did
-	// not start.
+	// EndReason Why it ended: `deleted`: a call deleted it; `expired`: nobody used it until its timeout;
+	// `exited`: its guest shut down; `oom`, `crashed`, `restarted` or `killed`: it lost its
+	// memory for that reason, and nobody used it until its timeout; `lost`: its host no longer
+	// has it; `failed`: it did not start.
 	EndReason *SandboxEndReason `json:"end_reason,omitempty"`
 
 	// EndedAt When it ended.
@@ -1964,11 +1965,11 @@ type Sandbox struct {
 	// StartedAt When it first ran.
 	StartedAt *time.Time `json:"started_at,omitempty"`
 
-	// State `pending` and `starting`: being created; `running`: it runs; `missing`: it ran when
-	// its host was last heard of, and does again if the host comes back; `pausing`,
-	// `paused` and `resuming`: its state goes to disk, is there, and comes back;
-	// `stopping`: being destroyed; `stopped`: it ended (`end_reason` says why);
-	// `error`: it failed to start.
+	// State `pending` and `starting`: the host creates it; `running`: it runs; `missing`: it ran
+	// when its host became unreachable, and returns to `running` if the host comes back;
+	// `pausing`, `paused` and `resuming`: the host saves its state to disk, has saved it, and
+	// restores it; `stopping`: the host destroys it; `stopped`: it ended (`end_reason` says
+	// why); `error`: it failed to start.
 	State SandboxState `json:"state"`
 
 	// TeamID The team that owns it.
@@ -1993,10 +1994,10 @@ type Sandbox struct {
 	Vcpus int32 `json:"vcpus"`
 }
 
-// SandboxEndReason Why it ended: `deleted`, by a call; `expired`, not used for its timeout; `exited`, its guest
-// shut down; `oom`, `crashed`, `restarted` or `killed`, it had lost its memory for that reason
-// and was not used again for its timeout; `lost`, its host no longer has it; `failed`, it did
-// not start.
+// SandboxEndReason Why it ended: `deleted`: a call deleted it; `expired`: nobody used it until its timeout;
+// `exited`: its guest shut down; `oom`, `crashed`, `restarted` or `killed`: it lost its
+// memory for that reason, and nobody used it until its timeout; `lost`: its host no longer
+// has it; `failed`: it did not start.
 type SandboxEndReason string
 
 // SandboxID A sandbox's id.
@@ -2047,11 +2048,11 @@ type SandboxMetricsHistory struct {
 	Window MetricsWindow `json:"window"`
 }
 
-// SandboxState `pending` and `starting`: being created; `running`: it runs; `missing`: it ran when
-// its host was last heard of, and does again if the host comes back; `pausing`,
-// `paused` and `resuming`: its state goes to disk, is there, and comes back;
-// `stopping`: being destroyed; `stopped`: it ended (`end_reason` says why);
-// `error`: it failed to start.
+// SandboxState `pending` and `starting`: the host creates it; `running`: it runs; `missing`: it ran
+// when its host became unreachable, and returns to `running` if the host comes back;
+// `pausing`, `paused` and `resuming`: the host saves its state to disk, has saved it, and
+// restores it; `stopping`: the host destroys it; `stopped`: it ended (`end_reason` says
+// why); `error`: it failed to start.
 type SandboxState string
 
 // Settings defines model for Settings.
@@ -2156,49 +2157,49 @@ type Template struct {
 	// CreatedAt When it was created.
 	CreatedAt time.Time `json:"created_at"`
 
-	// DiskMib The least that its sandboxes have; 0 where that is not known.
+	// DiskMib Minimum disk size of its sandboxes; 0 if unknown.
 	DiskMib int32 `json:"disk_mib"`
 
-	// FailedImport The last import of the template's name, where it has failed; only `GET /v1/templates/{template}`
-	// says so. Where there is no version of that name at all, its answer 404 says the same in words.
+	// FailedImport The last import of the template's name, if it failed; only `GET /v1/templates/{template}`
+	// returns it. If no version of that name exists, the message of its 404 says the same.
 	FailedImport *FailedImport `json:"failed_import,omitempty"`
 
 	// ID The template's id.
 	ID string `json:"id"`
 
 	// Limits How much of its host's disk and network each sandbox of the template may use per
-	// second, as the recipe's `LIMIT` says. The host's own limits hold besides. An absent
-	// member is no limit of the template's.
+	// second, from the recipe's `LIMIT`. The host's own limits apply as well. If a member is
+	// absent, the template does not limit it.
 	Limits *TemplateLimits `json:"limits,omitempty"`
 
-	// MemoryMib What its sandboxes have; absent: what they ask for.
+	// MemoryMib Memory of its sandboxes; absent if requests choose it.
 	MemoryMib *int32 `json:"memory_mib,omitempty"`
 
 	// Name Its name.
 	Name string `json:"name"`
 
-	// SandboxID The sandbox that it was captured from; absent when it was not.
+	// SandboxID The sandbox that it was captured from; absent if there is none.
 	SandboxID *string `json:"sandbox_id,omitempty"`
 
-	// SizeBytes What it takes on the host's disk.
+	// SizeBytes Size on the host's disk.
 	SizeBytes int64 `json:"size_bytes"`
 
-	// Tags What else it is: `name:tag`, and `latest` the name alone.
+	// Tags The template's tags. `name:tag` refers to it, and the name alone if a tag is `latest`.
 	Tags []string `json:"tags"`
 
 	// TeamID The team that owns it; all zeros is the platform.
 	TeamID string `json:"team_id"`
 
-	// Vcpus What its sandboxes have; absent: what they ask for.
+	// Vcpus Number of vCPUs of its sandboxes; absent if requests choose it.
 	Vcpus *int32 `json:"vcpus,omitempty"`
 
-	// Version Counts the templates of its name: `name@version` is this one.
+	// Version The template's number among those of its name; `name@version` refers to it.
 	Version int32 `json:"version"`
 }
 
 // TemplateLimits How much of its host's disk and network each sandbox of the template may use per
-// second, as the recipe's `LIMIT` says. The host's own limits hold besides. An absent
-// member is no limit of the template's.
+// second, from the recipe's `LIMIT`. The host's own limits apply as well. If a member is
+// absent, the template does not limit it.
 type TemplateLimits struct {
 	// DiskBytes Bytes that it reads and writes, together.
 	DiskBytes *int64 `json:"disk_bytes,omitempty"`
@@ -2220,8 +2221,8 @@ type TemplateList struct {
 	Templates  []Template `json:"templates"`
 }
 
-// TemplateName What a template is called. `builds` and `import` have another meaning in the API's paths,
-// and a template's id names that template.
+// TemplateName A template's name. `builds` and `import` are reserved for the API's paths, and the id
+// of a template refers to that template.
 type TemplateName = TemplateWord
 
 // TemplateWord The pattern of template names.
@@ -2517,8 +2518,8 @@ type AdminListTemplatesParams struct {
 
 // ImportPlatformArchiveParams defines parameters for ImportPlatformArchive.
 type ImportPlatformArchiveParams struct {
-	// Name What the template is called: a TemplateName. `builds` and `import` are refused too,
-	// which a parameter's schema cannot say here: the validator reads no `not` in one.
+	// Name The template's name, a TemplateName. `builds` and `import` are refused too, although
+	// this schema does not say so: the validator ignores `not` in a parameter's schema.
 	Name ImportName `form:"name" json:"name"`
 
 	// Tag The image's name in the archive, which may be left out if there is one alone.
@@ -2665,9 +2666,9 @@ type CreateSandboxParams struct {
 
 // ReadArchiveParams defines parameters for ReadArchive.
 type ReadArchiveParams struct {
-	// Path Absolute, or relative to the user's home directory. `..` is no part of it, and it has
-	// at most 4096 bytes. Here and in lists of files, each byte of a name that is not UTF-8
-	// (0x80 to 0xFF) is written as a character from U+10FE80 to U+10FEFF.
+	// Path An absolute path, or one relative to the user's home directory, of at most 4096 bytes
+	// and without `..`. Here and in lists of files, a character from U+10FE80 to U+10FEFF
+	// stands for each byte of a name that is not UTF-8 (0x80 to 0xFF).
 	Path Path `form:"path" json:"path"`
 
 	// User The guest's user whose permissions and home directory apply (`user`).
@@ -2676,9 +2677,9 @@ type ReadArchiveParams struct {
 
 // WriteArchiveParams defines parameters for WriteArchive.
 type WriteArchiveParams struct {
-	// Path Absolute, or relative to the user's home directory. `..` is no part of it, and it has
-	// at most 4096 bytes. Here and in lists of files, each byte of a name that is not UTF-8
-	// (0x80 to 0xFF) is written as a character from U+10FE80 to U+10FEFF.
+	// Path An absolute path, or one relative to the user's home directory, of at most 4096 bytes
+	// and without `..`. Here and in lists of files, a character from U+10FE80 to U+10FEFF
+	// stands for each byte of a name that is not UTF-8 (0x80 to 0xFF).
 	Path Path `form:"path" json:"path"`
 
 	// User The guest's user whose permissions and home directory apply (`user`).
@@ -2693,9 +2694,9 @@ type ExecStreamParams struct {
 
 // ReadFileParams defines parameters for ReadFile.
 type ReadFileParams struct {
-	// Path Absolute, or relative to the user's home directory. `..` is no part of it, and it has
-	// at most 4096 bytes. Here and in lists of files, each byte of a name that is not UTF-8
-	// (0x80 to 0xFF) is written as a character from U+10FE80 to U+10FEFF.
+	// Path An absolute path, or one relative to the user's home directory, of at most 4096 bytes
+	// and without `..`. Here and in lists of files, a character from U+10FE80 to U+10FEFF
+	// stands for each byte of a name that is not UTF-8 (0x80 to 0xFF).
 	Path Path `form:"path" json:"path"`
 
 	// User The guest's user whose permissions and home directory apply (`user`).
@@ -2710,9 +2711,9 @@ type ReadFileParams struct {
 
 // WriteFileParams defines parameters for WriteFile.
 type WriteFileParams struct {
-	// Path Absolute, or relative to the user's home directory. `..` is no part of it, and it has
-	// at most 4096 bytes. Here and in lists of files, each byte of a name that is not UTF-8
-	// (0x80 to 0xFF) is written as a character from U+10FE80 to U+10FEFF.
+	// Path An absolute path, or one relative to the user's home directory, of at most 4096 bytes
+	// and without `..`. Here and in lists of files, a character from U+10FE80 to U+10FEFF
+	// stands for each byte of a name that is not UTF-8 (0x80 to 0xFF).
 	Path Path `form:"path" json:"path"`
 
 	// User The guest's user whose permissions and home directory apply (`user`).
@@ -2766,8 +2767,8 @@ type ListBuildsParams struct {
 
 // ImportArchiveParams defines parameters for ImportArchive.
 type ImportArchiveParams struct {
-	// Name What the template is called: a TemplateName. `builds` and `import` are refused too,
-	// which a parameter's schema cannot say here: the validator reads no `not` in one.
+	// Name The template's name, a TemplateName. `builds` and `import` are refused too, although
+	// this schema does not say so: the validator ignores `not` in a parameter's schema.
 	Name ImportName `form:"name" json:"name"`
 
 	// Tag The image's name in the archive, which may be left out if there is one alone.
