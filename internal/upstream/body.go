@@ -9,15 +9,15 @@ import (
 	"time"
 )
 
-// continueWait is how long to wait for a response 100 before a body that
-// expects one is sent regardless.
+// continueWait is how long a body with "Expect: 100-continue" waits for a response
+// 100. After that it is sent without one.
 const continueWait = time.Second
 
 // body is a request's body, which several attempts may send.
 type body struct {
-	src    io.ReadCloser // nil: none
+	src    io.ReadCloser // nil: no body
 	again  func() (io.ReadCloser, error)
-	expect bool // a response 100
+	expect bool // the request expects a response 100
 	last   *sending
 }
 
@@ -28,10 +28,10 @@ func newBody(req *http.Request) *body {
 	return &body{src: req.Body, again: req.GetBody, expect: strings.EqualFold(req.Header.Get("Expect"), "100-continue")}
 }
 
-// replayable says whether the body can be sent as often as one likes.
+// replayable reports whether the body can be sent any number of times.
 func (b *body) replayable() bool { return b.src == nil || b.again != nil }
 
-// rewind ends an attempt, and says whether there can be another one.
+// rewind ends an attempt, and reports whether another one is possible.
 func (b *body) rewind() bool { return b.last.end() || b.replayable() }
 
 // stop ends the last attempt.
@@ -53,7 +53,7 @@ func (b *body) begin(c *conn) (*sending, error) {
 		if s.src, err = b.again(); err != nil {
 			return nil, err
 		}
-		// net/http sees by its type that it is in memory, and writes it with the header.
+		// net/http recognizes a body in memory by its type, and writes it with the header.
 		s.own = !b.expect
 	}
 	if !b.expect {
@@ -63,22 +63,22 @@ func (b *body) begin(c *conn) (*sending, error) {
 	return s, nil
 }
 
-// sending is one attempt to send a request that has a body. A nil sending has
-// none.
+// sending is one attempt to send a request with a body. It is nil for a request without
+// one.
 type sending struct {
 	conn *conn
 	src  io.ReadCloser
-	own  bool          // src is this attempt's alone
-	done chan struct{} // closed when the request was written, or could not be
+	own  bool          // no other attempt uses src
+	done chan struct{} // closed when writing the request has ended or failed
 
 	mu       sync.Mutex
 	proceeds chan struct{} // closed when the body may be sent
 	going    bool
-	over     bool  // nothing is read any more
-	read     bool  // something was
-	ended    bool  // it was read to its end
-	cause    error // why the body could not be read
-	err      error // of writing; set before done is closed
+	over     bool  // the body must not be read any more
+	read     bool  // some of the body was read
+	ended    bool  // the body was read to its end
+	cause    error // why reading the body failed
+	err      error // why writing failed; set before done is closed
 }
 
 func (s *sending) reader() io.ReadCloser {
@@ -112,7 +112,7 @@ func (s *sending) finish(err error) {
 	}
 }
 
-// failed is why the body could not be read, nil if it could.
+// failed returns why reading the body failed, or nil.
 func (s *sending) failed() error {
 	if s == nil {
 		return nil
@@ -122,7 +122,7 @@ func (s *sending) failed() error {
 	return s.cause
 }
 
-// end has nothing read any more, and says whether nothing ever was.
+// end stops reading the body, and reports whether none of it was read.
 func (s *sending) end() (untouched bool) {
 	if s == nil {
 		return true
@@ -135,7 +135,7 @@ func (s *sending) end() (untouched bool) {
 	return untouched
 }
 
-// sent says whether the request was sent to its end.
+// sent reports whether the whole request was sent.
 func (s *sending) sent() bool {
 	if s == nil {
 		return true
@@ -160,8 +160,8 @@ func (s *sending) sent() bool {
 	}
 }
 
-// settle waits, once the connection is closed, until it is known whether the
-// header was written.
+// settle waits until it is known whether the header was written. The connection must be
+// closed.
 func (s *sending) settle() {
 	if s == nil {
 		return
@@ -180,7 +180,7 @@ func (s *sending) settle() {
 	}
 }
 
-// source is what is read of a sending.
+// source reads the body of a sending.
 type source sending
 
 var errOver = errors.New("the exchange is over")
@@ -219,5 +219,5 @@ func (r *source) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Close leaves the body to whoever gave it.
+// Close does nothing: the sender of the request closes its body.
 func (r *source) Close() error { return nil }

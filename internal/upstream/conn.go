@@ -16,16 +16,17 @@ import (
 )
 
 const (
-	// maxInterim bounds the responses 1xx before a final one.
+	// maxInterim is the maximum number of interim responses (1xx) before a final one.
 	maxInterim = 16
-	// maxInline bounds a body in memory that is sent without a goroutine, in bytes.
+	// maxInline is the maximum size of a body in memory that is sent without a
+	// goroutine, in bytes.
 	maxInline = 4 << 10
-	// sendWait is how long a connection waits to be kept when its response is
-	// complete while the end of the request is still being written.
+	// sendWait is how long a connection whose response is complete waits for the end of
+	// its request to be written. After that it is closed.
 	sendWait = 50 * time.Millisecond
 )
 
-// noResponse is an exchange that ended before the first byte of a response.
+// noResponse is the error of an exchange that ended before the first byte of a response.
 type noResponse struct{ cause error }
 
 func (e *noResponse) Error() string   { return ErrNoResponse.Error() + ": " + e.cause.Error() }
@@ -36,16 +37,17 @@ type conn struct {
 	t    *Transport
 	addr string
 	net.Conn
-	raw syscall.RawConn // nil: unknown
+	raw syscall.RawConn // the socket; nil if unknown
 	br  *bufio.Reader
 	bw  *bufio.Writer
 
 	kept bool      // was used before
-	used time.Time // when it was put back
-	// state changes from unsent to sent when a request's first byte is written,
-	// which the goroutine of its body may do, or to dead.
+	used time.Time // when the last request gave it back
+	// state changes from unsent to sent when a request's first byte is written (the
+	// goroutine of its body may do that), or to dead.
 	state atomic.Int32
-	// room is what a response's header may still take; below zero: anything.
+	// room is the number of bytes that a response's header may still have; if it is
+	// negative, there is no limit.
 	room int64
 }
 
@@ -55,7 +57,7 @@ func newConn(t *Transport, addr string, nc net.Conn) *conn {
 	return c
 }
 
-// rawConn is the socket of a connection that may be wrapped.
+// rawConn returns the socket of a connection, which may be wrapped, or nil.
 func rawConn(nc net.Conn) syscall.RawConn {
 	for {
 		switch v := nc.(type) {
@@ -73,8 +75,8 @@ func rawConn(nc net.Conn) syscall.RawConn {
 	}
 }
 
-// alive says whether the upstream has neither closed an unused connection nor
-// sent what nobody asked for.
+// alive reports whether the upstream has neither closed an unused connection nor sent
+// data without a request.
 func (c *conn) alive() bool {
 	if c.raw == nil {
 		return true
@@ -91,7 +93,7 @@ func (c *conn) alive() bool {
 
 func (c *conn) close() { _ = c.Conn.Close() }
 
-// reader bounds what a response's header takes.
+// reader limits the size of a response's header.
 type reader struct{ *conn }
 
 var errHeader = errors.New("the header of the response is too long")
@@ -126,18 +128,18 @@ func (w writer) Write(p []byte) (int, error) {
 const (
 	unsent = iota
 	sent
-	dead // nothing is sent any more
+	dead // nothing may be sent any more
 )
 
-// kill closes the connection and says whether nothing of the request was sent.
+// kill closes the connection and reports whether nothing of the request was sent.
 func (c *conn) kill(s *sending) bool {
 	c.close()
 	s.settle()
 	return c.state.CompareAndSwap(unsent, dead)
 }
 
-// exchange sends a request and returns the response, whose body gives the
-// connection back. When it fails the caller closes the connection.
+// exchange sends a request and returns the response, whose body gives the connection
+// back. If it fails, the caller must close the connection.
 func (c *conn) exchange(req *http.Request, b *body) (*http.Response, error) {
 	ctx := req.Context()
 	s, err := b.begin(c)
@@ -152,15 +154,15 @@ func (c *conn) exchange(req *http.Request, b *body) (*http.Response, error) {
 		out := *req
 		out.Body = s.reader()
 		if out.ContentLength < 0 {
-			out.TransferEncoding = []string{"chunked"} // Else net/http tries some bodies first.
+			out.TransferEncoding = []string{"chunked"} // Otherwise net/http reads some bodies first.
 		}
 		if s.own && out.ContentLength > 0 && out.ContentLength <= maxInline {
-			s.finish(c.send(&out)) // A connection without a request takes that much at once.
+			s.finish(c.send(&out)) // The socket's buffer is empty, so this does not block.
 		} else {
 			go func() { s.finish(c.send(&out)) }()
 		}
 	}
-	// A server may respond without reading, so the response comes first.
+	// A server may respond without reading the request, so read the response first.
 	resp, err := c.receive(req, s)
 	if err != nil {
 		stop()
@@ -190,13 +192,13 @@ func (c *conn) send(req *http.Request) error {
 		err = c.bw.Flush()
 	}
 	if err != nil {
-		c.bw.Reset(writer{c}) // Its errors stay.
+		c.bw.Reset(writer{c}) // A bufio.Writer keeps its error until then.
 	}
 	return err
 }
 
-// sink is what a request is written to. It is no [io.ReaderFrom], so that a body
-// may flush what is written before it waits for more.
+// sink is the writer for a request. It is not an [io.ReaderFrom], so that a body can
+// flush the buffer before it waits for more data.
 type sink struct{ w *bufio.Writer }
 
 func (s sink) Write(p []byte) (int, error)          { return s.w.Write(p) }
@@ -239,8 +241,8 @@ func (c *conn) receive(req *http.Request, s *sending) (*http.Response, error) {
 	return nil, errInterim
 }
 
-// isHTTP2 says whether what the upstream sent begins with the SETTINGS frame
-// that every HTTP/2 server sends first.
+// isHTTP2 reports whether the upstream's data begins with the SETTINGS frame that every
+// HTTP/2 server sends first.
 func (c *conn) isHTTP2() bool {
 	const header, settings = 9, 4
 	h, err := c.br.Peek(header)
@@ -255,7 +257,7 @@ type response struct {
 	s    *sending
 	src  io.Reader
 	keep bool
-	err  error // set once it has ended
+	err  error // set once the body has ended
 }
 
 func (r *response) Read(p []byte) (int, error) {

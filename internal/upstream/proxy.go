@@ -17,21 +17,21 @@ import (
 	"golang.org/x/net/http/httpguts"
 )
 
-// Proxy is [httputil.ReverseProxy] in fewer steps. Its fields mean the same,
-// with these differences: nothing is taken from a query, a response's fields
-// take the place of those that the [http.ResponseWriter] has, and what has
-// arrived of a response is sent on before the proxy waits for more.
+// Proxy is a faster [httputil.ReverseProxy]. Its fields mean the same, with these
+// differences: it does not change queries, a response's header fields replace those of
+// the [http.ResponseWriter], and it flushes the part of a response that has arrived
+// before it waits for more.
 type Proxy struct {
 	Transport http.RoundTripper
 	Rewrite   func(*httputil.ProxyRequest)
 	// ModifyResponse may be nil.
 	ModifyResponse func(*http.Response)
-	// Filter, if not nil, removes what may not be passed on from every header and
-	// trailer of the upstream, including interim responses (1xx). It does not see
+	// Filter, if not nil, removes the fields that clients must not get from every header
+	// and trailer of the upstream, including interim responses (1xx). It does not see
 	// the trailers of requests with an Upgrade.
 	Filter       func(http.Header)
 	ErrorHandler func(http.ResponseWriter, *http.Request, error)
-	// ErrorLog is for connections that change to another protocol.
+	// ErrorLog logs errors of connections that switch to another protocol.
 	ErrorLog *log.Logger
 }
 
@@ -57,11 +57,11 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	p.Rewrite(&httputil.ProxyRequest{In: r, Out: out})
 	if out.Body != nil {
-		// It may still be read when the handler returns, which ends that.
+		// The transport may still read the body when the handler returns. Close stops it.
 		defer out.Body.Close()
 	}
 	if _, ok := out.Header["User-Agent"]; !ok {
-		out.Header["User-Agent"] = []string{""} // Not net/http's own.
+		out.Header["User-Agent"] = []string{""} // Otherwise net/http adds its own.
 	}
 	resp, err := strict{p.Transport}.RoundTrip(out)
 	early.end()
@@ -116,7 +116,7 @@ func (f filtered) WriteHeader(status int) {
 // Unwrap lets [http.ResponseController] reach the connection.
 func (f filtered) Unwrap() http.ResponseWriter { return f.ResponseWriter }
 
-// respond passes a response on.
+// respond sends the upstream's response to the client.
 func (p *Proxy) respond(w http.ResponseWriter, resp *http.Response) {
 	resp.Header = forwardable(resp.Header, 3)
 	p.filter(resp.Header)
@@ -142,8 +142,7 @@ func (p *Proxy) respond(w http.ResponseWriter, resp *http.Response) {
 	}
 	w.WriteHeader(resp.StatusCode)
 	if err := pass(w, resp); err != nil {
-		// The client would take a connection that closes without a header for a
-		// request that was not served.
+		// Without a header, the client would conclude that nobody served the request.
 		_ = http.NewResponseController(w).Flush()
 		panic(http.ErrAbortHandler)
 	}
@@ -152,7 +151,7 @@ func (p *Proxy) respond(w http.ResponseWriter, resp *http.Response) {
 	if len(resp.Trailer) == 0 {
 		return
 	}
-	// A response with trailers comes in chunks.
+	// A response with trailers must be chunked.
 	_ = http.NewResponseController(w).Flush()
 	for name, values := range resp.Trailer {
 		if !httpguts.ValidTrailerHeader(name) {
@@ -172,8 +171,8 @@ func noGuess(h http.Header) {
 	}
 }
 
-// strict refuses the responses that a [http.ResponseWriter] cannot send: it
-// panics, logs each, or makes something else of them.
+// strict refuses the responses that a [http.ResponseWriter] cannot send: it would panic,
+// log each, or change them.
 type strict struct{ http.RoundTripper }
 
 func (s strict) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -211,17 +210,17 @@ var errSwitched = errors.New("read response: the upstream switched protocols wit
 
 func errStatus(code int) error { return fmt.Errorf("read response: invalid status %d", code) }
 
-// bodiless says whether a final response with the status has no body.
+// bodiless reports whether a final response with the status has no body.
 func bodiless(status int) bool {
 	return status == http.StatusNoContent || status == http.StatusNotModified
 }
 
-// buffers has the memory that bodies are copied through.
+// buffers has the buffers for copying bodies.
 var buffers = sync.Pool{New: func() any { b := make([]byte, 32<<10); return &b }}
 
-// pass copies a response's body, and sends on what there is before it waits.
+// pass copies a response's body to the client, and flushes before it waits for more.
 func pass(w http.ResponseWriter, resp *http.Response) error {
-	// An HTTP/2 guest can send a body that no client may get.
+	// An HTTP/2 guest can send a body with a status that must have none.
 	if resp.Body == http.NoBody || bodiless(resp.StatusCode) {
 		return nil
 	}
@@ -243,7 +242,7 @@ func pass(w http.ResponseWriter, resp *http.Response) error {
 		if err != nil {
 			return err
 		}
-		// Of a known length the rest follows at once if the buffer was filled.
+		// A full buffer means that more of a body of known length has already arrived.
 		if left != 0 && (resp.ContentLength < 0 || n < len(buf)) {
 			if err := flush.Flush(); err != nil {
 				return err
@@ -252,14 +251,14 @@ func pass(w http.ResponseWriter, resp *http.Response) error {
 	}
 }
 
-// perHop are the fields that are about one connection.
+// perHop has the fields that apply to a single connection.
 var perHop = map[string]bool{
 	"Connection": true, "Proxy-Connection": true, "Keep-Alive": true, "Proxy-Authenticate": true, "Proxy-Authorization": true,
 	"Te": true, "Trailer": true, "Transfer-Encoding": true, "Upgrade": true,
 }
 
-// forwardable copies a header without what is about one connection, with room
-// for more fields. The values are shared.
+// forwardable copies a header without the fields that apply to a single connection, with
+// room for more fields. The copy shares the values.
 func forwardable(h http.Header, more int) http.Header {
 	out := make(http.Header, len(h)+more)
 	for name, values := range h {
@@ -275,7 +274,7 @@ func forwardable(h http.Header, more int) http.Header {
 	return out
 }
 
-// hasToken says whether a list of tokens has one.
+// hasToken reports whether lists of tokens contain a token.
 func hasToken(list []string, token string) bool {
 	return slices.ContainsFunc(list, func(v string) bool {
 		for t := range strings.SplitSeq(v, ",") {
@@ -287,12 +286,12 @@ func hasToken(list []string, token string) bool {
 	})
 }
 
-// interim passes responses 1xx on, as long as the request waits for another.
+// interim passes on interim responses (1xx) until the final response arrives.
 type interim struct {
 	mu     sync.Mutex
 	w      http.ResponseWriter
 	filter func(http.Header)
-	n      int // that came; HTTP/2's client does not bound them
+	n      int // number of interim responses; HTTP/2's client does not bound it
 	over   bool
 }
 
@@ -316,7 +315,7 @@ func (i *interim) pass(code int, header textproto.MIMEHeader) error {
 		h[name] = values
 	}
 	i.w.WriteHeader(code)
-	clear(h) // WriteHeader does not.
+	clear(h) // WriteHeader keeps the fields after an interim response.
 	for name, values := range had {
 		h[name] = values
 	}

@@ -19,12 +19,12 @@ type reply struct {
 	r      *http.Request
 	header http.Header
 
-	begun   bool // The final header is written.
+	begun   bool // the final header is written
 	status  int
 	length  int64 // Content-Length; -1: the body is chunked
 	written int64 // bytes of the body that the handler wrote
-	closes  bool  // The connection ends with the response.
-	err     error // the first one of writing
+	closes  bool  // the connection closes after the response
+	err     error // the first error of writing
 }
 
 // Header implements [http.ResponseWriter].
@@ -72,7 +72,7 @@ func (w *reply) WriteHeader(status int) {
 	w.text("\r\n")
 }
 
-// framing are the fields that the server writes itself, whatever the handler set.
+// framing has the fields that the server writes itself, whatever the handler set.
 var framing = map[string]bool{"Content-Length": true, "Transfer-Encoding": true, "Connection": true}
 
 // excluded returns the fields that WriteHeader does not copy to the header: framing,
@@ -91,7 +91,7 @@ func (w *reply) excluded() map[string]bool {
 	return names
 }
 
-// hasBody says whether bytes follow the header.
+// hasBody reports whether a body follows the header.
 func (w *reply) hasBody() bool { return !bodiless(w.status) && w.r.Method != http.MethodHead }
 
 // line writes the status line.
@@ -143,14 +143,14 @@ func (w *reply) Write(p []byte) (int, error) {
 	return n, w.err
 }
 
-// SetWriteDeadline serves [http.ResponseController]. Until the response ends, t replaces
-// the deadline that the server sets for a client that reads nothing.
+// SetWriteDeadline is called by [http.ResponseController]. Until the response ends, t
+// replaces the deadline that the server sets for a client that reads nothing.
 func (w *reply) SetWriteDeadline(t time.Time) error {
 	w.c.sendOwn, w.c.sendUntil = true, time.Time{}
 	return w.c.Conn.SetWriteDeadline(t)
 }
 
-// FlushError serves [http.ResponseController].
+// FlushError is called by [http.ResponseController].
 func (w *reply) FlushError() error {
 	w.WriteHeader(http.StatusOK)
 	w.check(w.c.bw.Flush())
@@ -162,8 +162,8 @@ func (w *reply) Flush() { _ = w.FlushError() }
 
 var errShort = errors.New("the response is shorter than its header says")
 
-// finish writes what the response still lacks: the header, the end of a chunked body and
-// its trailers. It reports whether the connection can have another request.
+// finish completes the response: it writes the header if the handler did not, the end of
+// a chunked body and the trailers. It reports whether the connection can be used again.
 func (w *reply) finish() bool {
 	if !w.begun && w.header["Content-Length"] == nil && w.r.Method != http.MethodHead {
 		w.header["Content-Length"] = []string{"0"}

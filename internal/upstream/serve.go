@@ -34,25 +34,25 @@ type Server struct {
 	// Pass, if not nil, is called with a connection whose first request the server
 	// takes, and the bytes read of it. If it returns true, another program serves it.
 	Pass func(c net.Conn, read []byte) bool
-	// PassToo are the beginnings of first requests that are not plain, but with which Pass
-	// is called too.
+	// PassToo has prefixes of first requests for which Pass is called although they are
+	// not plain.
 	PassToo []string
 	// HeaderTimeout bounds the wait for a request's header, and IdleTimeout the wait
 	// for a connection's next request.
 	HeaderTimeout, IdleTimeout time.Duration
 	// WriteIdle is how long a client may read nothing of its response (1 h).
 	WriteIdle time.Duration
-	ErrorLog  *log.Logger // nil: the standard one
+	ErrorLog  *log.Logger // nil: the standard logger
 }
 
 const (
-	// maxPlain bounds the header of a plain request.
+	// maxPlain is the maximum size of a plain request's header.
 	maxPlain = 4 << 10
 	// lookAfter is how long a request runs before the server begins to watch whether
 	// its client leaves.
 	lookAfter = 250 * time.Millisecond
-	// freshWait is how long after the listener is closed a connection without a
-	// request so far may still send one.
+	// freshWait is how long a connection may still send its first request after the
+	// listener was closed.
 	freshWait = time.Second
 	// A connection may get 1/idleSlack less than the idle timeout, so that not every
 	// request moves its deadline.
@@ -73,10 +73,10 @@ type Listener struct {
 
 	mu        sync.Mutex
 	conns     map[*served]struct{}
-	accepting bool // It may have accepted a connection that is not yet one of conns.
-	fresh     int  // of conns, and one more while accepting
+	accepting bool // accept may have a connection that is not in conns yet
+	fresh     int  // number of fresh connections in conns, plus one while accepting
 	closed    bool
-	none      chan struct{} // closed when the listener is, and no connection is left
+	none      chan struct{} // closed when the listener is closed and no connection is left
 }
 
 // accepted is a result of Accept.
@@ -86,8 +86,8 @@ type accepted struct {
 }
 
 // Listen serves the connections of l until the listener that it returns is closed.
-// Closing that closes l and the connections that wait for another request. Those that
-// wait for their first get a second more. [Listener.Wait] waits for the others.
+// Close closes l and the connections that wait for another request. Connections that wait
+// for their first request get a second more. [Listener.Wait] waits for the others.
 func (s *Server) Listen(l net.Listener) *Listener {
 	ln := &Listener{
 		writeIdle: cmp.Or(s.WriteIdle, time.Hour), // as the Caddyfile's write_idle
@@ -153,8 +153,8 @@ func (l *Listener) Accept() (net.Conn, error) {
 	}
 }
 
-// Close implements [net.Listener]. Accept goes on for as long as connections wait
-// for their first request, because net/http's server waits for it when it stops.
+// Close implements [net.Listener]. Accept continues while connections wait for their first
+// request, because net/http's server waits for Accept when it stops.
 func (l *Listener) Close() error {
 	err := net.ErrClosed
 	l.close.Do(func() {
@@ -276,7 +276,7 @@ func (l *Listener) beginFirstLocked(c *served) bool {
 func (l *Listener) leave(c *served) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.beginFirstLocked(c) // if it had no request
+	l.beginFirstLocked(c) // if this is its first request
 	delete(l.conns, c)
 	l.emptyLocked()
 }
@@ -296,35 +296,35 @@ type served struct {
 	l   *Listener
 	raw syscall.RawConn
 	br  *bufio.Reader
-	bw  *bufio.Writer // while a request is under way
+	bw  *bufio.Writer // set while a request is in flight
 
 	state     atomic.Int32
 	until     time.Time // the deadline for reading; zero: none
 	sendUntil time.Time // the deadline for writing; zero: unknown
-	sendOwn   bool      // The handler has set the deadline for writing.
+	sendOwn   bool      // the handler has set the deadline for writing
 
 	// looks calls look once a request has run for lookAfter. mu guards the fields below.
 	looks   *time.Timer
 	mu      sync.Mutex
-	cancel  context.CancelFunc // of the request under way; nil: none
-	looking chan struct{}      // closed when the look has ended; nil: there is none
+	cancel  context.CancelFunc // cancels the request in flight; nil if there is none
+	looking chan struct{}      // closed when look has returned; nil if look does not run
 }
 
 // States of a connection. Closing the listener closes those that are idle, and later
 // those that are still fresh.
 const (
-	fresh = iota // It waits for its first request.
-	idle         // It waits for another request.
-	busy         // A request is under way.
-	over         // The listener has closed it.
+	fresh = iota // waits for its first request
+	idle         // waits for another request
+	busy         // has a request in flight
+	over         // closed by the listener
 )
 
-// plainMethods are the beginnings of requests that may be plain.
+// plainMethods has the prefixes of requests that may be plain.
 var plainMethods = []string{"GET /", "HEAD /", "DELETE /", "OPTIONS /"}
 
 var longPast = time.Unix(1, 0)
 
-// serve answers requests until the connection ends or is net/http's.
+// serve answers requests until the connection ends or goes to net/http.
 func (c *served) serve() {
 	defer func() {
 		p := recover()
@@ -373,7 +373,7 @@ func (c *served) serve() {
 	c.l.leave(c)
 }
 
-// handOver gives net/http the connection, with what was read of it.
+// handOver gives net/http the connection, with the bytes that were read of it.
 func (c *served) handOver() {
 	c.state.CompareAndSwap(idle, busy) // A fresh one stays fresh, so that Accept goes on until it returns this one.
 	c.deadline(time.Time{})
@@ -382,8 +382,8 @@ func (c *served) handOver() {
 	c.l.leave(c)
 }
 
-// passesToo reports whether a request that is not plain begins as PassToo says. If only
-// a part of that has arrived, it does not.
+// passesToo reports whether a request that is not plain begins with a prefix in PassToo.
+// If only a part of the prefix has arrived, it returns false.
 func (c *served) passesToo() bool {
 	b, _ := c.br.Peek(c.br.Buffered())
 	return slices.ContainsFunc(c.l.server.PassToo, func(begin string) bool { return strings.HasPrefix(string(b[:min(len(b), len(begin))]), begin) })
@@ -423,8 +423,8 @@ func (o out) Write(p []byte) (int, error) {
 	return o.Conn.Write(p)
 }
 
-// header waits for the header of a request, and returns its length, or 0 if
-// what arrives is for net/http to judge.
+// header waits for the header of a request, and returns its length, or 0 if net/http must
+// judge the request.
 func (c *served) header(first bool) (int, error) {
 	s := c.l.server
 	wait := s.IdleTimeout
@@ -447,7 +447,7 @@ func (c *served) header(first bool) (int, error) {
 		if end := bytes.Index(b, []byte("\r\n\r\n")); end >= 0 {
 			return end + 4, nil
 		}
-		// net/http takes a line feed alone for the end of a line.
+		// net/http accepts a line feed alone as the end of a line.
 		if len(b) == maxPlain || bytes.Contains(b, []byte("\n\n")) || bytes.Contains(b, []byte("\n\r\n")) {
 			return 0, nil
 		}
@@ -455,7 +455,7 @@ func (c *served) header(first bool) (int, error) {
 			c.deadline(time.Now().Add(s.HeaderTimeout))
 		}
 		if _, err := c.br.Peek(len(b) + 1); err == io.EOF {
-			return 0, nil // net/http says what is wrong.
+			return 0, nil // net/http reports the error.
 		} else if err != nil {
 			return 0, err
 		}
@@ -473,7 +473,7 @@ func plausible(b []byte) bool {
 	return false
 }
 
-// head is what parsing one header needs.
+// head has the readers for parsing one header.
 type head struct {
 	b  bytes.Reader
 	br *bufio.Reader
@@ -524,8 +524,8 @@ func (c *served) parse(n int) *http.Request {
 	return r
 }
 
-// answer has the handler answer a request, and reports whether the connection can have
-// another one.
+// answer calls the handler for a request, and reports whether the connection can have
+// another request.
 func (c *served) answer(ctx context.Context, r *http.Request) bool {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -552,7 +552,7 @@ func (c *served) logf(format string, args ...any) {
 	log.Printf(format, args...)
 }
 
-// watch has cancel called if the client leaves before unwatch is called.
+// watch arranges that cancel is called if the client leaves before unwatch is called.
 func (c *served) watch(cancel context.CancelFunc) {
 	c.mu.Lock()
 	c.cancel = cancel
@@ -564,7 +564,7 @@ func (c *served) watch(cancel context.CancelFunc) {
 	c.looks.Reset(lookAfter)
 }
 
-// unwatch ends what watch began, and waits for a look that is under way.
+// unwatch undoes watch, and waits until look returns.
 func (c *served) unwatch() {
 	c.looks.Stop()
 	c.mu.Lock()
@@ -582,7 +582,7 @@ func (c *served) unwatch() {
 	c.mu.Unlock()
 }
 
-// stop cancels the request under way.
+// stop cancels the request in flight.
 func (c *served) stop() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -602,7 +602,7 @@ func (c *served) look() {
 	ended := make(chan struct{})
 	defer close(ended)
 	c.looking = ended
-	_ = c.Conn.SetReadDeadline(time.Time{}) // Before unwatch sets its own.
+	_ = c.Conn.SetReadDeadline(time.Time{}) // before unwatch sets its own
 	c.mu.Unlock()
 	gone := true
 	err := c.raw.Read(func(fd uintptr) bool {
@@ -619,7 +619,7 @@ func (c *served) look() {
 	}
 }
 
-// replayed is a connection of which some bytes were already read.
+// replayed is a connection whose first bytes were already read. It returns them again.
 type replayed struct {
 	net.Conn
 	br *bufio.Reader
@@ -636,7 +636,7 @@ func (r *replayed) Read(p []byte) (int, error) {
 	return r.Conn.Read(p)
 }
 
-// CloseWrite lets net/http end an answer before it closes the connection.
+// CloseWrite lets net/http complete a response before it closes the connection.
 func (r *replayed) CloseWrite() error {
 	if c, ok := r.Conn.(interface{ CloseWrite() error }); ok {
 		return c.CloseWrite()

@@ -1,11 +1,11 @@
-// Package upstream receives a proxy's requests and sends them on over HTTP/1.1.
+// Package upstream receives a proxy's requests and forwards them over HTTP/1.1.
 //
-// [net/http.Transport] has two goroutines for each connection, which hand every
-// request and response over. A proxy has a goroutine for each request already,
-// and here that one writes the request and reads the response itself: about
-// half of the processor time. Only a request's body, which may be under way
-// while the response is, has a goroutine of its own. A failed exchange does not
-// wait for it.
+// [net/http.Transport] has two goroutines for each connection, and passes every request
+// and response between them. A proxy already has a goroutine for each request. In this
+// package that goroutine writes the request and reads the response itself, which takes
+// about half of the processor time. Only a request's body has a goroutine of its own,
+// because it may be sent while the response arrives. A failed exchange does not wait for
+// that goroutine.
 package upstream
 
 import (
@@ -21,16 +21,15 @@ import (
 )
 
 var (
-	// ErrNoResponse is why an exchange failed if the connection ended before the
-	// first byte of a response.
+	// ErrNoResponse means that the connection ended before the first byte of a response.
 	ErrNoResponse = errors.New("upstream closed the connection before responding")
-	// ErrHTTP2 is why an exchange failed with an upstream that speaks only HTTP/2.
-	// It has not looked at the request.
+	// ErrHTTP2 means that the upstream speaks only HTTP/2, and so did not read the
+	// request.
 	ErrHTTP2 = errors.New("upstream speaks only HTTP/2")
-	// ErrUnsent is wrapped by the error of a request of which nothing was sent.
+	// ErrUnsent means that nothing of the request was sent.
 	ErrUnsent = errors.New("nothing of the request was sent")
-	// ErrBody is wrapped by the error of a request whose body could not be read. That
-	// is its sender's fault, not the upstream's.
+	// ErrBody means that reading the request's body failed, which is the sender's fault,
+	// not the upstream's.
 	ErrBody = errors.New("the request's body could not be read")
 )
 
@@ -39,48 +38,49 @@ type unsentError struct{ error }
 
 func (u unsentError) Unwrap() []error { return []error{u.error, ErrUnsent} }
 
-// bodyError does the same with [ErrBody].
+// bodyError adds [ErrBody] to an error and keeps its message.
 type bodyError struct{ error }
 
 func (b bodyError) Unwrap() []error { return []error{b.error, ErrBody} }
 
 var errClosed = errors.New("upstream: the transport is closed")
 
-// HopOnceIdle is the OnceIdle of every [Transport] that calls a server or an agent. These
-// stop only when more than that has passed since the last answer over a connection, so
-// they close none over which a request is on its way.
+// HopOnceIdle is the OnceIdle of every [Transport] that calls a server or an agent. A
+// server or agent that stops closes a connection only when it has been idle for longer,
+// so it closes none over which a request is on its way.
 const HopOnceIdle = time.Second
 
 // Transport is an [http.RoundTripper] that keeps connections. Its fields must
 // not change once it is used.
 //
-// A request that fails on a kept connection before the first byte of its
-// response is sent once more, over a new connection, if it is idempotent or
-// nothing of it was sent, and its body was not read or can be had again.
+// If a request fails on a kept connection before the first byte of its response, the
+// transport retries it once, over a new connection, provided that the request is
+// idempotent or nothing of it was sent, and that its body is unread or can be reread.
 type Transport struct {
 	// Dial connects to addr, the host of a request's URL.
 	Dial func(ctx context.Context, addr string) (net.Conn, error)
-	// Redial makes the wait before each next attempt when new connections fail
-	// before anything was sent over them; the wait returns false to give up. If
-	// Redial is nil, there is one attempt.
+	// Redial returns a function that waits before each retry if new connections fail
+	// before anything was sent over them, and that returns false to give up. If Redial
+	// is nil, there is no retry.
 	Redial func() (wait func(context.Context) bool)
 	// IdleTimeout is how long an unused connection is kept.
 	IdleTimeout time.Duration
 	// OnceIdle is how long after its last response a connection may carry a request that
-	// cannot be sent twice, which is lost if the upstream closes the connection meanwhile.
-	// 0: IdleTimeout.
+	// cannot be sent twice (IdleTimeout). Such a request is lost if the upstream closes
+	// the connection before reading it.
 	OnceIdle time.Duration
-	// MaxIdle bounds the unused connections, MaxIdlePerHost those of one address.
+	// MaxIdle is the maximum number of unused connections, MaxIdlePerHost that for one
+	// address.
 	MaxIdle, MaxIdlePerHost int
 	// MaxHeaderBytes bounds the header of a response.
 	MaxHeaderBytes int64
 
 	mu     sync.Mutex
 	closed bool
-	idle   map[string][]*conn // each list by when it was used last, the latest at the end
-	n      int                // of idle
-	// waiting has the requests that connect, first come first; each takes one
-	// connection at most, in place of its own.
+	idle   map[string][]*conn // by address; the most recently used is last
+	n      int                // number of idle connections
+	// waiting has the requests that are connecting, oldest first. Each takes at most one
+	// connection instead of its own.
 	waiting map[string][]chan *conn
 	sweep   *time.Timer // set while there are idle connections
 }
@@ -91,7 +91,7 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	ctx := req.Context()
 	body := newBody(req)
 	var wait func(context.Context) bool
-	untouched := true // Nothing was sent.
+	untouched := true // nothing was sent
 	fail := func(err error) (*http.Response, error) {
 		body.stop()
 		if untouched {
@@ -135,12 +135,12 @@ func IdempotentMethod(method string) bool {
 	return false
 }
 
-// idempotent says whether a request may arrive twice.
+// idempotent reports whether a request may arrive twice.
 func idempotent(req *http.Request) bool {
 	return IdempotentMethod(req.Method) || req.Header["Idempotency-Key"] != nil || req.Header["X-Idempotency-Key"] != nil
 }
 
-// broken says whether an exchange failed because the connection ended before a
+// broken reports whether an exchange failed because the connection ended before a
 // response began.
 func broken(err error) bool {
 	var e *noResponse
@@ -155,8 +155,8 @@ func broken(err error) bool {
 	return false
 }
 
-// connect returns a connection to addr: a kept one unless fresh is set, and only
-// one that was just used unless old is set.
+// connect returns a connection to addr: a new one if fresh is set, otherwise preferably a
+// kept one. Unless old is set, it uses only a kept connection that was used recently.
 func (t *Transport) connect(ctx context.Context, addr string, fresh, old bool) (*conn, error) {
 	for !fresh {
 		c, err := t.take(addr, old)
@@ -185,8 +185,8 @@ func (t *Transport) dial(ctx context.Context, addr string) (*conn, error) {
 	return newConn(t, addr, nc), nil
 }
 
-// dialOrWait returns a new connection, or one that becomes free before: when
-// many requests come at once, connecting takes longer than most of them.
+// dialOrWait returns a new connection, or one that becomes free first: if many requests
+// arrive at once, connecting takes longer than most of them.
 func (t *Transport) dialOrWait(ctx context.Context, addr string) (*conn, error) {
 	freed := make(chan *conn, 1)
 	t.mu.Lock()
@@ -220,7 +220,7 @@ func (t *Transport) dialOrWait(ctx context.Context, addr string) (*conn, error) 
 	}
 }
 
-// giveUp ends a wait, and returns the connection that it ended with, if any.
+// giveUp ends a wait, and returns the connection that the waiter got, if any.
 func (t *Transport) giveUp(addr string, freed chan *conn) *conn {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -241,9 +241,9 @@ func (t *Transport) setWaitingLocked(addr string, list []chan *conn) {
 	t.waiting[addr] = list
 }
 
-// take returns the connection to addr that was used last, nil if there is none.
-// Unless old is set, it closes those that are too old, as a server that serves
-// one connection at a time would wait for them.
+// take returns the most recently used connection to addr, or nil if there is none.
+// Unless old is set, it closes those that are too old, because a server that serves one
+// connection at a time would wait for them.
 func (t *Transport) take(addr string, old bool) (*conn, error) {
 	var closing []*conn
 	defer func() {
@@ -343,8 +343,8 @@ func (t *Transport) CloseIdle() {
 	}
 }
 
-// Close closes the connections that no request uses, and each of the others
-// when its request is over. There are no new ones.
+// Close closes the connections that no request uses, and each of the others when its
+// request is over. Further requests fail.
 func (t *Transport) Close() {
 	t.mu.Lock()
 	t.closed = true
