@@ -1,5 +1,5 @@
-# What a newcomer needs: make run. What CI runs: make test. What docs/benchmarks.md
-# has: make bench.
+# make run starts Wrenn, make test runs the tests as CI does, and make bench prints the
+# tables of docs/benchmarks.md.
 
 SHELL   := /bin/bash
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
@@ -10,23 +10,23 @@ NFPM        := github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.44.2
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 BUF         := github.com/bufbuild/buf/cmd/buf@v1.75.0
 GOLANGCI    := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
-# Node.js and Python packages: each folder has its lock file.
+# Stamps of installed Node.js and Python packages, which lock files pin.
 LINTERS  := .ci/lint/node_modules/.package-lock.json
 PACKAGES := test/browser/node_modules/.package-lock.json test/clients/node_modules/.package-lock.json .cache/python/ready
 
-# Distribution packages: what Wrenn runs with (a test compares them with the table
-# in internal/programs), and what its tests need besides.
+# Distribution packages that Wrenn needs at run time (a test compares them with the table
+# in internal/programs), and those that its tests need in addition.
 RUN_PACKAGES  := qemu-system-x86 postgresql redis-server mmdebstrap e2fsprogs kmod ca-certificates
-# (gcc: for the race detector.) LAB_PACKAGES are what test/lab needs of them.
+# The race detector needs gcc. LAB_PACKAGES has the packages that test/lab needs.
 LAB_PACKAGES  := qemu-utils busybox-static nftables iptables iproute2
 TEST_PACKAGES := $(LAB_PACKAGES) slirp4netns btrfs-progs containernetworking-plugins gcc libc6-dev dpkg-dev docker-registry skopeo umoci chromium fonts-dejavu-core jq
 
-# What benchmarks are beside.
+# Packages that the benchmarks compare Wrenn with, and need.
 BENCH_PACKAGES := nginx-light wrk iproute2 gcc libc6-dev
 
 GO_PACKAGES := ./...
 
-# Where .ci/go puts a toolchain when the machine has none that will do.
+# .ci/go puts a toolchain there if the machine has none that is new enough.
 export PATH := $(CURDIR)/.cache/go/bin:$(PATH)
 
 .PHONY: go build run deps npm python test-deps check lint test test-kvm bench generate release
@@ -41,12 +41,12 @@ build: go bin/caddy
 		CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o bin/$$p ./cmd/$$p || exit 1; \
 	done
 
-# The front door, a module of its own: nothing else needs what it imports.
+# The front door is a separate module, because nothing else needs its imports.
 bin/caddy: $(wildcard deploy/caddy/*) internal/bounded/bounded.go internal/duplex/duplex.go internal/linger/linger.go internal/handover/handover.go $(wildcard internal/upstream/*.go) | go
 	@mkdir -p bin
 	@CGO_ENABLED=0 go build -C deploy/caddy -trimpath -ldflags "-s -w" -o $(CURDIR)/$@.$$$$ . && mv $@.$$$$ $@
 
-# Installs what is missing, builds, and runs everything in the foreground.
+# Installs missing packages, builds, and runs everything in the foreground.
 run: deps build
 	bin/wrenn up $(UPFLAGS)
 
@@ -91,12 +91,12 @@ lint: check
 	@out=$$(go run $(DEADCODE) -test $(GO_PACKAGES)) || exit 1; \
 		if grep -v -e '^client/' -e '^$$' <<<"$$out"; then echo "nothing calls these, not even a test"; exit 1; fi
 
-# WRENN_SLOW=1 runs what takes longer than all the rest together, too.
+# WRENN_SLOW=1 adds the tests that take longer than all others together.
 test: export WRENN_SLOW ?=
 test: test-deps check build
 	go test -race -count=1 -timeout $(if $(WRENN_SLOW),5h,45m) $(GO_PACKAGES)
 
-# Runs the tests of virtual machines with KVM: this machine's, or a lab's (test/lab).
+# Runs the tests of virtual machines with KVM, on this machine or in a lab (test/lab).
 test-kvm: deps go
 	@.ci/packages $(LAB_PACKAGES)
 	WRENN_TEST_KVM=1 go test -count=1 -v -timeout 5h ./test/lab
@@ -106,8 +106,8 @@ DIST ?= dist
 release: build
 	@VERSION='$(VERSION)' DEPENDS='$(RUN_PACKAGES)' NFPM='$(NFPM)' deploy/deb/release '$(abspath $(DIST))'
 
-# Prints tables in Markdown, and nothing else, on its standard output; how it is
-# getting on goes to the other. BENCH='Machine|Create' does a part.
+# Prints only tables in Markdown on standard output, and progress on standard error.
+# BENCH='Machine|Create' runs a part.
 BENCH ?= .
 bench: deps go
 	@.ci/packages $(BENCH_PACKAGES)

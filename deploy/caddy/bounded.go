@@ -16,7 +16,7 @@ import (
 
 func init() { caddy.RegisterModule(new(perAddress)) }
 
-// perAddress is the listener wrapper "bounded NETWORKS", which bounds the
+// perAddress is the listener wrapper "bounded NETWORKS", which bounds the number of
 // connections of each address outside of these networks. It must come right after
 // "linger": then "ports" still gets the sockets themselves, and a connection that
 // "ports" passes on no longer counts here.
@@ -44,8 +44,7 @@ func (b *perAddress) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	return nil
 }
 
-// list returns the parts of a setting that lists several, separated by commas, spaces or
-// both.
+// list returns the entries of a setting that are separated by commas, spaces or both.
 func list(setting string) iter.Seq[string] {
 	return strings.FieldsSeq(strings.ReplaceAll(setting, ",", " "))
 }

@@ -83,7 +83,7 @@ func (p *ports) Cleanup() error {
 func (p *ports) WrapListener(l net.Listener) net.Listener {
 	for site := range list(p.Sites) {
 		if !strings.HasPrefix(site, "http://") {
-			return l // Whoever asks without TLS is redirected.
+			return l // Caddy redirects requests without TLS.
 		}
 	}
 	wrapped := (&upstream.Server{
@@ -93,8 +93,8 @@ func (p *ports) WrapListener(l net.Listener) net.Listener {
 	return wrapped
 }
 
-// takes says whether a request's host is a sandbox's name, as @sandbox does in
-// the Caddyfile.
+// takes reports whether a request's host is the name of a sandbox's port, below either
+// domain.
 func (p *ports) takes(r *http.Request) bool {
 	host := r.Host
 	if h, _, err := net.SplitHostPort(host); err == nil {

@@ -27,9 +27,9 @@ func init() {
 	httpcaddyfile.RegisterDirectiveOrder("control_plane", httpcaddyfile.Before, "reverse_proxy")
 }
 
-// proxy is the directive "control_plane ADDRESS". It forwards requests as they
-// are. Caddy's reverse_proxy takes more than twice the processor time: among
-// other things it formats each request for a log that nobody asked for.
+// proxy is the directive "control_plane ADDRESS". It forwards requests unchanged.
+// Caddy's reverse_proxy takes more than twice the processor time: for example, it formats
+// each request for a log that is off.
 type proxy struct {
 	Address string `json:"address"`
 
@@ -80,12 +80,12 @@ func (p *proxy) Cleanup() error {
 
 // ServeHTTP implements [caddyhttp.MiddlewareHandler].
 func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
-	w.Header().Del("Server") // The response has its own.
+	w.Header().Del("Server") // Keep the control plane's.
 	p.forward(w, r)
 	return nil
 }
 
-// forward sends a request on to the control plane, and the response to the client.
+// forward forwards a request to the control plane, and the response to the client.
 func (p *proxy) forward(w http.ResponseWriter, r *http.Request) {
 	(&upstream.Proxy{
 		Transport: p.transport,
@@ -98,7 +98,7 @@ func (p *proxy) forward(w http.ResponseWriter, r *http.Request) {
 		},
 		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) {
 			if r.Context().Err() != nil {
-				panic(http.ErrAbortHandler) // Nobody is there to tell.
+				panic(http.ErrAbortHandler) // The client has left.
 			}
 			fail(w, err)
 		},
@@ -110,7 +110,7 @@ func fail(w http.ResponseWriter, err error) {
 	status, code, message := http.StatusBadGateway, "unavailable", "the control plane closed the connection before it answered"
 	switch op := new(net.OpError); {
 	case errors.Is(err, upstream.ErrBody):
-		// As the control plane itself answers.
+		// The same form as the control plane's errors.
 		status, code, message = http.StatusBadRequest, "invalid_argument", "body: broke off"
 	case errors.As(err, &op) && op.Op == "dial":
 		message = "the front door cannot connect to the control plane: it is starting or has stopped"
