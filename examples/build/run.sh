@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-# It installs no packages, so the lists of packages need not be fetched.
+# The recipe installs no packages, so the build need not fetch the lists of packages.
 wrenn build -t example --step-timeout 5m --skip-pre-post . >&2
 id=$(wrenn create -t example --metadata example=build)
 trap 'wrenn rm "$id" >&2; wrenn template rm example >&2' EXIT

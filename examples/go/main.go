@@ -53,7 +53,7 @@ func run(ctx context.Context) (err error) {
 	if _, err := c.Pause(ctx, box.ID); err != nil {
 		return err
 	}
-	web := &http.Client{Transport: c.Transport()} // shows the key
+	web := &http.Client{Transport: c.Transport()} // adds the API key
 	answer, err := web.Get(c.URL(box, 8000))
 	if err != nil {
 		return err

@@ -1,6 +1,6 @@
-// Command search looks for the moves that win a game whose state is in the memory of a
-// process. Each round forks the sandbox, makes another move in each copy, and goes on
-// with the best one.
+// Command search searches for the moves that win a game whose state is in the memory of a
+// process. Each round forks the sandbox, makes a different move in each copy, and
+// continues with the best one.
 package main
 
 import (
@@ -24,7 +24,7 @@ var worker string
 
 var moves = []string{"increment", "double", "triple"}
 
-// position is what the worker answers.
+// position is the worker's response.
 type position struct {
 	Number   int      `json:"number"`
 	Played   []string `json:"played"`

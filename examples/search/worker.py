@@ -1,4 +1,4 @@
-"""A game that is nowhere but in this process's memory: reach GOAL from 2.
+"""A game whose state is only in the memory of this process: reach GOAL from 2.
 
 GET /play?move=triple makes a move and answers with the number and the moves so far.
 """

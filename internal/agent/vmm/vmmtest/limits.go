@@ -46,7 +46,7 @@ func (s *suite) boot(t *testing.T) {
 	if st.ID != spec.ID || st.Kind != d.Kind(false) || st.MemoryBytes != int64(spec.MemoryMiB)<<20 {
 		t.Errorf("the state is %+v", st)
 	}
-	// A machine stays held after its agent's death.
+	// A held machine must stay held when its agent dies.
 	again := s.killedAgent(t, orders{Hold: &st})
 	if again.ID != st.ID || again.PID != st.PID || again.StartTime != st.StartTime {
 		t.Errorf("the state was %+v and is %+v", st, again)
@@ -58,7 +58,7 @@ func (s *suite) boot(t *testing.T) {
 	if _, err := vm.Devices(t.Context()); err != nil {
 		t.Errorf("it is not held: %v", err)
 	}
-	for range 2 { // the second time, it runs already
+	for range 2 { // the second call finds it running
 		if err := vm.Run(t.Context()); err != nil {
 			t.Error(err)
 		}
@@ -109,7 +109,7 @@ func walls(t *testing.T, vm vmm.VM, spec vmm.Spec) {
 		fmt.Sprintf("Gid:\t%d\t%d\t%d\t%d\n", uid, uid, uid, uid),
 		"Groups:\t \n", "CapPrm:\t0000000000000000\n", "CapEff:\t0000000000000000\n", "CapBnd:\t0000000000000000\n",
 		"NoNewPrivs:\t1\n", "Seccomp:\t2\n",
-		// It is the first process of its own namespace, so it sees no other.
+		// As the first process of its own namespace, it sees no other.
 		fmt.Sprintf("NSpid:\t%d\t1\n", vm.PID()),
 	} {
 		if !strings.Contains(string(status), want) {
@@ -204,12 +204,12 @@ func (s *suite) descriptors(t *testing.T) {
 	kill(t, d, vm)
 }
 
-// console checks that a machine whose guest ends by itself ends too, and that its console
-// says why.
+// console checks that a machine ends when its guest reboots, and that its console says
+// why the guest did.
 func (s *suite) console(t *testing.T) {
 	d := s.Open(t)
 	spec := NewSpec(t, d)
-	spec.Cmdline = "console=ttyS0 reboot=t panic=-1" // names no root
+	spec.Cmdline = "console=ttyS0 reboot=t panic=-1" // lacks root=, so the init fails
 	vm := start(t, d, spec)
 	awaitDone(t, vm, "a guest that rebooted still runs")
 	console, err := vm.Console(t.Context())
@@ -234,8 +234,8 @@ func awaitDone(t *testing.T, vm vmm.VM, otherwise string) {
 	}
 }
 
-// end kills the monitor's process. The driver notices that, and Kill and Reap can be
-// called any number of times.
+// end kills the monitor's process, and checks that the driver notices, and that Kill and
+// Reap can be called any number of times.
 func (s *suite) end(t *testing.T) {
 	d := s.Open(t)
 	spec := NewSpec(t, d)
@@ -255,7 +255,7 @@ func (s *suite) end(t *testing.T) {
 	for range 2 {
 		kill(t, d, vm)
 	}
-	// What an agent that was killed did not take down is removed without its word.
+	// Reap must also remove a machine that runs, as one of a killed agent does.
 	spec.ID = uuid.New()
 	vm = start(t, d, spec)
 	if err := d.Reap(t.Context(), vm.State()); err != nil {
