@@ -1,5 +1,5 @@
-// Package deploy carries what a service is deployed with, for the program to
-// use the same.
+// Package deploy has the files that deploy a service, so that the program uses the same
+// ones.
 package deploy
 
 import _ "embed"

@@ -19,8 +19,8 @@ type manifest struct {
 	DevDependencies map[string]string `json:"devDependencies"`
 }
 
-// TestToolsAreLocked: programs from npm that make runs have one version each, with a
-// checksum for every file, and are installed in no other way.
+// TestToolsAreLocked checks that lock files pin every npm program that make runs to one
+// version, with a checksum for every file, and that make installs them in no other way.
 func TestToolsAreLocked(t *testing.T) {
 	parse := func(name string, into any) {
 		t.Helper()

@@ -1,8 +1,8 @@
 #!/usr/bin/python3
-"""Runs code in contexts, for whoever reaches port 49999 of the sandbox.
+"""Runs code in contexts for clients of port 49999 of the sandbox.
 
-A context is a Jupyter kernel of its own. What is asked for and answered is as
-clients of E2B's code interpreter know it:
+A context is a Jupyter kernel of its own. Requests and responses have the form
+that clients of E2B's code interpreter use:
 
     POST /execute    {"code", "context_id"?, "language"?, "env_vars"?, "timeout"?}
     GET  /contexts
@@ -12,13 +12,13 @@ clients of E2B's code interpreter know it:
     POST /contexts/ID/restart
     GET  /health
 
-/execute answers with a JSON object a line, as things happen: their "type" is
-stdout, stderr, result, error, number_of_executions, and end_of_execution last
-of all. When the client goes away, or after "timeout" seconds, the code is
-interrupted; a kernel that takes no notice is restarted.
+/execute streams one JSON object per line as events happen. Their "type" is
+stdout, stderr, result, error or number_of_executions; end_of_execution is the
+last one. If the client disconnects, or after "timeout" seconds, the gateway
+interrupts the code, and restarts a kernel that does not stop.
 
-Only the machine's owner gets here: the host asks for a token of whoever wants
-to reach a port, and kernels listen on sockets in a folder of their user's.
+Only the sandbox's owner reaches the gateway, because the host requires a token
+for ports, and kernels listen on sockets in a folder of their user.
 """
 
 import http.server
@@ -37,21 +37,21 @@ import zmq
 from jupyter_client import KernelManager
 
 PORT = 49999
-MAX_BODY = 8 << 20  # bytes of a request
-MAX_OUTPUT = 16 << 20  # bytes of what one execution prints and shows
+MAX_BODY = 8 << 20  # bytes of a request's body
+MAX_OUTPUT = 16 << 20  # bytes of one execution's output and results
 MAX_CONTEXTS = 16
 DEFAULT_TIMEOUT = 300  # seconds
 PATIENCE = 5  # seconds that interrupted code has to end
 
-# The forms of a result that have a name of their own.
+# The formats of a result that have a member of their own.
 FORMS = {
     "text/plain": "text", "text/html": "html", "text/markdown": "markdown", "image/svg+xml": "svg", "image/png": "png",
     "image/jpeg": "jpeg", "application/pdf": "pdf", "text/latex": "latex", "application/json": "json",
     "application/javascript": "javascript",
 }
 
-# Run in every kernel when its machine has become another sandbox: what random
-# numbers were drawn from before the capture, other sandboxes draw from too.
+# Runs in every kernel when its machine has become another sandbox. Otherwise all
+# sandboxes of the template would draw the same random numbers.
 RESEED = """
 def _():
     import os, random, sys
@@ -61,8 +61,8 @@ def _():
 _(); del _
 """
 
-# Run once in the kernel that is there from the beginning, so that it is in
-# memory when the machine is captured.
+# Runs once in the first kernel, so that the modules are in memory when the machine
+# is captured.
 WARM_UP = """
 def _():
     import io
@@ -87,18 +87,18 @@ class Context:
 
     def __init__(self, name, cwd, env):
         self.id, self.cwd, self.env = name, cwd, dict(env)
-        self.lock = threading.Lock()  # held by who runs code
+        self.lock = threading.Lock()  # held while code runs
         self.identity = None
         self.start()
 
     def start(self):
-        # Sockets in a folder, not ports: those would be reached from outside.
+        # Sockets in a folder, because clients could reach ports from outside.
         self.manager = KernelManager(kernel_name="python3", transport="ipc", ip=os.path.join(tempfile.mkdtemp(prefix="kernel-"), "s"))
         self.manager.start_kernel(cwd=self.cwd, env={**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1", **self.env}, stdout=sys.stderr, stderr=sys.stderr)
         self.client = self.manager.client()
         self.client.start_channels(stdin=False, hb=False)
         self.client.wait_for_ready(timeout=900)
-        # The client's own sockets are asyncio's.
+        # The client's own sockets need asyncio.
         self.iopub = zmq.Socket.shadow(self.client.iopub_channel.socket.underlying)
         self.shell = zmq.Socket.shadow(self.client.shell_channel.socket.underlying)
         self.death = os.pidfd_open(self.manager.provisioner.process.pid)
@@ -125,9 +125,9 @@ class Context:
             pass
 
     def run(self, code, timeout, connection, silent=False):
-        """Yields what happens. The caller holds the lock."""
-        # One at a time: there is no queue that an error would have to clear, and
-        # a kernel that clears it takes what comes a moment later for a part.
+        """Yields the events of an execution. The caller holds the lock."""
+        # Do not queue executions: after an error a kernel clears its queue, and may
+        # also drop a request that arrives a moment later (so stop_on_error is off).
         request = self.client.execute(code, silent=silent, store_history=not silent, allow_stdin=False, stop_on_error=False)
         poller = zmq.Poller()
         for s in (self.iopub, self.shell, self.death):
@@ -140,7 +140,7 @@ class Context:
             while reply is None or not idle:
                 wait = max(0, deadline - time.monotonic())
                 if reply is not None:
-                    wait = min(wait, 2)  # the kernel's last word may have been dropped
+                    wait = min(wait, 2)  # the kernel's last message may have been dropped
                 ready = dict(poller.poll(wait * 1000))
                 if self.iopub in ready:
                     m = self.receive(self.iopub)
@@ -180,7 +180,7 @@ class Context:
             if reply is not None and not silent and "execution_count" in reply:
                 yield {"type": "number_of_executions", "execution_count": reply["execution_count"]}
         except GeneratorExit:
-            # Nobody reads any more: the next piece of code is not to wait.
+            # The client has left. Do not let the next execution wait for this one.
             self.manager.interrupt_kernel()
             if not self.settle(request):
                 self.restart()
@@ -217,12 +217,12 @@ def event(m):
 
 
 def plain(text):
-    """The text without a terminal's colours."""
+    """Returns the text without terminal colours."""
     return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
 
 
 def bounded(events):
-    """The events until they are too many, and those that end them."""
+    """Yields events up to MAX_OUTPUT, and after that only those that end them."""
     left, dropped = MAX_OUTPUT, False
     for e in events:
         line = json.dumps(e) + "\n"
@@ -246,7 +246,7 @@ class Gateway:
             self.contexts["default"].identity = self.identity
 
     def become(self):
-        """Notices that this machine has become a sandbox, or another one."""
+        """Detects that this machine has become a sandbox, or another one."""
         with self.lock:
             name = socket.gethostname()
             if name != self.identity:
@@ -268,7 +268,7 @@ class Gateway:
             if len(self.contexts) >= MAX_CONTEXTS:
                 raise Refused(409, "there are %d contexts: remove one first" % MAX_CONTEXTS)
             name = str(uuid.uuid4())
-            self.contexts[name] = None  # its place
+            self.contexts[name] = None  # reserves the place
         try:
             c = Context(name, cwd, self.env)
             c.identity = self.identity
@@ -330,7 +330,7 @@ def home():
 
 
 def environment():
-    """The sandbox's environment, which the host tells at its metadata address."""
+    """Returns the sandbox's environment from the host's metadata address."""
     base = "http://169.254.169.254/"
     try:
         r = urllib.request.Request(base + "latest/api/token", method="PUT", headers={"X-metadata-token-ttl-seconds": "60"})
