@@ -616,7 +616,7 @@ func (h *host) tree(t *testing.T) string {
 func TestWarm(t *testing.T) {
 	h := newHostWith(t, func(h *host) { h.Env["WRENN_WARM"] = "1" })
 	h.create(t, request())
-	await.Until(t, "a warm machine is ready", func() bool { return strings.Contains(h.Log(), "a warm machine is ready") })
+	await.Until(t, "a warm machine is ready", func() bool { return strings.Contains(h.Log(), "made a warm machine") })
 	r := request()
 	sandbox := h.create(t, r)
 	first := time.Now()

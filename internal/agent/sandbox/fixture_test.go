@@ -547,7 +547,7 @@ func testNotTakenBack(t *testing.T, step, end string) {
 		case !errors.As(err, &state) || state.State != Resuming || h.info(id).State != Resuming:
 			t.Errorf("used: %v", err)
 		}
-		if err := h.Terminate(t.Context()); err == nil || !strings.Contains(err.Error(), "go") {
+		if err := h.Terminate(t.Context()); err == nil || !strings.Contains(err.Error(), "running") {
 			t.Errorf("terminated: %v", err)
 		}
 		slots := h.close()
