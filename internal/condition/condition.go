@@ -43,17 +43,6 @@ var reasons = map[Reason]struct {
 	NoSpace:   {Unresponsive, "it waits for space on its host's disk"},
 }
 
-// Reasons returns every reason of a kind.
-func Reasons(k Kind) []Reason {
-	var all []Reason
-	for r, is := range reasons {
-		if is.kind == k {
-			all = append(all, r)
-		}
-	}
-	return all
-}
-
 // Kind returns the kind of condition that r belongs to, or "" if r is not a reason.
 func (r Reason) Kind() Kind { return reasons[r].kind }
 
