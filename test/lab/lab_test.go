@@ -36,6 +36,7 @@ type job struct {
 }
 
 var jobs = []job{
+	{title: "control groups", pkg: "internal/agent/cgroup", run: "."},
 	{title: "driver", pkg: "internal/agent/vmm/qemu", run: "^(TestProbe.*|TestTSC|TestGuestUnderKVM|TestModules|TestConformance)$/^(boot|end|console|failed-start|save)$"},
 	{title: "pauses under load", pkg: "internal/agent/vmm/qemu", run: "^TestConformance$/^pauses$", env: "WRENN_TEST_PAUSES=5"},
 	{title: "one life", pkg: "internal/agent", run: "^TestWholeLife$"},
