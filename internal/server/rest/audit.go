@@ -87,7 +87,7 @@ func (rec *recorder) WriteHeader(status int) {
 			result = audit.Failed
 		}
 		if result == audit.OK && ofPeople(rec.api.access[rec.op]) {
-			rec.api.Keys.Forget() // Somebody may do less now; the database's notification comes only later.
+			rec.api.Keys.Forget() // Somebody may have lost access; the database's notification arrives later.
 		}
 		if err := rec.write(result, code); err != nil {
 			rec.mute = true

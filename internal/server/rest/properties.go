@@ -13,12 +13,13 @@ const propertiesField = "x-wrenn"
 
 // properties say how an operation is served. Nothing but the document lists them.
 type properties struct {
-	// lasts: the client or the guest determines its duration. So the caller may lose access
-	// during it, and the histogram of durations does not have it.
+	// lasts: the client or the guest determines the duration. The caller's access is
+	// checked throughout, and the histogram of durations leaves the operation out.
 	lasts bool
 	// maxBody limits a JSON body, in bytes.
 	maxBody int64
-	// recorded: the audit has it. By default that is everything that does not only read.
+	// recorded: the audit log has it. By default, operations that change something are
+	// recorded.
 	recorded bool
 }
 
@@ -27,8 +28,7 @@ func propertiesOf(op *openapi3.Operation) properties {
 	return p
 }
 
-// readProperties puts every operation's properties in the place of what the document
-// says about them.
+// readProperties replaces the extension of every operation with the parsed properties.
 func readProperties(spec *openapi3.T) error {
 	var errs []error
 	for path, item := range spec.Paths.Map() {
@@ -85,10 +85,5 @@ func parseProperties(method string, op *openapi3.Operation) (properties, error) 
 
 // mayLast reports whether the body or a successful response can be other than JSON.
 func mayLast(op *openapi3.Operation) bool {
-	for status, r := range op.Responses.Map() {
-		if status == "101" || status[0] == '2' && !isJSON(r.Value.Content) {
-			return true
-		}
-	}
-	return streams(op)
+	return answersStream(op) || streams(op)
 }
