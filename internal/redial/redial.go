@@ -17,7 +17,7 @@ const (
 	// ListenWait is how long to wait for a server that does not listen: it may have just
 	// been started, by a command or by a resume.
 	ListenWait = 5 * time.Second
-	// firstPause and longestPause are between attempts that are refused.
+	// firstPause and longestPause bound the pauses between refused attempts.
 	firstPause   = 10 * time.Millisecond
 	longestPause = 250 * time.Millisecond
 )
@@ -29,8 +29,8 @@ const (
 type Dialer struct {
 	// Net makes the attempts.
 	Net *net.Dialer
-	// First and Longest are about how long the first attempt and the later ones last; each
-	// lasts about twice as long as the one before.
+	// First and Longest are the time limits of the first attempt and of the longest ones.
+	// Each limit is about twice the one before.
 	First, Longest time.Duration
 	// Enter, if not nil, is called before each attempt and may wait. leave is called after it.
 	Enter func(ctx context.Context, address string) (leave func(), err error)
@@ -66,7 +66,7 @@ func (d *Dialer) Dial(ctx context.Context, address string) (net.Conn, error) {
 	}
 }
 
-// attempts tries until there is an answer. waited is set if that took more than one try.
+// attempts dials until an attempt does not time out. waited is set if one did.
 func (d *Dialer) attempts(ctx context.Context, address string, begun time.Time) (conn net.Conn, waited bool, err error) {
 	lengths := backoff.New(d.First, d.Longest)
 	for {

@@ -154,8 +154,8 @@ func delegateControllers() error {
 	return nil
 }
 
-// What a weight of 1 is: what the kernel gives each group by itself. The most of version 2
-// is 100 times that, the most of version 1 256 times.
+// weightUnit and sharesUnit are the kernel's defaults, in versions 2 and 1, and stand for
+// a weight of 1. Version 2 allows at most 100 times that.
 const (
 	weightUnit = 100
 	sharesUnit = 1024

@@ -18,19 +18,20 @@ import (
 )
 
 const (
-	// firstAttempt and longestAttempt are about how long an attempt to connect lasts. A
-	// guest on a busy host may take a second or two to answer.
+	// firstAttempt and longestAttempt bound an attempt to connect: the first one, and the
+	// later ones. A guest on a busy host may take a second or two to answer.
 	firstAttempt   = 250 * time.Millisecond
 	longestAttempt = 4 * time.Second
-	// lateAfter is how long a guest may take to answer before it is suspicious.
+	// lateAfter is how long a guest may take to answer before the agent checks whether it
+	// responds at all.
 	lateAfter = 10 * time.Second
 	// maxDials bounds the connections to a guest that are being made at a time, and
 	// maxDialsPerPort those to one port, so that no port uses up what others need.
 	maxDials        = 1024
 	maxDialsPerPort = 64
-	// dialGap is how long the next connection to a port waits for the one before. Of those
-	// that a guest's kernel answers at once although only one fits into the backlog, it may
-	// forget the others seconds later, when their requests have been sent.
+	// dialGap is the time between the starts of two connections to a port. A guest's kernel
+	// may acknowledge more connections at once than fit into the backlog, and drop the
+	// others seconds later, when their requests have been sent.
 	dialGap = 20 * time.Millisecond
 	// idleTimeout is the time after which an idle connection to a guest is closed.
 	idleTimeout = 60 * time.Second
@@ -55,8 +56,8 @@ type portsGuest struct {
 	// knock asks the guest daemon to look for new servers on the guest's loopback, which
 	// only then become reachable. It returns whether there is one.
 	knock func(context.Context) bool
-	// suspect is told that the guest may not answer, and silent says whether that is
-	// certain. Both are called once a connection has taken late.
+	// suspect starts a check whether the guest responds, and silent reports whether it is
+	// known not to. Both are called when a connection has taken longer than late.
 	suspect func()
 	silent  func() bool
 	late    time.Duration

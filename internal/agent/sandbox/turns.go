@@ -6,8 +6,9 @@ import (
 	"time"
 )
 
-// turns bounds how much is done at a time, in all and for each key. With the same key one
-// begins when the one before has left, or after gap. Whoever comes first has the first turn.
+// turns limits how many operations run at a time, in total and for each key. Operations
+// with the same key start one after the other: each when the one before has ended, or gap
+// after that one started.
 type turns struct {
 	all    chan struct{}
 	perKey int
@@ -17,10 +18,10 @@ type turns struct {
 	keys map[string]*turn
 }
 
-// turn has the places of one key. It exists while somebody uses or wants one.
+// turn has the places of one key. It exists while an operation uses or awaits one.
 type turn struct {
 	places chan struct{}
-	begins chan struct{} // has room for the one that begins
+	begins chan struct{} // full until the next operation may start
 	users  int
 }
 
@@ -28,7 +29,8 @@ func newTurns(all, perKey int, gap time.Duration) *turns {
 	return &turns{all: make(chan struct{}, all), perKey: perKey, gap: gap, keys: map[string]*turn{}}
 }
 
-// enter waits for a turn. The caller calls leave once.
+// enter waits until an operation with the key may start. The caller calls leave once, at
+// its end.
 func (t *turns) enter(ctx context.Context, key string) (leave func(), err error) {
 	k, forget := t.of(key)
 	var taken []chan struct{}
@@ -47,7 +49,7 @@ func (t *turns) enter(ctx context.Context, key string) (leave func(), err error)
 			return nil, context.Cause(ctx)
 		}
 	}
-	taken = taken[:2] // The timer has the third.
+	taken = taken[:2] // The timer or leave releases begins.
 	next := time.AfterFunc(t.gap, func() { <-k.begins })
 	return func() {
 		if next.Stop() {

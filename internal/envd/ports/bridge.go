@@ -36,10 +36,11 @@ type bridge struct {
 	dialer   redial.Dialer
 	log      *slog.Logger
 	stop     chan struct{} // closed by Stop
-	done     chan struct{} // closed once it listens no more
+	done     chan struct{} // closed when it has stopped listening
 }
 
-// newBridge listens on address at target's port. It listens when it returns.
+// newBridge starts a bridge from address, at target's port, to target. It is listening
+// when newBridge returns.
 func newBridge(address netip.Addr, target netip.AddrPort, log *slog.Logger) (*bridge, error) {
 	l, err := net.ListenTCP("tcp4", net.TCPAddrFromAddrPort(netip.AddrPortFrom(address, target.Port())))
 	if err != nil {
@@ -62,8 +63,8 @@ func newBridge(address netip.Addr, target netip.AddrPort, log *slog.Logger) (*br
 	return b, nil
 }
 
-// Stop takes no more connections; those that are open go on. The port is free when it
-// returns. It is called once.
+// Stop stops accepting connections, and leaves open ones alone. The port is free when it
+// returns. Call it once.
 func (b *bridge) Stop() {
 	close(b.stop)
 	_ = b.listener.Close()
@@ -100,7 +101,7 @@ func (b *bridge) run() {
 	}
 }
 
-// carry connects in to the service, and carries what either end sends, the end of it and
+// carry connects to the service and copies in both directions, including half-closes and
 // resets.
 func (b *bridge) carry(in *net.TCPConn) {
 	defer in.Close()

@@ -11,13 +11,13 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
-// Unread is what a response can hold of the memory while its client does not read it: what
-// the connection to an agent lets the agent send, and the buffer that is copied with.
+// Unread is the memory that a response takes while its client does not read it, in bytes:
+// the window of the connection to the agent, and the copy buffer.
 const Unread = netaddr.Window + 32<<10
 
-// Stream is a response of any length. Each write takes [Unread] of the budget for as long as
-// it lasts, which with a client that does not read is long. The first [Free] bytes take
-// nothing. One goroutine uses it at a time, but for Flush.
+// Stream is a response of any length. Each write takes [Unread] from the owner's budget
+// until it returns, which takes long if the client does not read. The first [Free] bytes
+// take nothing. Only Flush may be called concurrently.
 type Stream struct {
 	http.ResponseWriter
 	budget *Budget
@@ -25,22 +25,22 @@ type Stream struct {
 	refuse func(error)
 
 	mu      sync.Mutex
-	header  http.Header // as it was at first
-	status  int         // not sent yet; 0: none
+	header  http.Header // before the handler changed it
+	status  int         // the handler's, sent with the first byte; 0: none
 	begun   bool
 	written int
 	refused error
 	broken  bool
 }
 
-// Stream returns w as the response to h's request. If a write finds no room, refuse answers
-// the request with a fault.RateLimited, unless the response has begun: then it breaks off.
-// Whoever calls Stream calls [Stream.Finish] when the handler has returned.
+// Stream wraps w, the response to h's request. If a write exceeds the budget, Stream calls
+// refuse to send a fault.RateLimited; if the response has begun, it aborts it instead. The
+// caller calls [Stream.Finish] when the handler has returned.
 func (h *Held) Stream(w http.ResponseWriter, refuse func(error)) *Stream {
 	return &Stream{ResponseWriter: w, budget: h.budget, owner: h.owner, refuse: refuse, header: maps.Clone(w.Header())}
 }
 
-// Refused says whether refuse answered the request.
+// Refused reports whether refuse was called.
 func (s *Stream) Refused() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -48,8 +48,8 @@ func (s *Stream) Refused() bool {
 }
 
 // Finish sends the status of a response without a body. It panics with
-// [http.ErrAbortHandler] if the response broke off, so that no client takes a part of it
-// for the whole.
+// [http.ErrAbortHandler] if the response was aborted, so that no client takes a part of
+// it for the whole.
 func (s *Stream) Finish() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -59,7 +59,7 @@ func (s *Stream) Finish() {
 	s.begin()
 }
 
-// begin sends the status that the handler chose. s.mu is held.
+// begin sends the handler's status, if there is one. The caller holds s.mu.
 func (s *Stream) begin() {
 	if s.begun || s.refused != nil {
 		return
@@ -70,7 +70,8 @@ func (s *Stream) begin() {
 	}
 }
 
-// WriteHeader implements [http.ResponseWriter]. It keeps the status until the first byte.
+// WriteHeader implements [http.ResponseWriter]. The status is sent with the first byte,
+// so that a write without room can still be refused.
 func (s *Stream) WriteHeader(status int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -84,7 +85,7 @@ func (s *Stream) WriteHeader(status int) {
 	}
 }
 
-// take takes room for a write of n bytes, if it needs any.
+// take reserves memory for a write of n bytes, unless it is within [Free].
 func (s *Stream) take(n int) (give func(), err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -110,7 +111,7 @@ func (s *Stream) take(n int) (give func(), err error) {
 	return func() { s.budget.give(s.owner, Unread) }, nil
 }
 
-// start is begin for a response with a body. s.mu is held.
+// start calls begin, with the status 200 if the handler set none. The caller holds s.mu.
 func (s *Stream) start() {
 	if s.status == 0 {
 		s.status = http.StatusOK
@@ -141,8 +142,8 @@ func (s *Stream) FlushError() error {
 	return http.NewResponseController(s.ResponseWriter).Flush()
 }
 
-// Hijack implements [http.Hijacker]. Writes to the connection take room, too; it is closed
-// if there is none.
+// Hijack implements [http.Hijacker]. Writes to the connection take from the budget too; a
+// write that exceeds it closes the connection.
 func (s *Stream) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	c, rw, err := http.NewResponseController(s.ResponseWriter).Hijack()
 	if err != nil {
@@ -155,15 +156,15 @@ func (s *Stream) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return bounded, bufio.NewReadWriter(rw.Reader, bufio.NewWriter(bounded)), nil
 }
 
-// Unwrap lets [http.ResponseController] reach the rest.
+// Unwrap lets [http.ResponseController] use the other methods of the wrapped writer.
 func (s *Stream) Unwrap() http.ResponseWriter { return s.ResponseWriter }
 
-// conn is a connection that a [Stream] was. One goroutine writes at a time.
+// conn is a hijacked [Stream]. It must not be written to concurrently.
 type conn struct {
 	net.Conn
 	budget *Budget
 	owner  string
-	left   int // of the bytes that take nothing
+	left   int // bytes that still take nothing
 }
 
 // Write implements [net.Conn].
@@ -178,7 +179,7 @@ func (c *conn) Write(p []byte) (int, error) {
 	return c.Conn.Write(p)
 }
 
-// CloseWrite ends one direction, if the connection can.
+// CloseWrite closes the connection for writing, if it supports that.
 func (c *conn) CloseWrite() error {
 	if w, ok := c.Conn.(interface{ CloseWrite() error }); ok {
 		return w.CloseWrite()

@@ -9,9 +9,9 @@ import (
 )
 
 const (
-	// cacheLasts is how long a [Cache] believes what it was told without asking again.
+	// cacheLasts is how long a [Cache] uses an entry without another lookup.
 	cacheLasts = 120 * time.Second
-	// maxCached bounds a cache.
+	// maxCached is the most entries of a cache.
 	maxCached = 8192
 )
 
@@ -20,10 +20,9 @@ const (
 type Cache[T any] struct {
 	mu    sync.Mutex
 	known map[uuid.UUID]cached[T]
-	// drops counts changes, so that what was looked up before one is not
-	// remembered after it.
+	// drops counts changes, so that a result from before a change is not stored after it.
 	drops uint64
-	// deaf says that changes can be missed: nothing is believed.
+	// deaf is set while changes can be missed. The cache is not used then.
 	deaf bool
 }
 
@@ -32,8 +31,8 @@ type cached[T any] struct {
 	until time.Time
 }
 
-// NewCache returns a cache that hears of changes from s. Call it before the service
-// is used.
+// NewCache returns a cache whose entries s drops when their sandboxes change. Call it
+// before the service is used.
 func NewCache[T any](s *Service) *Cache[T] {
 	c := &Cache[T]{known: make(map[uuid.UUID]cached[T])}
 	s.OnChange(c.Drop)
@@ -57,7 +56,7 @@ func (c *Cache[T]) Clear() {
 	clear(c.known)
 }
 
-// deafen forgets everything, and remembers nothing while changes can be missed.
+// deafen empties the cache, and disables it while changes can be missed.
 func (c *Cache[T]) deafen(is bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -66,8 +65,8 @@ func (c *Cache[T]) deafen(is bool) {
 	clear(c.known)
 }
 
-// Get returns what is known of a sandbox, or what lookup returns. That is remembered if
-// lookup says keep.
+// Get returns a sandbox's entry, or else the result of lookup, which it stores if keep is
+// set.
 func (c *Cache[T]) Get(ctx context.Context, sandbox uuid.UUID, lookup func(context.Context, uuid.UUID) (v T, keep bool, err error)) (T, error) {
 	c.mu.Lock()
 	found, ok := c.known[sandbox]
