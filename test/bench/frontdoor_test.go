@@ -162,8 +162,10 @@ func newDoor(t *testing.T) *door {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.Command("make", "-s", "-C", root, "build").CombinedOutput(); err != nil {
-		t.Fatalf("make build: %v: %s", err, out)
+	if os.Getenv("WRENN_TEST_BUILT") == "" { // the lab cannot build, and has what its machine built
+		if out, err := exec.Command("make", "-s", "-C", root, "build").CombinedOutput(); err != nil {
+			t.Fatalf("make build: %v: %s", err, out)
+		}
 	}
 	in := imagetest.Prepare(t)
 	dir, err := os.MkdirTemp("", "wrenn-bench-")

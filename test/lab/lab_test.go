@@ -32,6 +32,7 @@ type job struct {
 	run   string // tests, as for go test -run
 	env   string // additional environment: NAME=VALUE
 	slow  bool   // only with WRENN_SLOW, or chosen by its title
+	built bool   // it runs the programs of `make build`
 	shown bool   // its output is a result
 }
 
@@ -44,6 +45,7 @@ var jobs = []job{
 	{title: "agent", pkg: "internal/agent", run: "^TestSandbox$|^TestOtherProcessor$|^TestMachineIsKilled|^TestAgentRestarts|^TestSnapshot|^TestFailedCreates|^TestFork|^TestWarm|^TestKilledAtEveryStep", slow: true},
 	{title: "one long life", pkg: "internal/agent", run: "^TestWholeLife$", env: "WRENN_SLOW=1 WRENN_TEST_PAUSES=25", slow: true},
 	{title: "figures", pkg: "test/bench", run: "^TestImages$|^TestCreate$|^TestPause$/^256_MiB$|^TestIdle$", env: "WRENN_BENCH=1 WRENN_TEST_IDLE=20", slow: true, shown: true},
+	{title: "command", pkg: "test/bench", run: "^TestImages$|^TestCommand$", env: "WRENN_BENCH=1", slow: true, built: true, shown: true},
 	{title: "older machines", pkg: "internal/agent/vmm/qemu", run: "^TestOlderMachinesAreRepaired$", env: "WRENN_TEST_PAUSES=100", slow: true},
 	{title: "many pauses under load", pkg: "internal/agent/vmm/qemu", run: "^TestConformance$/^pauses$", env: "WRENN_TEST_PAUSES=500", slow: true},
 }
@@ -190,12 +192,19 @@ func boot(t *testing.T, dir, home, root, cache string, todo []job) (skip string)
 		}
 	}
 	copyFile(t, filepath.Join(root, "test/lab/init.sh"), filepath.Join(home, "init"))
+	golang, err := exec.LookPath("go")
+	if err != nil {
+		t.Fatal(err)
+	}
 	var lines strings.Builder
 	for _, j := range todo {
-		fmt.Fprintln(&lines, j.line("/job"))
+		if j.built {
+			command(t, root, "make", "-s", "build")
+		}
+		fmt.Fprintf(&lines, "cd '%s' && %s\n", filepath.Join(root, j.pkg), j.line("/job"))
 	}
 	write(t, filepath.Join(home, "run"), lines.String())
-	write(t, filepath.Join(home, "env"), fmt.Sprintf("WRENN_TEST_ACCEL=kvm\nWRENN_TEST_TIMEOUT_FACTOR=%d\nWRENN_TEST_ENVD=/job/envd\n", labFactor))
+	write(t, filepath.Join(home, "env"), fmt.Sprintf("WRENN_TEST_ACCEL=kvm\nWRENN_TEST_TIMEOUT_FACTOR=%d\nWRENN_TEST_ENVD=/job/envd\nWRENN_TEST_BUILT=1\nPATH=%s:$PATH\n", labFactor, filepath.Dir(golang)))
 
 	disk := filepath.Join(dir, "disk.img")
 	write(t, disk, "")
