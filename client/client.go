@@ -37,8 +37,8 @@ type Client struct {
 // Option configures a client.
 type Option func(*Client)
 
-// WithHTTPClient makes the client send its requests with h. If h has a Timeout, that
-// also limits transfers of files.
+// WithHTTPClient makes the client send its requests with a copy of h that follows no
+// redirects. If h has a Timeout, that also limits transfers of files.
 func WithHTTPClient(h *http.Client) Option { return func(c *Client) { c.http = h } }
 
 // WithRetries sets how often the client retries a call (6, over about 10 seconds). It
@@ -72,6 +72,10 @@ func New(baseURL, key string, opts ...Option) (*Client, error) {
 		t.MaxIdleConnsPerHost = 64
 		c.http = &http.Client{Transport: t}
 	}
+	// A redirect must not take a key or a password to another service.
+	h := *c.http
+	h.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+	c.http = &h
 	return c, nil
 }
 
@@ -215,6 +219,9 @@ func readError(resp *http.Response) *Error {
 	if json.NewDecoder(io.LimitReader(resp.Body, 64<<10)).Decode(&body) == nil {
 		e.Code, e.Message = body.Error.Code, body.Error.Message
 	}
+	if to := resp.Header.Get("Location"); e.Message == "" && to != "" {
+		e.Message = fmt.Sprintf("the service answered %d, a redirect to %q: if you trust that URL, use it as the service's", e.Status, to)
+	}
 	return e
 }
 
@@ -260,7 +267,8 @@ func (c *Client) URL(s *Sandbox, port int) string {
 }
 
 // Transport returns a transport for requests to URLs that [Client.URL] returns. It
-// sends the API key, and connects to the service without resolving their host names.
+// connects to the service without resolving their host names. It sends the API key,
+// except to other hosts that a guest redirects to.
 func (c *Client) Transport() http.RoundTripper {
 	port := c.base.Port()
 	if port == "" {
@@ -284,6 +292,14 @@ type keyed struct {
 }
 
 func (k keyed) RoundTrip(r *http.Request) (*http.Response, error) {
+	first := r
+	for first.Response != nil && first.Response.Request != nil {
+		first = first.Response.Request
+	}
+	// Otherwise a guest could redirect its clients to the API, with their key.
+	if r.URL.Scheme != first.URL.Scheme || r.URL.Host != first.URL.Host {
+		return k.next.RoundTrip(r)
+	}
 	r = r.Clone(r.Context())
 	r.Header.Set("X-API-Key", k.key)
 	return k.next.RoundTrip(r)
