@@ -410,7 +410,7 @@ func refused(err error) error {
 	if errors.As(err, &wire) && connect.IsWireError(err) {
 		switch wire.Code() {
 		case connect.CodeInvalidArgument, connect.CodeNotFound, connect.CodePermissionDenied, connect.CodeAlreadyExists, connect.CodeResourceExhausted, connect.CodeUnauthenticated:
-			return fault.Because(err, fault.Unprocessable, "%s", wire.Message())
+			return fault.Because(err, fault.Unprocessable, "%s", hosts.Message(err))
 		}
 	}
 	return hosts.Fault(err)

@@ -494,7 +494,7 @@ func Fault(err error) error {
 	if !errors.As(err, &ce) {
 		return fault.Because(err, fault.HostUnreachable, "the sandbox's host does not respond")
 	}
-	message := ce.Message()
+	message := Message(err)
 	if !connect.IsWireError(err) {
 		switch ce.Code() {
 		case connect.CodeCanceled:

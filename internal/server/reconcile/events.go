@@ -15,6 +15,7 @@ import (
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
@@ -194,7 +195,7 @@ func (w *watch) apply(ctx context.Context, e *hostagentv1.Event) error {
 		return nil
 	}
 	// PostgreSQL's text has no NUL.
-	why := strings.ReplaceAll(e.Reason, "\x00", "")
+	why := hosts.Text(strings.ReplaceAll(e.GetReason(), "\x00", ""))
 	at := time.Now()
 	if e.GetTime() != nil {
 		at = e.GetTime().AsTime()

@@ -2,6 +2,7 @@ package reconcile
 
 import (
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -124,6 +125,21 @@ func TestReportedTimes(t *testing.T) {
 		if err != nil || r.ExpiresAt == nil || r.ExpiresAt.Before(begun) || r.ExpiresAt.After(time.Now().Add(2*time.Hour)) {
 			t.Errorf("a host says %v: it ends at %v, %v", at.AsTime(), r.ExpiresAt, err)
 		}
+	}
+}
+
+// TestReportedText checks that the database stores only a bounded part of the reason that
+// a host reports, for which the team pays.
+func TestReportedText(t *testing.T) {
+	b := newBench(t, time.Minute)
+	u := b.add(sandboxes.Running, none)
+	long := strings.Repeat("é", 1<<20)
+	if err := b.apply(t.Context(), &hostagentv1.Event{Kind: hostagentv1.Event_KIND_EXITED, SandboxId: id.Format(id.Sandbox, u), Reason: long}); err != nil {
+		t.Fatal(err)
+	}
+	row, err := b.Store.GetSandbox(t.Context(), u)
+	if err != nil || row.State != string(sandboxes.Stopped) || row.Error == "" || len(row.Error) > 8<<10 || !strings.HasPrefix(long, row.Error) {
+		t.Errorf("the sandbox is %s with an error of %d bytes, %v", row.State, len(row.Error), err)
 	}
 }
 

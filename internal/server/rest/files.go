@@ -45,9 +45,7 @@ func (a *API) file(r *http.Request, sandbox, path string, user *string) (*hosts.
 func fileFault(err error) error {
 	f := hosts.Fault(err)
 	if fault.Is(f, fault.NoCapacity) {
-		var e *connect.Error
-		errors.As(err, &e)
-		return fault.Because(err, fault.NoSpace, "%s", e.Message())
+		return fault.Because(err, fault.NoSpace, "%s", hosts.Message(err))
 	}
 	return f
 }

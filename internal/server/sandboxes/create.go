@@ -411,7 +411,7 @@ func startFault(row db.Sandbox, err error) *fault.Error {
 		return fault.Because(err, fault.Internal, "cannot place the sandbox")
 	}
 	if reason(err) == hostwire.GuestStart {
-		return fault.Because(err, fault.Unprocessable, "%s; the cause is probably template %q", wire.Message(), row.TemplateName)
+		return fault.Because(err, fault.Unprocessable, "%s; the cause is probably template %q", hosts.Message(err), row.TemplateName)
 	}
 	told := hosts.Fault(err)
 	switch {
