@@ -10,10 +10,13 @@ import (
 	"io"
 	"os"
 	"strings"
+	"sync"
 	"text/tabwriter"
 	"unicode"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 
 	"github.com/wrenn-dev/wrenn/client"
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -77,12 +80,15 @@ type streams struct {
 // app holds the streams and the flags that all commands share.
 type app struct {
 	url, key, dir string
+	// Commands write to streams, which replace control characters, because a guest or a
+	// tenant may have chosen them. Only what a user asked to get unchanged goes to raw.
 	streams
+	raw streams
 }
 
 // Commands returns the client commands, which read and write the given streams.
 func Commands(in io.Reader, out, errw io.Writer) []*cobra.Command {
-	a := &app{streams: streams{in, out, errw}}
+	a := &app{streams: streams{in, &filter{to: out}, &filter{to: errw}}, raw: streams{in, out, errw}}
 	cmds := []*cobra.Command{
 		a.runCommand(), a.codeCommand(), a.createCommand(), a.lsCommand(), a.getCommand(), a.execCommand(), a.cpCommand(), a.rmCommand(),
 		a.pauseCommand(), a.resumeCommand(), a.rebootCommand(), a.forkCommand(), a.snapshotCommand(),
@@ -187,9 +193,21 @@ func (o *output) flag(cmd *cobra.Command) {
 }
 
 func (a *app) json(v any) error {
-	e := json.NewEncoder(a.out)
-	e.SetIndent("", "  ")
-	return e.Encode(v)
+	b, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return err
+	}
+	// JSON leaves some control characters unescaped.
+	var escaped strings.Builder
+	for _, r := range string(b) {
+		if r != '\n' && controls(r) {
+			fmt.Fprintf(&escaped, `\u%04x`, r)
+		} else {
+			escaped.WriteRune(r)
+		}
+	}
+	_, err = fmt.Fprintln(a.out, escaped.String())
+	return err
 }
 
 // made prints something that was created: its name, or all of it as JSON.
@@ -210,11 +228,14 @@ func (a *app) table(rows [][]string) error {
 	return w.Flush()
 }
 
-// clean replaces control characters in untrusted text. They could control the terminal,
-// and bidirectional ones could make the text look different.
+// controls reports whether a character could control a terminal, or, because it is
+// bidirectional, make text look different.
+func controls(r rune) bool { return unicode.IsControl(r) || unicode.Is(unicode.Bidi_Control, r) }
+
+// clean replaces control characters in untrusted text.
 func clean(s string) string {
 	return strings.Map(func(r rune) rune {
-		if r != '\t' && (unicode.IsControl(r) || unicode.Is(unicode.Bidi_Control, r)) {
+		if r != '\t' && controls(r) {
 			return '?'
 		}
 		return r
@@ -228,6 +249,56 @@ func Printable(s string) string {
 		lines[i] = clean(line)
 	}
 	return strings.Join(lines, "\n")
+}
+
+// filter is a writer that passes text on to another one as [Printable] changes it. It
+// keeps an incomplete character, or a carriage return, at the end until the next Write.
+type filter struct {
+	to io.Writer
+
+	mu   sync.Mutex
+	rest string
+}
+
+// Write implements [io.Writer].
+func (f *filter) Write(p []byte) (int, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	s := f.rest + string(p)
+	end := len(s)
+	for i := end - 1; i >= 0 && i >= end-utf8.UTFMax; i-- {
+		if utf8.RuneStart(s[i]) {
+			if s[i] == '\r' || !utf8.FullRuneInString(s[i:]) {
+				end = i
+			}
+			break
+		}
+	}
+	f.rest = s[end:]
+	if end == 0 {
+		return len(p), nil
+	}
+	if _, err := io.WriteString(f.to, Printable(s[:end])); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// guest returns the streams for what a guest's program printed or wrote. They are
+// unchanged if raw is set, or if no terminal shows them.
+func (a *app) guest(raw bool) streams {
+	choose := func(unchanged, filtered io.Writer) io.Writer {
+		if f, ok := unchanged.(*os.File); !raw && ok && term.IsTerminal(int(f.Fd())) {
+			return filtered
+		}
+		return unchanged
+	}
+	return streams{a.in, choose(a.raw.out, a.out), choose(a.raw.err, a.err)}
+}
+
+// rawFlag adds --raw to a command.
+func rawFlag(cmd *cobra.Command, raw *bool) {
+	cmd.Flags().BoolVar(raw, "raw", false, "keep control characters, with which the guest can control your terminal")
 }
 
 // pairs reads KEY=VALUE words.

@@ -31,10 +31,12 @@ func takesCode(template string) bool {
 type coding struct {
 	context, out string
 	limit        time.Duration
+	raw          bool
 }
 
 func (o *coding) flags(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&o.out, "out", "", "folder to save pictures in; wrenn creates it if needed and overwrites nothing in it (default none are saved)")
+	rawFlag(cmd, &o.raw)
 }
 
 func (a *app) codeCommand() *cobra.Command {
@@ -72,14 +74,14 @@ func (a *app) code(ctx context.Context, c *client.Client, sandbox string, args [
 		}
 	}
 	failed := false
-	saved := pictures{dir: o.out}
+	saved, shown := pictures{dir: o.out}, a.guest(o.raw)
 	err = c.StreamCode(ctx, sandbox, client.Code{Code: text, ContextID: o.context, TimeoutSeconds: int(o.limit / time.Second)}, func(e client.CodeEvent) error {
 		switch {
 		case e.Stdout != "":
-			_, err := io.WriteString(a.out, e.Stdout)
+			_, err := io.WriteString(shown.out, e.Stdout)
 			return err
 		case e.Stderr != "":
-			_, err := io.WriteString(a.err, e.Stderr)
+			_, err := io.WriteString(shown.err, e.Stderr)
 			return err
 		case e.Error != nil:
 			failed = true
@@ -87,10 +89,10 @@ func (a *app) code(ctx context.Context, c *client.Client, sandbox string, args [
 			if said == "" {
 				said = e.Error.Name + ": " + e.Error.Value
 			}
-			_, err := fmt.Fprintln(a.err, Printable(said))
+			_, err := fmt.Fprintln(a.err, said)
 			return err
 		case e.Result != nil:
-			return a.result(e.Result, &saved)
+			return a.result(e.Result, shown.out, &saved)
 		}
 		return nil
 	})
@@ -157,8 +159,8 @@ func (p *pictures) save(suffix string, data []byte) (string, error) {
 	}
 }
 
-// result saves a result's picture, or prints its text.
-func (a *app) result(r *client.CodeOutput, to *pictures) error {
+// result saves a result's picture, or writes its text to out.
+func (a *app) result(r *client.CodeOutput, out io.Writer, to *pictures) error {
 	for suffix, data := range map[string][]byte{".png": r.PNG, ".jpeg": r.JPEG, ".svg": []byte(r.SVG), ".pdf": r.PDF} {
 		if len(data) == 0 || to.dir == "" {
 			continue
@@ -173,6 +175,6 @@ func (a *app) result(r *client.CodeOutput, to *pictures) error {
 	if r.Text == "" {
 		return nil
 	}
-	_, err := fmt.Fprintln(a.out, r.Text)
+	_, err := fmt.Fprintln(out, r.Text)
 	return err
 }

@@ -45,7 +45,7 @@ func TestPictures(t *testing.T) {
 	var said bytes.Buffer
 	a, saved := &app{streams: streams{out: &said, err: &said}}, &pictures{dir: dir}
 	for range 2 {
-		if err := a.result(&client.CodeOutput{PNG: []byte("guest's")}, saved); err != nil {
+		if err := a.result(&client.CodeOutput{PNG: []byte("guest's")}, &said, saved); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -58,12 +58,12 @@ func TestPictures(t *testing.T) {
 		t.Error("a link was followed")
 	}
 	for err := error(nil); err == nil; {
-		if err = a.result(&client.CodeOutput{PNG: []byte("x")}, saved); saved.n > maxPictures+1 {
+		if err = a.result(&client.CodeOutput{PNG: []byte("x")}, &said, saved); saved.n > maxPictures+1 {
 			t.Fatalf("%d pictures were saved", saved.n)
 		}
 	}
 	saved = &pictures{dir: dir, bytes: maxPictureBytes - 1}
-	if err := a.result(&client.CodeOutput{PNG: []byte("xx")}, saved); err == nil {
+	if err := a.result(&client.CodeOutput{PNG: []byte("xx")}, &said, saved); err == nil {
 		t.Error("the pictures' size is not bounded")
 	}
 }

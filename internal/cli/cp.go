@@ -43,6 +43,7 @@ func parsePlace(s string) (place, error) {
 
 func (a *app) cpCommand() *cobra.Command {
 	var user string
+	var raw bool
 	var receive client.ReceiveOptions
 	cmd := &cobra.Command{
 		Use: "cp SOURCE TARGET", Short: "Copy files and folders to or from a sandbox", Args: exactly(2),
@@ -69,7 +70,7 @@ func (a *app) cpCommand() *cobra.Command {
 			}
 			if from.sandbox != "" {
 				receive.User = user
-				return a.download(cmd.Context(), c, from, to.path, receive)
+				return a.download(cmd.Context(), c, from, to.path, receive, raw)
 			}
 			return a.upload(cmd.Context(), c, from.path, to, user)
 		},
@@ -78,6 +79,7 @@ func (a *app) cpCommand() *cobra.Command {
 	cmd.Flags().BoolVar(&receive.Merge, "merge", false, "copy into a local folder that exists, and replace its files that have the same names")
 	cmd.Flags().BoolVar(&receive.Links, "links", false, "keep links that lead outside the copy")
 	cmd.Flags().Int64Var(&receive.MaxBytes, "max-bytes", client.MaxReceivedBytes, "most bytes to copy from a sandbox")
+	rawFlag(cmd, &raw)
 	return cmd
 }
 
@@ -207,14 +209,14 @@ func pack(w io.Writer, dir, name string) error {
 
 // download copies from a sandbox to this machine. [client.Client.Receive] refuses what
 // the guest sends beyond that.
-func (a *app) download(ctx context.Context, c *client.Client, from place, to string, o client.ReceiveOptions) error {
+func (a *app) download(ctx context.Context, c *client.Client, from place, to string, o client.ReceiveOptions, raw bool) error {
 	if to == "-" {
 		r, err := c.ReadFile(ctx, from.sandbox, from.path, o.User)
 		if err != nil {
 			return err
 		}
 		defer r.Close()
-		_, err = io.Copy(a.out, r)
+		_, err = io.Copy(a.guest(raw).out, r)
 		return err
 	}
 	target := to

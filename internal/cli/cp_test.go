@@ -3,6 +3,8 @@ package cli
 import (
 	"archive/tar"
 	"bytes"
+	"encoding/json"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -10,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/creack/pty"
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/id"
@@ -50,6 +53,13 @@ func serveArchive(t *testing.T, b []byte) {
 // run runs a client command and returns its standard error.
 func run(t *testing.T, args ...string) (stderr string, err error) {
 	t.Helper()
+	_, stderr, err = both(t, args...)
+	return stderr, err
+}
+
+// both runs a client command and returns its output and its standard error.
+func both(t *testing.T, args ...string) (stdout, stderr string, err error) {
+	t.Helper()
 	var out, said bytes.Buffer
 	for _, c := range Commands(strings.NewReader(""), &out, &said) {
 		if c.Name() != args[0] {
@@ -58,10 +68,10 @@ func run(t *testing.T, args ...string) (stderr string, err error) {
 		c.SilenceErrors, c.SilenceUsage = true, true
 		c.SetArgs(args[1:])
 		err := c.ExecuteContext(t.Context())
-		return said.String(), err
+		return out.String(), said.String(), err
 	}
 	t.Fatalf("no command %s", args[0])
-	return "", nil
+	return "", "", nil
 }
 
 func TestPackAndCopyBack(t *testing.T) {
@@ -175,5 +185,111 @@ func TestClean(t *testing.T) {
 	const fine = "a\tb é 🐦 \u200d שלום"
 	if got := clean(fine); got != fine {
 		t.Errorf("%q became %q", fine, got)
+	}
+}
+
+// hostileText is what a hostile guest or tenant would have a terminal show: an escape
+// sequence in both encodings, and text that runs backwards.
+const hostileText = "a\x1b[2Jb\u009b2Jc\u202ed\r\n"
+
+// harmless reports whether a terminal shows text as it is.
+func harmless(text string) bool {
+	return !strings.ContainsFunc(text, func(r rune) bool { return r != '\n' && r != '\t' && controls(r) })
+}
+
+// TestTerminalEscapes has a service whose every response is hostile: no command passes
+// control characters on, except those whose purpose that is.
+func TestTerminalEscapes(t *testing.T) {
+	text, err := json.Marshal(hostileText)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fields := map[string]string{
+		"/logs": hostileText,
+		"":      `{"id":` + string(text) + `,"error":` + string(text) + `,"template":` + string(text) + `,"name":` + string(text) + `,"state":` + string(text) + `}`,
+	}
+	status := http.StatusOK
+	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body := fields[""]
+		if strings.HasSuffix(r.URL.Path, "/logs") {
+			body = fields["/logs"]
+		}
+		if status != http.StatusOK {
+			body = `{"error":{"code":"x","message":` + string(text) + `}}`
+		}
+		w.WriteHeader(status)
+		_, _ = io.WriteString(w, body)
+	}))
+	defer web.Close()
+	t.Setenv("WRENN_URL", web.URL)
+	t.Setenv("WRENN_API_KEY", "wrn_x")
+	for _, args := range [][]string{
+		{"create"},
+		{"get", "s"},
+		{"get", "-o", "json", "s"},
+		{"logs", "s"},
+		{"metrics", "s"},
+		{"metrics", "-o", "json", "s"},
+		{"template", "get", "x"},
+		{"template", "get", "-o", "json", "x"},
+		{"fork", "s"},
+		{"revoke", "s"},
+		{"ping", "s"},
+	} {
+		for _, status = range []int{http.StatusOK, http.StatusBadRequest} {
+			out, said, _ := both(t, args...)
+			if !harmless(out) || !harmless(said) {
+				t.Errorf("%v, %d: %q, %q", args, status, out, said)
+			}
+		}
+	}
+	status = http.StatusOK
+	if out, _, err := both(t, "logs", "s"); err != nil || out != "a?[2Jb?2Jc?d\n" {
+		t.Errorf("logs: %q, %v", out, err)
+	}
+	if out, _, err := both(t, "logs", "--raw", "s"); err != nil || out != hostileText {
+		t.Errorf("logs --raw: %q, %v", out, err)
+	}
+	out, _, err := both(t, "get", "-o", "json", "s")
+	var got struct{ Error string }
+	if err == nil {
+		err = json.Unmarshal([]byte(out), &got)
+	}
+	if err != nil || got.Error != hostileText {
+		t.Errorf("JSON has changed: %q, %v", got.Error, err)
+	}
+}
+
+// TestFilter writes text in pieces of each length.
+func TestFilter(t *testing.T) {
+	const text, want = "é\r\n🐦\u009b\x1b\r.\xff\n", "é\n🐦???.\uFFFD\n"
+	for n := 1; n <= len(text); n++ {
+		var b strings.Builder
+		f := &filter{to: &b}
+		for left := text; left != ""; left = left[min(n, len(left)):] {
+			if k, err := io.WriteString(f, left[:min(n, len(left))]); err != nil || k != min(n, len(left)) {
+				t.Fatal(k, err)
+			}
+		}
+		if got := b.String(); got != want {
+			t.Errorf("in pieces of %d bytes: %q", n, got)
+		}
+	}
+}
+
+// TestTerminalsAreFiltered checks that a terminal gets no control characters of a guest's
+// program, unless the user asks for them, and that a pipe gets all.
+func TestTerminalsAreFiltered(t *testing.T) {
+	master, slave, err := pty.Open()
+	if err != nil {
+		t.Skip(err)
+	}
+	defer master.Close()
+	defer slave.Close()
+	var piped strings.Builder
+	filtered := &filter{to: slave}
+	a := &app{streams: streams{out: filtered, err: filtered}, raw: streams{out: slave, err: &piped}}
+	if a.guest(false).out != io.Writer(filtered) || a.guest(true).out != io.Writer(slave) || a.guest(false).err != io.Writer(&piped) {
+		t.Error("the wrong streams")
 	}
 }

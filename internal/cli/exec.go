@@ -144,7 +144,7 @@ func (a *app) stream(ctx context.Context, c *client.Client, id string, o executi
 		Command: client.Command{
 			Cmd: words[0], Args: words[1:], Envs: envs, Cwd: o.cwd, User: o.user, TimeoutSeconds: int(o.limit / time.Second),
 		},
-		Stdout: a.out, Stderr: a.err,
+		Stdout: a.raw.out, Stderr: a.raw.err,
 	}
 	if o.interactive || o.terminal {
 		s.Stdin = a.in
@@ -164,7 +164,7 @@ func (a *app) stream(ctx context.Context, c *client.Client, id string, o executi
 		return cannotRun(err)
 	}
 	if r.TimedOut {
-		fmt.Fprintf(a.err, "wrenn: the command was killed after %v\r\n", o.limit)
+		fmt.Fprintf(a.raw.err, "wrenn: the command was killed after %v\r\n", o.limit)
 	}
 	if r.ExitCode != 0 || r.TimedOut {
 		code := r.ExitCode

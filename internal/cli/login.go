@@ -130,9 +130,9 @@ func (a *app) person(ctx context.Context) (*person, error) {
 		}
 		return a.machineAdmin(ctx)
 	}
-	if a.url != "" && !sameService(a.url, l.URL) {
+	if at := first(a.url, os.Getenv("WRENN_URL")); at != "" && !sameService(at, l.URL) {
 		unlock()
-		return nil, fmt.Errorf("you are logged in to %s, not to %s", l.URL, a.url)
+		return nil, fmt.Errorf("you are logged in to %s, not to %s", l.URL, at)
 	}
 	c, err := client.New(l.URL, "", client.WithUserAgent(agent))
 	if err != nil {

@@ -281,14 +281,15 @@ func (a *app) logsCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if !raw {
-				b = []byte(Printable(string(b)))
+			to := a.out
+			if raw {
+				to = a.raw.out
 			}
-			_, err = a.out.Write(b)
+			_, err = to.Write(b)
 			return err
 		},
 	}
-	cmd.Flags().BoolVar(&raw, "raw", false, "keep control characters, with which the guest can control your terminal")
+	rawFlag(cmd, &raw)
 	return cmd
 }
 
