@@ -15,12 +15,22 @@ import (
 	"time"
 )
 
+// ChannelKinds are the kinds of channels. Those but "email" have a URL.
+var ChannelKinds = []string{"webhook", "slack", "discord", "email"}
+
+// ChannelEvents are the events that a channel can subscribe to. Only the platform's
+// admins can subscribe to those of hosts.
+var ChannelEvents = []string{
+	"sandbox.started", "sandbox.paused", "sandbox.ended", "sandbox.failed", "sandbox.missing", "sandbox.lost",
+	"sandbox.unresponsive", "sandbox.responsive", "sandbox.memory_lost", "build.finished", "quota.reached", "host.unreachable", "host.online",
+}
+
 // Channel is a place to which the service sends a team's notifications.
 type Channel struct {
 	ID             string     `json:"id"`
 	TeamID         string     `json:"team_id"`
 	Name           string     `json:"name"`
-	Kind           string     `json:"kind"` // "webhook", "slack", "discord" or "email"
+	Kind           string     `json:"kind"` // one of ChannelKinds
 	Events         []string   `json:"events"`
 	Target         string     `json:"target"` // without its secret parts
 	Enabled        bool       `json:"enabled"`

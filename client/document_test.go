@@ -27,7 +27,8 @@ var wire = map[string]any{
 	"AuditRecord": AuditRecord{}, "Usage": Usage{}, "UsageDay": UsageDay{}, "UsageAmount": UsageAmount{},
 }
 
-// TestDocument checks that the client has the fields and the states of the API document.
+// TestDocument checks that the client has the fields, the states, and the kinds and events
+// of channels of the API document.
 func TestDocument(t *testing.T) {
 	spec, err := openapi3.NewLoader().LoadFromData(api.OpenAPI)
 	if err != nil {
@@ -46,13 +47,15 @@ func TestDocument(t *testing.T) {
 			t.Error(fault)
 		}
 	}
-	for _, s := range spec.Components.Schemas["SandboxState"].Value.Enum {
-		if !slices.Contains(States, s.(string)) {
-			t.Errorf("States lacks %q", s)
+	for name, got := range map[string][]string{"SandboxState": States, "ChannelKind": ChannelKinds, "ChannelEvent": ChannelEvents} {
+		var want []string
+		for _, s := range spec.Components.Schemas[name].Value.Enum {
+			want = append(want, s.(string))
 		}
-	}
-	if want := len(spec.Components.Schemas["SandboxState"].Value.Enum); len(States) != want {
-		t.Errorf("there are %d States, want %d", len(States), want)
+		slices.Sort(want)
+		if got := slices.Sorted(slices.Values(got)); !slices.Equal(got, want) {
+			t.Errorf("%s is %q in the client, and %q in the document", name, got, want)
+		}
 	}
 }
 

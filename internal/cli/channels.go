@@ -3,6 +3,7 @@ package cli
 import (
 	"crypto/rand"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -20,30 +21,27 @@ func (a *app) channelAddCommand() *cobra.Command {
 	var o client.ChannelOptions
 	var out output
 	cmd := &cobra.Command{
-		Use: "add --event EVENT… NAME webhook|slack|discord|email URL|ADDRESS", Short: "Add a channel and print its id", Args: exactly(3),
+		Use: "add --event EVENT… NAME " + strings.Join(client.ChannelKinds, "|") + " URL|ADDRESS", Short: "Add a channel and print its id", Args: exactly(3),
 		Long: "Send notifications to a webhook, to an incoming webhook of Slack or Discord, or by mail. Wrenn signs a webhook's\n" +
 			"messages with its secret; without --secret it creates one, and prints it to standard error, once. The recipient of\n" +
 			"mail gets a letter with a link that confirms the address, and nothing else until they confirm.\n\n" +
-			"Events: sandbox.started, sandbox.paused, sandbox.ended, sandbox.failed, sandbox.missing, sandbox.lost,\n" +
-			"sandbox.unresponsive, sandbox.responsive, sandbox.memory_lost, build.finished, quota.reached; for the platform's admins host.unreachable, host.online.",
+			"Events (those of hosts only for the platform's admins):\n  " + strings.Join(client.ChannelEvents, "\n  "),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(o.Events) == 0 {
 				return usage("want at least one --event")
 			}
 			o.Name, o.Kind = args[0], args[1]
 			made := false
-			switch o.Kind {
-			case "email":
+			switch {
+			case !slices.Contains(client.ChannelKinds, o.Kind):
+				return usage("%q is not a kind of channel: want one of %s", o.Kind, strings.Join(client.ChannelKinds, ", "))
+			case o.Kind == "email":
 				o.Address = args[2]
-			case "webhook":
-				if o.Secret == "" {
-					o.Secret, made = rand.Text(), true
-				}
-				o.URL = args[2]
-			case "slack", "discord":
-				o.URL = args[2]
+			case o.Kind == "webhook" && o.Secret == "":
+				o.Secret, made = rand.Text(), true
+				fallthrough
 			default:
-				return usage("%q: want webhook, slack, discord or email", o.Kind)
+				o.URL = args[2]
 			}
 			c, err := a.client()
 			if err != nil {

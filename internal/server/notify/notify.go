@@ -43,6 +43,9 @@ const (
 	Email   = "email"
 )
 
+// kinds are all kinds, as in the database and in the API document.
+var kinds = []string{Webhook, Slack, Discord, Email}
+
 // platformPrefix begins the names of the platform's events, to which only its admins may
 // subscribe.
 const platformPrefix = "host."
@@ -152,6 +155,9 @@ type Params struct {
 
 // check fails with invalid_argument if a target does not fit the kind.
 func (s *Service) check(kind string, t target) error {
+	if !slices.Contains(kinds, kind) {
+		return fault.New(fault.InvalidArgument, "kind: %q is not a kind of channel", kind)
+	}
 	if kind == Email {
 		if t.URL != "" || t.Secret != "" {
 			return fault.New(fault.InvalidArgument, "a mail channel has no url and no secret")
