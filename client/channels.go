@@ -108,8 +108,8 @@ func (c *Client) DeleteChannel(ctx context.Context, id string) error {
 	return nil
 }
 
-// AskConfirmation resends the letter that asks the recipient of a mail channel to
-// confirm the address. An address gets at most one such letter an hour.
+// AskConfirmation resends the mail that asks the recipient of a mail channel to
+// confirm the address. An address gets at most one such mail an hour.
 func (c *Client) AskConfirmation(ctx context.Context, id string) error {
 	if err := c.call(ctx, request{method: http.MethodPost, path: channelPath(id, "/confirmation")}, nil); err != nil {
 		return fmt.Errorf("ask for confirmation: %w", err)

@@ -11,13 +11,13 @@ import (
 	"time"
 )
 
-// letter waits for a letter to an address in the server's log, which has the letters if
+// message waits for a mail to an address in the server's log, which has the mails if
 // no mail server is configured, and returns its link to a page.
-func (i *installation) letter(t *testing.T, to, page string) (link string) {
+func (i *installation) message(t *testing.T, to, page string) (link string) {
 	t.Helper()
 	logs := filepath.Join(i.dir, "logs")
 	links := regexp.MustCompile(`http[^\s"\\]*/` + page + `#token=[A-Za-z0-9_-]+`)
-	within(t, 2*time.Minute, "a letter to "+to+" is in "+logs, func() bool {
+	within(t, 2*time.Minute, "a mail to "+to+" is in "+logs, func() bool {
 		files, err := filepath.Glob(filepath.Join(logs, "*server*"))
 		if err != nil || len(files) == 0 {
 			t.Fatalf("logs: %v, %v", files, err)
@@ -57,9 +57,9 @@ func (i *installation) browse(t *testing.T, file string, env ...string) {
 	t.Logf("%s", out)
 }
 
-// TestLetters signs a user up who then forgets the password, and opens the links of both
-// letters, which are in the server's log, in a browser.
-func TestLetters(t *testing.T) {
+// TestMailedLinks signs a user up who then forgets the password, and opens the links of both
+// mails, which are in the server's log, in a browser.
+func TestMailedLinks(t *testing.T) {
 	i := up(t)
 	call := func(method, path, body string, header http.Header, want int) {
 		t.Helper()
@@ -84,9 +84,9 @@ func TestLetters(t *testing.T) {
 	settings("true")
 	defer settings("false")
 	call(http.MethodPost, "/v1/auth/signup", account, nil, http.StatusAccepted)
-	i.browse(t, "verify.spec.js", "WRENN_LINK="+i.letter(t, email, "verify"), "WRENN_PASSWORD="+password)
+	i.browse(t, "verify.spec.js", "WRENN_LINK="+i.message(t, email, "verify"), "WRENN_PASSWORD="+password)
 	call(http.MethodPost, "/v1/auth/password/forgot", `{"email":"`+email+`"}`, nil, http.StatusAccepted)
-	i.browse(t, "reset.spec.js", "WRENN_LINK="+i.letter(t, email, "reset-password"), "WRENN_PASSWORD=new "+password)
+	i.browse(t, "reset.spec.js", "WRENN_LINK="+i.message(t, email, "reset-password"), "WRENN_PASSWORD=new "+password)
 	if _, err := i.client(t).LogIn(t.Context(), email, "new "+password); err != nil {
 		t.Errorf("log in with the new password: %v", err)
 	}

@@ -17,7 +17,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/ballast"
 	"github.com/wrenn-dev/wrenn/internal/bounded"
-	"github.com/wrenn-dev/wrenn/internal/drain"
+	"github.com/wrenn-dev/wrenn/internal/graceful"
 	"github.com/wrenn-dev/wrenn/internal/handover"
 	"github.com/wrenn-dev/wrenn/internal/linger"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
@@ -120,7 +120,7 @@ func serveOn(ctx context.Context, l net.Listener, identity *tls.Config, srv *htt
 	}
 	ran := make(chan error, 1)
 	go func() { ran <- run(ctx); cancel() }()
-	err := drain.Serve(ctx, srv, l, identity, shutdownTimeout)
+	err := graceful.Serve(ctx, srv, l, identity, shutdownTimeout)
 	cancel()
 	if err != nil {
 		err = fmt.Errorf("serve: %w", err)

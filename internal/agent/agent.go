@@ -194,7 +194,7 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 		return nil, err
 	}
 	a.proxy = proxy.New(a.sandboxes.Use, a.log)
-	a.metrics.watch(a)
+	a.metrics.registerState(a)
 	a.handler = a.routes()
 	return a, nil
 }

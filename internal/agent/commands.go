@@ -60,7 +60,7 @@ func (s *service) Exec(ctx context.Context, req *connect.Request[pb.ExecRequest]
 	defer use.End()
 	r, err := use.Guest.Exec(use.Context, cmd, req.Msg.GetStdin())
 	if err != nil {
-		return nil, s.fault(ctx, "exec", ofCall(use, err))
+		return nil, s.fault(ctx, "exec", callError(use, err))
 	}
 	return connect.NewResponse(&pb.ExecResponse{
 		Stdout: r.Stdout, Stderr: r.Stderr, ExitCode: r.Code, Error: r.Exit.Error, TimedOut: r.TimedOut, Truncated: r.Truncated,
@@ -97,7 +97,7 @@ func (s *service) Run(ctx context.Context, req *connect.Request[pb.RunRequest], 
 			return stream.Send(m)
 		})
 	}
-	return s.fault(ctx, "exec", ofCall(use, err))
+	return s.fault(ctx, "exec", callError(use, err))
 }
 
 // ExecStream implements hostagentv1connect.HostAgentHandler. If the client disconnects,
@@ -133,7 +133,7 @@ func (s *service) ExecStream(ctx context.Context, stream *connect.BidiStream[pb.
 	defer cancel(nil)
 	p, err := use.Guest.Start(run, cmd, terminal, start.GetStdin())
 	if err != nil {
-		return s.fault(ctx, "exec", ofCall(use, err))
+		return s.fault(ctx, "exec", callError(use, err))
 	}
 	defer p.Close()
 
@@ -172,7 +172,7 @@ func (s *service) ExecStream(ctx context.Context, stream *connect.BidiStream[pb.
 	cancel(nil)
 	endReceiving(ctx)
 	<-fed
-	return s.fault(ctx, "exec", ofCall(use, err))
+	return s.fault(ctx, "exec", callError(use, err))
 }
 
 func size(t *pb.TerminalSize) (*guest.Terminal, error) {

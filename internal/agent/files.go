@@ -51,7 +51,7 @@ func (s *service) WriteFile(ctx context.Context, req *connect.Request[pb.WriteFi
 	defer use.End()
 	i, err := use.Guest.Write(use.Context, f.GetUser(), f.GetPath(), bytes.NewReader(content), int64(len(content)))
 	if err != nil {
-		return nil, s.fault(ctx, "write file", ofCall(use, err))
+		return nil, s.fault(ctx, "write file", callError(use, err))
 	}
 	return connect.NewResponse(&pb.WriteFileResponse{File: fileInfo(i)}), nil
 }
@@ -69,12 +69,12 @@ func (s *service) ReadFile(ctx context.Context, req *connect.Request[pb.ReadFile
 	defer use.End()
 	body, _, err := use.Guest.Read(use.Context, f.GetUser(), f.GetPath(), 0, 0)
 	if err != nil {
-		return nil, s.fault(ctx, "read file", ofUse(use, err))
+		return nil, s.fault(ctx, "read file", useError(use, err))
 	}
 	defer body.Close()
 	content, err := io.ReadAll(io.LimitReader(body, maxFile+1))
 	if err != nil {
-		return nil, s.fault(ctx, "read file", ofUse(use, err))
+		return nil, s.fault(ctx, "read file", useError(use, err))
 	}
 	if len(content) > maxFile {
 		return nil, connect.NewError(connect.CodeResourceExhausted, told.New("the file is larger than %d MiB; read it as a stream", maxFile>>20))
@@ -133,7 +133,7 @@ func (s *service) WriteFileStream(ctx context.Context, stream *connect.ClientStr
 		if broken != nil && !errors.Is(broken, errEnough) && !errors.Is(broken, os.ErrDeadlineExceeded) && !guest.Said(err) {
 			err = broken // the write failed because the client's stream did
 		}
-		return nil, s.fault(ctx, "write file", ofCall(use, err))
+		return nil, s.fault(ctx, "write file", callError(use, err))
 	}
 	return connect.NewResponse(res), nil
 }
@@ -181,7 +181,7 @@ func (s *service) ReadFileStream(ctx context.Context, req *connect.Request[pb.Re
 		body, total, err = use.Guest.Read(use.Context, f.GetUser(), f.GetPath(), m.GetOffset(), m.GetLength())
 	}
 	if err != nil {
-		return s.fault(ctx, "read file", ofUse(use, err))
+		return s.fault(ctx, "read file", useError(use, err))
 	}
 	defer body.Close()
 	err = stream.Send(&pb.ReadFileStreamResponse{Message: &pb.ReadFileStreamResponse_Start_{Start: &pb.ReadFileStreamResponse_Start{Size: total}}})
@@ -200,7 +200,7 @@ func (s *service) ReadFileStream(ctx context.Context, req *connect.Request[pb.Re
 			return nil
 		}
 		if err != nil {
-			return s.fault(ctx, "read file", ofUse(use, err))
+			return s.fault(ctx, "read file", useError(use, err))
 		}
 	}
 }

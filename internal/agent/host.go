@@ -91,7 +91,7 @@ func (s *service) Terminate(ctx context.Context, _ *connect.Request[pb.Terminate
 	}
 	if s.listeners.Load() > 0 {
 		heard, cancel := context.WithTimeout(ctx, lastEventsTimeout)
-		s.journal.Drained(heard)
+		s.journal.WaitAcknowledged(heard)
 		cancel()
 	}
 	s.terminate()

@@ -66,8 +66,8 @@ func (m *metrics) observe(operation, step string, took time.Duration, err error)
 	m.steps.observe(took, err, operation, step)
 }
 
-// watch registers the metrics that are computed from the agent's state on each scrape.
-func (m *metrics) watch(a *Agent) {
+// registerState registers the metrics that are computed from the agent's state on each scrape.
+func (m *metrics) registerState(a *Agent) {
 	gauge := func(name, help string, f func() float64) {
 		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, f))
 	}

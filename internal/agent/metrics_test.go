@@ -16,6 +16,6 @@ func TestMetricsAreDocumented(t *testing.T) {
 	log := slog.New(slog.DiscardHandler)
 	a := &Agent{proxy: proxy.New(nil, log), problems: problem.Open(filepath.Join(t.TempDir(), "problems"), log), metrics: newMetrics()}
 	defer a.problems.Close()
-	a.metrics.watch(a)
+	a.metrics.registerState(a)
 	metrictest.Documented(t, "../..", "agent", a.metrics.registry)
 }

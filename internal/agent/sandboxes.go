@@ -125,7 +125,7 @@ func (s *service) Settle(ctx context.Context, req *connect.Request[pb.SettleRequ
 	}
 	defer use.End()
 	if err := use.Guest.Settle(use.Context); err != nil {
-		return nil, s.fault(ctx, "settle sandbox", ofUse(use, err))
+		return nil, s.fault(ctx, "quiesce guest", useError(use, err))
 	}
 	return connect.NewResponse(&pb.SettleResponse{}), nil
 }
@@ -226,11 +226,11 @@ func (s *service) Metrics(ctx context.Context, req *connect.Request[pb.MetricsRe
 	defer use.End()
 	m, err := use.Guest.Metrics(use.Context)
 	if err != nil {
-		return nil, s.fault(ctx, "read metrics", ofUse(use, err))
+		return nil, s.fault(ctx, "read metrics", useError(use, err))
 	}
 	host, err := use.VM.Memory()
 	if err != nil {
-		return nil, s.fault(ctx, "measure the virtual machine", ofUse(use, err))
+		return nil, s.fault(ctx, "measure the virtual machine", useError(use, err))
 	}
 	return connect.NewResponse(&pb.MetricsResponse{
 		Time: timestamppb.New(m.Time), CpuCount: int32(m.CPUs), CpuUsedPct: m.CPUUsedPct,

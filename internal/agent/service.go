@@ -131,9 +131,9 @@ func (s *service) use(ctx context.Context, sandboxID string) (*sandbox.Use, erro
 	return use, s.fault(ctx, "use sandbox", err)
 }
 
-// ofUse replaces err if the sandbox explains it: it was paused or ended during the
-// call, or its guest is known to be silent.
-func ofUse(use *sandbox.Use, err error) error {
+// useError returns the sandbox's own error if that explains err: the sandbox was paused or
+// ended during the call, or its guest is known not to answer. Otherwise it returns err.
+func useError(use *sandbox.Use, err error) error {
 	if err != nil && use.Context.Err() != nil && errors.Is(context.Cause(use.Context), sandbox.ErrState) {
 		return context.Cause(use.Context)
 	}
@@ -146,10 +146,10 @@ func ofUse(use *sandbox.Use, err error) error {
 	return err
 }
 
-// ofCall is ofUse for a call that changes something. If a pause cut the call off, the
-// error has no state header, with which the control plane would repeat the call.
-func ofCall(use *sandbox.Use, err error) error {
-	err = ofUse(use, err)
+// callError is useError for a call that changes something. If a pause interrupted the
+// call, callError omits the state header, on which the control plane repeats a call.
+func callError(use *sandbox.Use, err error) error {
+	err = useError(use, err)
 	var state *sandbox.StateError
 	if errors.As(err, &state) && state.State != sandbox.Stopping {
 		return connect.NewError(connect.CodeFailedPrecondition, told.New("the sandbox became %s during the call, which may have taken effect", state.State))

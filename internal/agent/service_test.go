@@ -63,7 +63,7 @@ func TestErrorsAreForClients(t *testing.T) {
 		{"a host's failure", fmt.Errorf("create: %w", sandbox.ErrStart), connect.CodeUnavailable, "the sandbox did not start", ""},
 		{"a guest's failure", errors.Join(sandbox.ErrGuest, connect.NewError(connect.CodeInvalidArgument, told.New("no such user"))), connect.CodeUnavailable, "the sandbox's guest did not start", hostwire.GuestStart},
 		{"a slow guest", fmt.Errorf("create: %w", sandbox.ErrSlow), connect.CodeUnavailable, "the sandbox's guest did not start in time", hostwire.GuestSlow},
-		{"a call that a pause cut off", ofCall(paused, inner), connect.CodeFailedPrecondition, "the sandbox became paused during the call, which may have taken effect", ""},
+		{"a call that a pause cut off", callError(paused, inner), connect.CodeFailedPrecondition, "the sandbox became paused during the call, which may have taken effect", ""},
 		{"state", fmt.Errorf("/var/lib: %w", &sandbox.StateError{State: sandbox.Paused}), connect.CodeFailedPrecondition, "the sandbox is paused", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

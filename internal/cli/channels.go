@@ -23,8 +23,8 @@ func (a *app) channelAddCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "add --event EVENT… NAME " + strings.Join(client.ChannelKinds, "|") + " URL|ADDRESS", Short: "Add a channel and print its id", Args: exactly(3),
 		Long: "Send notifications to a webhook, to an incoming webhook of Slack or Discord, or by mail. Wrenn signs a webhook's\n" +
-			"messages with its secret; without --secret it creates one, and prints it to standard error, once. The recipient of\n" +
-			"mail gets a letter with a link that confirms the address, and nothing else until they confirm.\n\n" +
+			"messages with its secret; without --secret it creates one, and prints it to standard error, once. An e-mail channel\n" +
+			"sends nothing but a confirmation link until the recipient has opened it and confirmed the address.\n\n" +
 			"Events (those of hosts only for the platform's admins):\n  " + strings.Join(client.ChannelEvents, "\n  "),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(o.Events) == 0 {
@@ -55,7 +55,7 @@ func (a *app) channelAddCommand() *cobra.Command {
 				fmt.Fprintf(a.err, "secret: %s\n", o.Secret)
 			}
 			if ch.Kind == "email" && !ch.Confirmed {
-				fmt.Fprintf(a.err, "a letter to %s asks the recipient to confirm the address\n", ch.Target)
+				fmt.Fprintf(a.err, "sent a mail to %s that asks the recipient to confirm the address\n", ch.Target)
 			}
 			return a.made(out, ch, ch.ID)
 		},
@@ -117,7 +117,7 @@ func (a *app) channelRmCommand() *cobra.Command {
 
 func (a *app) channelConfirmCommand() *cobra.Command {
 	return &cobra.Command{
-		Use: "confirm CHANNEL…", Short: "Resend the confirmation letters of mail channels", Args: atLeast(1),
+		Use: "confirm CHANNEL…", Short: "Resend the confirmation mails of e-mail channels", Args: atLeast(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
 			if err != nil {

@@ -317,7 +317,7 @@ key by default. ` + "`wrenn logout`" + ` ends the session and revokes the key.
 	}
 	cmd.Flags().StringVar(&email, "email", "", "e-mail address")
 	cmd.Flags().StringVar(&team, "team", "", "team to work with, by id or name (default: the first that you joined)")
-	cmd.Flags().StringVar(&verify, "verify", "", "link of the letter that activates the account, or the link's token")
+	cmd.Flags().StringVar(&verify, "verify", "", "link of the mail that activates the account, or the link's token")
 	return cmd
 }
 

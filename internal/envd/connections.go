@@ -19,8 +19,8 @@ type connections struct {
 
 type connectionKey struct{}
 
-// watch tracks the connections of srv. Call it before srv serves.
-func (c *connections) watch(srv *http.Server) {
+// track tracks the connections of srv. Call it before srv serves.
+func (c *connections) track(srv *http.Server) {
 	c.open = map[net.Conn]struct{}{}
 	srv.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
 		return context.WithValue(ctx, connectionKey{}, conn)

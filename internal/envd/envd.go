@@ -161,7 +161,7 @@ func (s *Server) Run(ctx context.Context, addr string) error {
 		return fmt.Errorf("listen: %w", err)
 	}
 	srv := netaddr.Server(s.handler)
-	s.open.watch(srv)
+	s.open.track(srv)
 	srv.ErrorLog = slog.NewLogLogger(s.log.Handler(), slog.LevelWarn)
 	// Pings detect a peer that disappeared, for example because its host failed or this
 	// guest was moved.

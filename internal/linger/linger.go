@@ -110,7 +110,7 @@ func (c *Conn) close(lingers bool) error {
 	}
 	go func() {
 		defer c.leave()
-		c.bounds.drain(rest)
+		c.bounds.discard(rest)
 	}()
 	return err
 }
@@ -147,8 +147,8 @@ func (c *Conn) rest() *os.File {
 	return os.NewFile(uintptr(fd), "lingering connection")
 }
 
-// drain reads f until the client is done or a bound is reached, and closes it.
-func (b bounds) drain(f *os.File) {
+// discard reads f until the client is done or a bound is reached, and closes it.
+func (b bounds) discard(f *os.File) {
 	defer f.Close()
 	buf := make([]byte, 8<<10)
 	until := time.Now().Add(b.whole)

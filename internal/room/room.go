@@ -26,16 +26,18 @@ func (e *FullError) Error() string {
 // Room reserves space on one file system. A nil Room has no limit. It is safe for
 // concurrent use.
 type Room struct {
-	reserve int64
-	free    func() (int64, error)
+	keepFree int64
+	free     func() (int64, error)
 
-	mu   sync.Mutex // held while free is called, and for nothing else that blocks
-	held int64
+	mu       sync.Mutex // held while free is called, and for nothing else that blocks
+	reserved int64
 }
 
-// New returns a Room that keeps reserve bytes of a file system free. free measures the
+// New returns a Room that keeps keepFree bytes of a file system free. free measures the
 // free bytes, for example the function that [Of] returns.
-func New(reserve int64, free func() (int64, error)) *Room { return &Room{reserve: reserve, free: free} }
+func New(keepFree int64, free func() (int64, error)) *Room {
+	return &Room{keepFree: keepFree, free: free}
+}
 
 // Of returns a function that measures the free bytes of the file system of dir.
 func Of(dir string) func() (int64, error) {
@@ -48,10 +50,10 @@ func Of(dir string) func() (int64, error) {
 	}
 }
 
-// Hold reserves bytes for a write until release is called, or fails with a [FullError].
+// Reserve reserves bytes for a write until release is called, or fails with a [FullError].
 // Bytes that are already written count twice until then, so reserve only what is written
 // soon.
-func (r *Room) Hold(bytes int64) (release func(), err error) {
+func (r *Room) Reserve(bytes int64) (release func(), err error) {
 	if r == nil {
 		return func() {}, nil
 	}
@@ -61,13 +63,13 @@ func (r *Room) Hold(bytes int64) (release func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	if left := free - r.held; left-bytes < r.reserve {
-		return nil, &FullError{max(left, 0) >> 20, bytes >> 20, r.reserve >> 20}
+	if left := free - r.reserved; left-bytes < r.keepFree {
+		return nil, &FullError{max(left, 0) >> 20, bytes >> 20, r.keepFree >> 20}
 	}
 	return r.take(bytes), nil
 }
 
-// Take is like [Room.Hold], for a write that may use the reserve. It never fails.
+// Take is like [Room.Reserve], for a write that may use the reserve. It never fails.
 func (r *Room) Take(bytes int64) (release func()) {
 	if r == nil {
 		return func() {}
@@ -78,17 +80,17 @@ func (r *Room) Take(bytes int64) (release func()) {
 }
 
 func (r *Room) take(bytes int64) (release func()) {
-	r.held += bytes
+	r.reserved += bytes
 	return sync.OnceFunc(func() {
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		r.held -= bytes
+		r.reserved -= bytes
 	})
 }
 
 // During reserves bytes while it calls write.
 func (r *Room) During(bytes int64, write func() error) error {
-	release, err := r.Hold(bytes)
+	release, err := r.Reserve(bytes)
 	if err != nil {
 		return err
 	}
@@ -112,7 +114,7 @@ func (w *writer) Write(p []byte) (n int, err error) {
 	return n, err
 }
 
-// Left returns the most bytes that [Room.Hold] would grant now.
+// Left returns the most bytes that [Room.Reserve] would grant now.
 func (r *Room) Left() (int64, error) {
 	if r == nil {
 		return math.MaxInt64, nil
@@ -120,5 +122,5 @@ func (r *Room) Left() (int64, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	free, err := r.free()
-	return max(free-r.held-r.reserve, 0), err
+	return max(free-r.reserved-r.keepFree, 0), err
 }

@@ -36,18 +36,18 @@ func TestWritersTogether(t *testing.T) {
 	if begun.Load() != 5 || refused.Load() != 95 {
 		t.Errorf("%d started, %d were refused; want 5 and 95", begun.Load(), refused.Load())
 	}
-	release, err := r.Hold(500)
+	release, err := r.Reserve(500)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := r.Hold(1); err == nil {
+	if _, err := r.Reserve(1); err == nil {
 		t.Error("there is room beyond the reservations")
 	}
 	release()
 	release() // a second call does nothing
 	// A pause may use the reserve, which reduces the others' room.
 	release = r.Take(700)
-	if _, err := r.Hold(0); err == nil {
+	if _, err := r.Reserve(0); err == nil {
 		t.Error("a write starts below the reserve")
 	}
 	if left, err := r.Left(); left != 0 || err != nil {

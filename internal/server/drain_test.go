@@ -36,11 +36,11 @@ func TestDrain(t *testing.T) {
 	drain := func(is bool) {
 		p.call("PATCH", "/v1/admin/hosts/"+h.id, map[string]any{"draining": is}).want(200)
 	}
-	settle := func() { p.compared(h.agent) }
+	reconciled := func() { p.compared(h.agent) }
 
 	// The server pauses nothing on a host that does not drain.
 	h.unused(unused, time.Hour)
-	settle()
+	reconciled()
 	if got := p.state(unused); got != "running" {
 		t.Fatalf("an idle sandbox of a host that takes sandboxes is %s", got)
 	}
@@ -52,7 +52,7 @@ func TestDrain(t *testing.T) {
 	for _, sandbox := range []string{unused, ends, mine} {
 		p.eventually("it is paused", func() bool { return p.state(sandbox) != "running" && p.state(sandbox) != "pausing" })
 	}
-	settle()
+	reconciled()
 	if got := p.state(used); got != "running" {
 		t.Errorf("one that was used lately is %s", got)
 	}
@@ -62,7 +62,7 @@ func TestDrain(t *testing.T) {
 	}
 	h.unused(unused, 0)
 	p.call("POST", "/v1/sandboxes/"+unused+"/exec", map[string]any{"cmd": "cat"}).want(200)
-	settle()
+	reconciled()
 	if got := p.state(unused); got != "running" {
 		t.Errorf("after a use it is %s", got)
 	}
@@ -96,7 +96,7 @@ func TestDrain(t *testing.T) {
 	// Once the host takes sandboxes again, the server pauses no more.
 	drain(false)
 	h.unused(used, time.Hour)
-	settle()
+	reconciled()
 	if got := p.state(used); got != "running" {
 		t.Errorf("after the host takes sandboxes again it is %s", got)
 	}

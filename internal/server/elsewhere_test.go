@@ -33,16 +33,16 @@ type stage struct {
 	*plane
 	admin, adminID string // A session, and its user.
 	sandbox        string // One with a code interpreter.
-	letters        func() string
+	messages       func() string
 }
 
-// letterTo returns the next letter to an address, and discards letters to others.
-func (s *stage) letterTo(email string) (letter string) {
+// nextMailTo returns the next mail to an address, and discards mails to others.
+func (s *stage) nextMailTo(email string) (message string) {
 	s.Helper()
-	for !strings.HasPrefix(letter, "To: "+email+"\n") {
-		letter = s.letters()
+	for !strings.HasPrefix(message, "To: "+email+"\n") {
+		message = s.messages()
 	}
-	return letter
+	return message
 }
 
 // mailTo creates a mail channel to an unconfirmed address.
@@ -82,7 +82,7 @@ var elsewhere = map[string]func(*stage) deed{
 	},
 	"verifyEmail": func(s *stage) deed {
 		s.call("POST", "/v1/auth/signup", map[string]any{"email": "two@example.com", "password": password}, nobody...).want(202)
-		return deed{body: map[string]any{"token": s.linked(s.letterTo("two@example.com"), "verify"), "password": password}}
+		return deed{body: map[string]any{"token": s.linked(s.nextMailTo("two@example.com"), "verify"), "password": password}}
 	},
 	"logIn": given(map[string]any{"email": "admin@example.com", "password": "correct horse"}),
 	"refresh": func(s *stage) deed {
@@ -97,15 +97,15 @@ var elsewhere = map[string]func(*stage) deed{
 	"resetPassword": func(s *stage) deed {
 		u := s.person("four@example.com")
 		s.call("POST", "/v1/auth/password/forgot", map[string]any{"email": "four@example.com"}, nobody...).want(202)
-		return deed{body: map[string]any{"token": s.linked(s.letterTo("four@example.com"), "reset-password"), "password": password}, actor: id.Format(id.User, u)}
+		return deed{body: map[string]any{"token": s.linked(s.nextMailTo("four@example.com"), "reset-password"), "password": password}, actor: id.Format(id.User, u)}
 	},
 	"confirmChannel": func(s *stage) deed {
 		s.mailTo("six@example.com")
-		return deed{body: map[string]any{"token": s.linked(s.letterTo("six@example.com"), "confirm-channel")}, actor: "anonymous"}
+		return deed{body: map[string]any{"token": s.linked(s.nextMailTo("six@example.com"), "confirm-channel")}, actor: "anonymous"}
 	},
 	"askConfirmation": func(s *stage) deed {
 		channel := s.mailTo("seven@example.com")
-		s.letterTo("seven@example.com")
+		s.nextMailTo("seven@example.com")
 		s.sql("UPDATE channels SET target = 'eight@example.com' WHERE target = 'seven@example.com'") // Pretend that it got none within the hour.
 		return deed{named: []string{channel}}
 	},
@@ -197,7 +197,7 @@ func TestRecordsElsewhere(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
 	p.withGitHub()
-	s := &stage{plane: p, letters: p.mailed(), admin: p.bearerOf("admin@example.com"), sandbox: p.create(map[string]any{})}
+	s := &stage{plane: p, messages: p.mailed(), admin: p.bearerOf("admin@example.com"), sandbox: p.create(map[string]any{})}
 	s.adminID = p.call("GET", "/v1/me", nil, as(s.admin)...).want(200).str("id")
 	p.sql("UPDATE platform_settings SET signup_open = true")
 	p.agent.guest = http.HandlerFunc(gateway)

@@ -572,7 +572,7 @@ func TestHostDiesInMove(t *testing.T) {
 			}
 			p.agent.set(sandbox, map[string]hostagentv1.SandboxState{"paused": paused, "running": running}[want])
 			p.agent.serve(t)
-			p.eventually(c.path+" is settled", func() bool { return p.state(sandbox) == want })
+			p.eventually(c.path+" is final", func() bool { return p.state(sandbox) == want })
 			if !done {
 				p.call("POST", c.path, nil).want(200)
 			}

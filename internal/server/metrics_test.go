@@ -22,8 +22,8 @@ func TestMetricsAreDocumented(t *testing.T) {
 	log := slog.New(slog.DiscardHandler)
 	s := &Server{
 		store: &store.Store{}, hosts: &hosts.Registry{}, sandboxes: sandboxes.New(sandboxes.Config{}), builds: &builds.Service{},
-		channels: &notify.Service{}, reconcile: reconcile.New(reconcile.Config{}), watch: auth.NewWatch(nil, log),
+		channels: &notify.Service{}, reconcile: reconcile.New(reconcile.Config{}), guard: auth.NewAccessGuard(nil, log),
 	}
-	px := proxy.New(proxy.Config{Sandboxes: s.sandboxes, Watch: s.watch, Log: log})
+	px := proxy.New(proxy.Config{Sandboxes: s.sandboxes, Guard: s.guard, Log: log})
 	metrictest.Documented(t, "../..", "server", newObservers(budget.New(1), append(s.parts(), px)...).registry)
 }

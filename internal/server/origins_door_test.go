@@ -181,13 +181,13 @@ func TestConfirmInBrowser(t *testing.T) {
 	t.Parallel()
 	needBrowser(t)
 	p := newPlane(t)
-	letters := p.mailed()
+	messages := p.mailed()
 	d := p.openDoor("http", "localhost", "localhost")
 	asAda := as(p.bearer(p.person("ada@example.com")))
 	p.call("POST", "/v1/teams", map[string]any{"name": "one"}, asAda...).want(201)
 	body := map[string]any{"name": "c", "kind": "email", "address": "ops@example.com", "events": []string{"sandbox.lost"}}
 	made := p.call("POST", "/v1/channels", body, asAda...).want(201)
-	link := regexp.MustCompile(`http\S*/confirm-channel#token=\S+`).FindString(letters())
+	link := regexp.MustCompile(`http\S*/confirm-channel#token=\S+`).FindString(messages())
 	d.browse("confirm", "confirm.spec.js", "WRENN_LINK="+link)
 	if got := p.call("GET", "/v1/channels/"+made.str("id"), nil, asAda...).want(200).object(); got["confirmed"] != true {
 		t.Errorf("confirmed: %v", got)

@@ -114,7 +114,7 @@ func (p *plane) login(email, password string) (access, refresh string) {
 func TestPeople(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
-	letters := p.mailed()
+	messages := p.mailed()
 	signUp := map[string]any{"email": "ada@example.com", "password": password}
 	if m := p.call("GET", "/v1/auth/methods", nil, nobody...).want(200).object(); m["signup_open"] != false || m["github"] != false {
 		t.Errorf("methods: %v", m)
@@ -126,15 +126,15 @@ func TestPeople(t *testing.T) {
 
 	// A browser gets its tokens in cookies that no script can read.
 	p.call("POST", "/v1/auth/signup", signUp, append(nobody, "Origin", "http://localhost:8000")...).want(202)
-	stale := p.linked(letters(), "verify")
+	stale := p.linked(messages(), "verify")
 	p.call("POST", "/v1/auth/login", signUp, nobody...).fails(403, "permission_denied")
-	p.linked(letters(), "verify") // A login sends another link.
+	p.linked(messages(), "verify") // A login sends another link.
 	p.call("POST", "/v1/auth/login", map[string]any{"email": "ada@example.com", "password": "wrong"}, nobody...).fails(401, "unauthenticated")
 	// An unconfirmed account belongs to whoever signs up last.
 	p.call("POST", "/v1/auth/signup", map[string]any{"email": "Ada@example.com", "password": "a stranger's"}, nobody...).want(202)
-	strange := p.linked(letters(), "verify")
+	strange := p.linked(messages(), "verify")
 	p.call("POST", "/v1/auth/signup", signUp, nobody...).want(202)
-	link := p.linked(letters(), "verify")
+	link := p.linked(messages(), "verify")
 	for _, c := range []struct{ token, password string }{{stale, password}, {strange, "a stranger's"}, {link, "a stranger's"}, {link + "x", password}, {"", password}} {
 		p.call("POST", "/v1/auth/verify", map[string]any{"token": c.token, "password": c.password}, nobody...).fails(401, "unauthenticated")
 	}
@@ -159,10 +159,10 @@ func TestPeople(t *testing.T) {
 	if me["email"] != "ada@example.com" || me["admin"] != false || me["has_password"] != true || len(me["teams"].([]any)) != 1 {
 		t.Errorf("me: %v", me)
 	}
-	// Only a letter to the address tells whether it has an account.
+	// Only a mail to the address tells whether it has an account.
 	p.call("POST", "/v1/auth/signup", map[string]any{"email": "ADA@example.com", "password": "a stranger's"}, nobody...).want(202)
-	if letter := letters(); strings.Contains(letter, "token=") || !strings.Contains(letter, "has an account") {
-		t.Errorf("letter to somebody who has an account:\n%s", letter)
+	if message := messages(); strings.Contains(message, "token=") || !strings.Contains(message, "has an account") {
+		t.Errorf("mail to somebody who has an account:\n%s", message)
 	}
 
 	// A page of another site cannot use the cookies.
@@ -620,7 +620,7 @@ func TestFirstSignUp(t *testing.T) {
 }
 
 // mailed restarts the server with a mail server, and returns a function that returns its
-// next letter.
+// next mail.
 func (p *plane) mailed() func() string {
 	p.Helper()
 	post := mailtest.Start(p.TB, mailtest.Options{})
@@ -629,17 +629,17 @@ func (p *plane) mailed() func() string {
 	p.start()
 	return func() string {
 		p.Helper()
-		l := await.Recv(p, "a letter", post.Letters)
+		l := await.Recv(p, "a mail", post.Messages)
 		return "To: " + l.To + "\nSubject: " + l.Subject + "\n\n" + l.Text
 	}
 }
 
-// linked returns the token of the link in a letter.
-func (p *plane) linked(letter, page string) string {
+// linked returns the token of the link in a mail.
+func (p *plane) linked(message, page string) string {
 	p.Helper()
-	link := regexp.MustCompile(`http://localhost:8000/` + page + `#token=(wr[pvc]_[\w-]+)`).FindStringSubmatch(letter)
+	link := regexp.MustCompile(`http://localhost:8000/` + page + `#token=(wr[pvc]_[\w-]+)`).FindStringSubmatch(message)
 	if link == nil {
-		p.Fatalf("no link in:\n%s", letter)
+		p.Fatalf("no link in:\n%s", message)
 	}
 	return link[1]
 }
@@ -649,7 +649,7 @@ func (p *plane) linked(letter, page string) string {
 func TestForgottenOthers(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
-	letters := p.mailed()
+	messages := p.mailed()
 	hangs := p.person("hangs@example.com")
 	p.person("ada@example.com")
 	tx, err := p.db().Begin(t.Context())
@@ -663,23 +663,23 @@ func TestForgottenOthers(t *testing.T) {
 	for _, email := range []string{"hangs@example.com", "ada@example.com"} {
 		p.call("POST", "/v1/auth/password/forgot", map[string]any{"email": email}, nobody...).want(202)
 	}
-	if letter := letters(); !strings.Contains(letter, "To: ada@example.com\n") {
-		t.Errorf("letter:\n%s", letter)
+	if message := messages(); !strings.Contains(message, "To: ada@example.com\n") {
+		t.Errorf("mail:\n%s", message)
 	}
 }
 
 func TestForgotPassword(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
-	letters := p.mailed()
+	messages := p.mailed()
 	session := p.bearerOf("admin@example.com")
 	p.call("POST", "/v1/auth/password/forgot", map[string]any{"email": "stranger@example.com"}, nobody...).want(202)
 	p.call("POST", "/v1/auth/password/forgot", map[string]any{"email": "ADMIN@example.com"}, nobody...).want(202)
-	letter := letters()
-	if !strings.Contains(letter, "To: admin@example.com\n") {
-		t.Errorf("letter:\n%s", letter)
+	message := messages()
+	if !strings.Contains(message, "To: admin@example.com\n") {
+		t.Errorf("mail:\n%s", message)
 	}
-	link := p.linked(letter, "reset-password")
+	link := p.linked(message, "reset-password")
 	p.call("POST", "/v1/auth/password/reset", map[string]any{"token": link + "x", "password": password}, nobody...).fails(401, "unauthenticated")
 	p.call("POST", "/v1/auth/password/reset", map[string]any{"token": link, "password": password}, nobody...).want(204)
 	p.call("GET", "/v1/me", nil, as(session)...).fails(401, "unauthenticated")
@@ -688,7 +688,7 @@ func TestForgotPassword(t *testing.T) {
 	p.call("POST", "/v1/auth/password/reset", map[string]any{"token": link, "password": password}, nobody...).fails(401, "unauthenticated")
 	// A link that nobody opens in time.
 	p.call("POST", "/v1/auth/password/forgot", map[string]any{"email": "admin@example.com"}, nobody...).want(202)
-	late := p.linked(letters(), "reset-password")
+	late := p.linked(messages(), "reset-password")
 	p.sql("UPDATE mail_tokens SET expires_at = expires_at - interval '1 hour'")
 	p.call("POST", "/v1/auth/password/reset", map[string]any{"token": late, "password": password + "!"}, nobody...).fails(401, "unauthenticated")
 	p.login("admin@example.com", password)

@@ -367,12 +367,12 @@ func TestChannels(t *testing.T) {
 	p.call("GET", "/v1/channels/x", nil).fails(400, "invalid_argument")
 }
 
-// TestConfirmChannel confirms a channel like its recipient, on the page that the letter
+// TestConfirmChannel confirms a channel like its recipient, on the page that the mail
 // links to.
 func TestConfirmChannel(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
-	letters := p.mailed()
+	messages := p.mailed()
 	asAda := as(p.bearer(p.person("ada@example.com")))
 	p.call("POST", "/v1/teams", map[string]any{"name": "one"}, asAda...).want(201)
 	body := map[string]any{"name": "c", "kind": "email", "address": "ops@example.com", "events": []string{"sandbox.lost"}}
@@ -380,7 +380,7 @@ func TestConfirmChannel(t *testing.T) {
 	if made.object()["confirmed"] != false {
 		t.Errorf("created: %v", made.object())
 	}
-	token := p.linked(letters(), "confirm-channel")
+	token := p.linked(messages(), "confirm-channel")
 	base := "/v1/channels/" + made.str("id")
 	p.call("POST", base+"/test", nil, asAda...).fails(409, "conflict")
 	p.call("POST", base+"/confirmation", nil, asAda...).fails(429, "rate_limited")

@@ -159,7 +159,7 @@ type Server struct {
 	bus       *events.Bus
 	keys      *auth.Keys
 	sessions  *auth.Sessions
-	watch     *auth.Watch
+	guard     *auth.AccessGuard
 	users     *users.Service
 	teams     *teams.Service
 	mail      *mail.Sender
@@ -260,8 +260,8 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	s.bus = events.New(s.redis, s.store.Server, s.log)
 	s.hosts, err = hosts.Open(hosts.Config{
 		Store: s.store, Tokens: tokens, Authority: authority, Heartbeat: c.Heartbeat, Log: s.log,
-		Policy: scheduler.Policy{MemoryFactor: c.OvercommitMemory, VCPUFactor: c.OvercommitVCPUs, OverheadMiB: sandboxOverheadMiB},
-		Tell:   s.bus.Changed,
+		Policy:   scheduler.Policy{MemoryFactor: c.OvercommitMemory, VCPUFactor: c.OvercommitVCPUs, OverheadMiB: sandboxOverheadMiB},
+		Announce: s.bus.Changed,
 	})
 	if err != nil {
 		return nil, err
@@ -292,13 +292,13 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	s.work = work.New(s.log)
 	catalog := templates.NewCatalog(s.store, s.hosts, s.log)
 	history := metrics.New(s.redis, s.store.ListHostSandboxIDs, s.log)
-	s.sandboxes = sandboxes.New(sandboxes.Config{Store: s.store, Hosts: s.hosts, Templates: catalog, Tokens: tokens, Work: s.work, Tell: s.bus.Changed, Ended: history.Forget, Log: s.log})
+	s.sandboxes = sandboxes.New(sandboxes.Config{Store: s.store, Hosts: s.hosts, Templates: catalog, Tokens: tokens, Work: s.work, Announce: s.bus.Changed, Ended: history.Forget, Log: s.log})
 	uploads, err := spool.New(cmp.Or(c.SpoolDir, os.TempDir()), cmp.Or(c.SpoolMiB, spool.DefaultMiB))
 	if err != nil {
 		return nil, err
 	}
 	tpl := templates.New(catalog, templates.Config{Store: s.store, Hosts: s.hosts, Sandboxes: s.sandboxes, Spool: uploads, Work: s.work, Log: s.log})
-	s.reconcile = reconcile.New(reconcile.Config{Store: s.store, Hosts: s.hosts, Sandboxes: s.sandboxes, Templates: tpl, DrainIdle: c.DrainIdle, Watching: history.Watch, Log: s.log})
+	s.reconcile = reconcile.New(reconcile.Config{Store: s.store, Hosts: s.hosts, Sandboxes: s.sandboxes, Templates: tpl, DrainIdle: c.DrainIdle, Watching: history.Collect, Log: s.log})
 	finishing, finish := context.WithCancel(context.Background())
 	s.finish = finish
 	s.linger = sync.OnceFunc(func() { s.lingering.Go(func() { s.reconcile.Linger(finishing) }) })
@@ -313,7 +313,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 		return nil, err
 	}
 	s.sessions = auth.NewSessions(s.store, secret, s.log)
-	s.watch = auth.NewWatch(s.store, s.log)
+	s.guard = auth.NewAccessGuard(s.store, s.log)
 	// All servers of an installation derive the same token.
 	first := "wrf_" + hex.EncodeToString(auth.Derive(secret, "first sign-up"))[:40]
 	s.users = users.New(users.Config{FirstToken: first, Store: s.store, Sessions: s.sessions, Limiter: limiter, Mail: s.mail, PublicURL: c.PublicURL, PasswordCost: c.PasswordCost, Log: s.log})
@@ -339,7 +339,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	crowd := budget.NewCrowd(cmp.Or(c.RequestsAtOnce, defaultAtOnce))
 	api, err := rest.New(rest.Config{
 		Sandboxes: s.sandboxes, Templates: tpl, Builds: s.builds, Usage: s.usage, Audit: s.audit, History: history, Channels: s.channels, Keys: s.keys, Tokens: tokens,
-		Sessions: s.sessions, Watch: s.watch, Users: s.users, Teams: s.teams, Platform: platform.New(s.store), Hosts: s.hosts,
+		Sessions: s.sessions, Guard: s.guard, Users: s.users, Teams: s.teams, Platform: platform.New(s.store), Hosts: s.hosts,
 		GitHub: hub, GitHubKey: auth.Derive(secret, "github"), Limiter: limiter, Rates: c.Rates, TrustedProxies: c.TrustedProxies,
 		PublicURL: c.PublicURL, Domain: c.SandboxDomain, Insecure: c.Insecure, Log: s.log,
 		Memory: memory, Crowd: crowd, Checks: checks,
@@ -348,7 +348,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	px := proxy.New(proxy.Config{Domain: c.SandboxDomain, ServiceDomain: c.Domain, Sandboxes: s.sandboxes, Hosts: s.hosts, Keys: s.keys, Watch: s.watch, Tokens: tokens, Memory: memory, Crowd: crowd, Fail: api.Fail, Log: s.log})
+	px := proxy.New(proxy.Config{Domain: c.SandboxDomain, ServiceDomain: c.Domain, Sandboxes: s.sandboxes, Hosts: s.hosts, Keys: s.keys, Guard: s.guard, Tokens: tokens, Memory: memory, Crowd: crowd, Fail: api.Fail, Log: s.log})
 	watched.registry.MustRegister(px.Collectors()...)
 	// If the database is down, the metrics that need it must not hide the others.
 	metrics := http.NewServeMux()
@@ -382,13 +382,13 @@ type listener struct {
 	server *Server
 }
 
-// Heard makes the reconciler reload the hosts if one of them changed.
-func (l listener) Heard(changed uuid.UUID) {
+// ChangedElsewhere makes the reconciler reload the hosts if one of them changed.
+func (l listener) ChangedElsewhere(changed uuid.UUID) {
 	if l.server.hosts.Knows(changed) {
 		l.server.reconcile.Look()
 		return
 	}
-	l.Service.Heard(changed)
+	l.Service.ChangedElsewhere(changed)
 }
 
 // checkRedis warns if Redis can use all memory of its machine, or refuses writes when it
@@ -424,7 +424,7 @@ func (s *Server) Run(ctx context.Context) error {
 	wg.Go(func() { s.audit.Run(ctx) })
 	wg.Go(func() { s.channels.Run(ctx) })
 	wg.Go(func() { s.sessions.Run(ctx) })
-	wg.Go(func() { s.watch.Run(ctx) })
+	wg.Go(func() { s.guard.Run(ctx) })
 	wg.Go(func() { s.users.Run(ctx) })
 	wg.Go(func() { s.teams.Run(ctx) })
 	wg.Go(func() { s.mail.Run(ctx) })

@@ -160,9 +160,9 @@ func (s *sending) sent() bool {
 	}
 }
 
-// settle waits until it is known whether the header was written. The connection must be
+// awaitHeader waits until it is known whether the header was written. The connection must be
 // closed.
-func (s *sending) settle() {
+func (s *sending) awaitHeader() {
 	if s == nil {
 		return
 	}

@@ -134,7 +134,7 @@ const (
 // kill closes the connection and reports whether nothing of the request was sent.
 func (c *conn) kill(s *sending) bool {
 	c.close()
-	s.settle()
+	s.awaitHeader()
 	return c.state.CompareAndSwap(unsent, dead)
 }
 

@@ -48,7 +48,7 @@ type Server struct {
 const (
 	// maxPlain is the maximum size of a plain request's header.
 	maxPlain = 4 << 10
-	// lookAfter is how long a request runs before the server begins to watch whether
+	// lookAfter is how long a request runs before the server begins to look whether
 	// its client leaves.
 	lookAfter = 250 * time.Millisecond
 	// freshWait is how long a connection may still send its first request after the
@@ -533,9 +533,9 @@ func (c *served) answer(ctx context.Context, r *http.Request) bool {
 	c.bw = writers.Get().(*bufio.Writer)
 	c.bw.Reset(out{c})
 	c.sendOwn = false
-	c.watch(cancel)
+	c.lookLater(cancel)
 	defer func() {
-		c.unwatch()
+		c.stopLooking()
 		c.bw.Reset(nil)
 		writers.Put(c.bw)
 		c.bw = nil
@@ -552,8 +552,8 @@ func (c *served) logf(format string, args ...any) {
 	log.Printf(format, args...)
 }
 
-// watch arranges that cancel is called if the client leaves before unwatch is called.
-func (c *served) watch(cancel context.CancelFunc) {
+// lookLater arranges that cancel is called if the client leaves before stopLooking is called.
+func (c *served) lookLater(cancel context.CancelFunc) {
 	c.mu.Lock()
 	c.cancel = cancel
 	c.mu.Unlock()
@@ -564,8 +564,8 @@ func (c *served) watch(cancel context.CancelFunc) {
 	c.looks.Reset(lookAfter)
 }
 
-// unwatch undoes watch, and waits until look returns.
-func (c *served) unwatch() {
+// stopLooking undoes lookLater, and waits until look returns.
+func (c *served) stopLooking() {
 	c.looks.Stop()
 	c.mu.Lock()
 	c.cancel = nil
@@ -602,7 +602,7 @@ func (c *served) look() {
 	ended := make(chan struct{})
 	defer close(ended)
 	c.looking = ended
-	_ = c.Conn.SetReadDeadline(time.Time{}) // before unwatch sets its own
+	_ = c.Conn.SetReadDeadline(time.Time{}) // before stopLooking sets its own
 	c.mu.Unlock()
 	gone := true
 	err := c.raw.Read(func(fd uintptr) bool {

@@ -18,8 +18,8 @@ import (
 
 const (
 	idleMemory = 512
-	// settling is how long guests are left alone before they are measured.
-	settling = 10 * time.Second
+	// idleTime is how long guests are left alone before they are measured.
+	idleTime = 10 * time.Second
 )
 
 // TestIdle measures the memory of many idle sandboxes. WRENN_TEST_IDLE is their number
@@ -55,7 +55,7 @@ func TestIdle(t *testing.T) {
 	if t.Failed() {
 		t.FailNow()
 	}
-	time.Sleep(settling)
+	time.Sleep(idleTime)
 	fell := free - meminfo(t, "MemAvailable")
 	var pss, own, base, rest []int64
 	for _, s := range sandboxes {

@@ -144,7 +144,7 @@ func (h *host) measure(t *testing.T, sandbox string, memoryMiB int, s share) row
 		begin := time.Now()
 		h.pause(t, sandbox)
 		r.pause = append(r.pause, time.Since(begin))
-		h.settles(t, sandbox)
+		h.awaitPauseFinished(t, sandbox)
 		var written, kept int64
 		for inode, bytes := range h.saved(t, sandbox) {
 			if _, ok := before[inode]; !ok {
@@ -184,8 +184,8 @@ func (h *host) pause(t *testing.T, sandbox string) {
 	}
 }
 
-// settles waits until a paused sandbox's machine and its previous saved state are gone.
-func (h *host) settles(t *testing.T, sandbox string) {
+// awaitPauseFinished waits until a paused sandbox's machine and its previous saved state are gone.
+func (h *host) awaitPauseFinished(t *testing.T, sandbox string) {
 	t.Helper()
 	for deadline := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
 		states, err := filepath.Glob(filepath.Join(h.folder(t, sandbox), "state-*"))

@@ -1,4 +1,4 @@
-// What the link in the letter that asks for a channel's confirmation opens.
+// What the link in the mail that asks for a channel's confirmation opens.
 import {expect, test} from './page.js'
 
 const {WRENN_LINK: link} = process.env

@@ -1,4 +1,4 @@
-// What the link in the letter to who forgot their password opens. WRENN_PASSWORD
+// What the link in the mail to a user who forgot their password opens. WRENN_PASSWORD
 // is the one to set.
 import {expect, test} from './page.js'
 
@@ -7,15 +7,15 @@ const {WRENN_LINK: link, WRENN_PASSWORD: password} = process.env
 test('a link sets a new password', async ({page}) => {
 	await page.goto(link)
 	await page.getByLabel('New password').fill(password)
-	await page.getByLabel('The same again').fill('not ' + password)
+	await page.getByLabel('Repeat the password').fill('not ' + password)
 	await page.getByRole('button').click()
 	await expect(page.getByRole('alert')).toContainText('not the same')
 	await page.getByLabel('New password').fill('short')
-	await page.getByLabel('The same again').fill('short')
+	await page.getByLabel('Repeat the password').fill('short')
 	await page.getByRole('button').click()
 	await expect(page.getByRole('alert')).toContainText('password')
 	await page.getByLabel('New password').fill(password)
-	await page.getByLabel('The same again').fill(password)
+	await page.getByLabel('Repeat the password').fill(password)
 	await page.getByRole('button').click()
 	await expect(page.getByRole('status')).toContainText('The new password is set')
 })
@@ -23,7 +23,7 @@ test('a link sets a new password', async ({page}) => {
 test('an incomplete link is refused, and so is one by a page around it', async ({page, baseURL}) => {
 	await page.goto('/reset-password')
 	await page.getByLabel('New password').fill(password)
-	await page.getByLabel('The same again').fill(password)
+	await page.getByLabel('Repeat the password').fill(password)
 	await page.getByRole('button').click()
 	await expect(page.getByRole('alert')).toContainText('incomplete')
 	const headers = (await page.request.get('/verify')).headers()

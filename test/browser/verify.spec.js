@@ -1,4 +1,4 @@
-// What the link in the letter of a sign-up opens. WRENN_PASSWORD is the account's.
+// What the link in the mail of a sign-up opens. WRENN_PASSWORD is the account's.
 import {expect, test} from './page.js'
 
 const {WRENN_LINK: link, WRENN_PASSWORD: password} = process.env

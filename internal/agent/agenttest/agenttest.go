@@ -38,9 +38,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qemu"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
 	"github.com/wrenn-dev/wrenn/internal/await"
-	"github.com/wrenn-dev/wrenn/internal/drain"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
+	"github.com/wrenn-dev/wrenn/internal/graceful"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
@@ -156,7 +156,7 @@ func runAgent() error {
 	defer cancel()
 	ran := make(chan error, 1)
 	go func() { ran <- a.Run(ctx); cancel() }()
-	err = drain.Serve(ctx, srv, plain, nil, 10*time.Second)
+	err = graceful.Serve(ctx, srv, plain, nil, 10*time.Second)
 	cancel()
 	return errors.Join(err, <-ran, a.Close())
 }

@@ -78,7 +78,7 @@ func New(addr netip.Addr, token string) *Client {
 		base: "http://" + target, transport: t,
 	}
 	c.http = &http.Client{
-		Transport:     requestid.Transport{Next: tracing.GuestTransport{Next: watched{t, c.Suspect}}},
+		Transport:     requestid.Transport{Next: tracing.GuestTransport{Next: suspicious{t, c.Suspect}}},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	c.token.Store(&token)
@@ -94,8 +94,8 @@ func (a authorized) Do(r *http.Request) (*http.Response, error) {
 	return a.c.http.Do(r)
 }
 
-// watched calls suspect for each request that fails or gets no response within slow.
-type watched struct {
+// suspicious calls suspect for each request that fails or gets no response within slow.
+type suspicious struct {
 	next    http.RoundTripper
 	suspect func()
 }
@@ -104,7 +104,7 @@ type watched struct {
 // hint, because some commands send no response until they end.
 const slow = 5 * time.Second
 
-func (w watched) RoundTrip(r *http.Request) (*http.Response, error) {
+func (w suspicious) RoundTrip(r *http.Request) (*http.Response, error) {
 	defer time.AfterFunc(slow, w.suspect).Stop()
 	resp, err := w.next.RoundTrip(r)
 	if err != nil {

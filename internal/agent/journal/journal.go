@@ -420,8 +420,8 @@ func (j *Journal) Follow(ctx context.Context, f func(Event) error) error {
 	}
 }
 
-// Drained waits until every event is acknowledged, ctx is done or the journal is closed.
-func (j *Journal) Drained(ctx context.Context) {
+// WaitAcknowledged waits until every event is acknowledged, ctx is done or the journal is closed.
+func (j *Journal) WaitAcknowledged(ctx context.Context) {
 	for {
 		j.mu.Lock()
 		changed, done := j.changed, j.closed || len(j.pending) == 0

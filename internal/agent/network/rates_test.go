@@ -73,7 +73,7 @@ func TestRates(t *testing.T) {
 					begin, before := time.Now(), way.count()
 					must(t, way.flood())
 					least := uint64(c.most(r, 0) / 4) // the test's guest drops some
-					got := settled(t, func() uint64 { return way.count() - before }, least)
+					got := stable(t, func() uint64 { return way.count() - before }, least)
 					took := time.Since(begin)
 					// Add a tenth for headers, ARP and other packets of the test's
 					// machine.
@@ -98,8 +98,8 @@ func TestRates(t *testing.T) {
 	}
 }
 
-// settled waits until a count has reached least and stopped growing, and returns it.
-func settled(t *testing.T, count func() uint64, least uint64) (n uint64) {
+// stable waits until a count has reached least and stopped growing, and returns it.
+func stable(t *testing.T, count func() uint64, least uint64) (n uint64) {
 	t.Helper()
 	await.Until(t, "the flood to pass", func() bool {
 		before := n

@@ -334,7 +334,7 @@ func TestWebSocketAndItsEnd(t *testing.T) {
 	if _, _, err := c.Read(ctx); err == nil || ctx.Err() != nil {
 		t.Errorf("the connection outlived its sandbox: %v", err)
 	}
-	if err := o.tracker.Drain(await.Context(t)); err != nil {
+	if err := o.tracker.ShutAndWait(await.Context(t)); err != nil {
 		t.Error("the connection is still counted")
 	}
 }

@@ -103,7 +103,7 @@ func digest(parts ...string) string {
 // makeCapture boots a template, warms up its guest daemon, starts the template's own
 // command, and captures the machine before it runs anything of a sandbox.
 func (m *Manager) makeCapture(t image.Template, vcpus, memoryMiB int, nested bool, inputs, name string) (*image.Capture, error) {
-	release, err := m.room.Hold(int64(memoryMiB) << 20)
+	release, err := m.room.Reserve(int64(memoryMiB) << 20)
 	if err != nil {
 		return nil, Full(err)
 	}
@@ -205,7 +205,7 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 			}
 		}
 		// Let the guest become idle, because every restored machine continues its work.
-		t := time.NewTimer(b.m.Settle)
+		t := time.NewTimer(b.m.CaptureDelay)
 		defer t.Stop()
 		select {
 		case <-t.C:

@@ -88,7 +88,7 @@ func (b *box) snapshotDisk(ctx context.Context, template uuid.UUID, name string,
 	if err != nil {
 		return image.Template{}, err
 	}
-	release, err := b.holdCapture(flat)
+	release, err := b.reserveForCapture(flat)
 	if err != nil {
 		return image.Template{}, err
 	}

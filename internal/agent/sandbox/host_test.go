@@ -70,7 +70,7 @@ func (w *world) open(dir layout.Dir) *host {
 	m, err := Open(context.Background(), Config{
 		DefaultVCPUs: min(1, w.usual), DefaultMemoryMiB: w.usual,
 		Dir: dir, Driver: w, Networks: w, Journal: j, Problems: problems, Rates: w.rates, TemplateRates: w.special, NestedTeams: w.nested, Kernel: "k", Initrd: "i", Modules: w.modules, KernelInputs: w.modules, MemoryMiB: 4096, Boots: 3,
-		BootTimeout: cmp.Or(w.boots, await.Hang), Settle: time.Nanosecond, Log: log, Warm: w.warm, WarmMemoryMiB: 1024,
+		BootTimeout: cmp.Or(w.boots, await.Hang), CaptureDelay: time.Nanosecond, Log: log, Warm: w.warm, WarmMemoryMiB: 1024,
 		Template: func(team, template uuid.UUID) (image.Template, error) {
 			t, err := image.Find(dir, team, template)
 			if template != uuid.Nil && err != nil {

@@ -341,7 +341,7 @@ func (b *box) connect(token string) {
 		b.silent = nil
 	})
 	life, g := b.life, b.guest
-	b.m.wg.Go(func() { b.watchGuest(life, g) })
+	b.m.wg.Go(func() { b.probeGuest(life, g) })
 }
 
 // lastWords returns the end of the guest's console, for an error.

@@ -49,8 +49,8 @@ type Config struct {
 	Boots int
 	// BootTimeout bounds one boot, without the time in the queue (0: two minutes).
 	BootTimeout time.Duration
-	// Settle is the time between a guest's boot and its capture (0: a second).
-	Settle time.Duration
+	// CaptureDelay is the time between a guest's boot and its capture (0: a second).
+	CaptureDelay time.Duration
 	// DefaultVCPUs and DefaultMemoryMiB are the size for which the manager captures the
 	// built-in template when it opens (0: it does not).
 	DefaultVCPUs, DefaultMemoryMiB int
@@ -92,8 +92,8 @@ func (t *Team) UnmarshalText(text []byte) error {
 }
 
 const (
-	defaultBootTimeout = 2 * time.Minute
-	defaultSettle      = time.Second
+	defaultBootTimeout  = 2 * time.Minute
+	defaultCaptureDelay = time.Second
 
 	// overheadMiB is reserved for each sandbox besides its memory.
 	overheadMiB = 64
@@ -153,8 +153,8 @@ func Open(ctx context.Context, c Config, r *Recovery) (*Manager, error) {
 	if c.BootTimeout == 0 {
 		c.BootTimeout = defaultBootTimeout
 	}
-	if c.Settle == 0 {
-		c.Settle = defaultSettle
+	if c.CaptureDelay == 0 {
+		c.CaptureDelay = defaultCaptureDelay
 	}
 	if c.WarmMemoryMiB == 0 {
 		c.WarmMemoryMiB = c.MemoryMiB / 8
@@ -573,13 +573,13 @@ func (b *box) shutDown(ctx context.Context, reason string) error {
 	if b.info().State == Starting {
 		return b.destroy(ctx, journal.Exited, reason)
 	}
-	var unsettled error // the sandbox is paused, but settle failed
+	var unfinished error // the sandbox is paused, but finishPause failed
 	err := b.order(ctx, func(ctx context.Context) error {
 		if err := b.pause(ctx, pausedEvent(reason)); err != nil {
 			return err
 		}
-		if !b.settled() {
-			unsettled = b.settle(ctx)
+		if !b.pauseFinished() {
+			unfinished = b.finishPause(ctx)
 		}
 		return nil
 	})
@@ -592,13 +592,13 @@ func (b *box) shutDown(ctx context.Context, reason string) error {
 				b.tracker.Reopen()
 				return err
 			}
-			unsettled = b.settle(ctx)
+			unfinished = b.finishPause(ctx)
 			return nil
 		})
 	}
 	switch {
 	case err == nil:
-		return unsettled
+		return unfinished
 	case errors.As(err, &state) && state.State == Stopping:
 		return b.destroy(ctx, "", reason) // its cleanup may wait for a retry
 	case errors.As(err, &state) && state.State == Resuming:

@@ -88,10 +88,10 @@ func (b *box) pause(ctx context.Context, why *ending) error {
 	begin := time.Now()
 	ctx, end := b.operation(ctx, "pause")
 	b.set(func() { b.rec.State = Pausing })
-	err := b.step(ctx, "drain", func(ctx context.Context) error {
-		drain, cancel := context.WithTimeout(ctx, inFlightTimeout)
+	err := b.step(ctx, "idle", func(ctx context.Context) error {
+		wait, cancel := context.WithTimeout(ctx, inFlightTimeout)
 		defer cancel()
-		if b.tracker.Drain(drain) != nil && ctx.Err() != nil {
+		if b.tracker.ShutAndWait(wait) != nil && ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
 		return nil // the pause cuts off what is still in flight
@@ -237,9 +237,9 @@ func (b *box) letGoOn(ctx context.Context) {
 	b.log.Error("cannot continue a sandbox", "error", err)
 }
 
-// settle removes what a paused sandbox no longer needs: its machine, its network, earlier
-// saved states and its reserved memory. The caller must call it again until it succeeds.
-func (b *box) settle(ctx context.Context) error {
+// finishPause removes what a paused sandbox no longer needs: its machine, its network,
+// earlier saved states and its reserved memory. The caller must retry it until it succeeds.
+func (b *box) finishPause(ctx context.Context) error {
 	defer b.m.left(b)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanTimeout)
 	defer cancel()
@@ -271,8 +271,8 @@ func (b *box) settle(ctx context.Context) error {
 	return nil
 }
 
-// settled reports whether settle has nothing to do.
-func (b *box) settled() bool {
+// pauseFinished reports whether finishPause has nothing to do.
+func (b *box) pauseFinished() bool {
 	return !b.maybeVM && b.vm == nil && b.slot == nil && b.base == nil && b.rec.Untold == nil && b.rec.Saved != nil
 }
 
@@ -280,9 +280,9 @@ func (b *box) settled() bool {
 // sandbox ended or the agent stops.
 func (b *box) servePaused() (end bool) {
 	var again <-chan time.Time
-	if !b.settled() {
+	if !b.pauseFinished() {
 		begin := time.Now()
-		err := b.settle(context.Background())
+		err := b.finishPause(context.Background())
 		b.m.Observe("vacate", "", time.Since(begin), err)
 		if err != nil {
 			b.log.Error("cannot remove the machine of a paused sandbox", "error", err)
@@ -344,8 +344,8 @@ func (b *box) goOn(ctx context.Context) (err error) {
 		b.m.unreserve(b)
 		b.set(func() { b.rec = paused })
 	}()
-	if !b.settled() {
-		if err := b.settle(ctx); err != nil {
+	if !b.pauseFinished() {
+		if err := b.finishPause(ctx); err != nil {
 			return err
 		}
 	}

@@ -497,11 +497,11 @@ type unreadRecord struct {
 func (m *Manager) look(home uuid.UUID, end bool) found {
 	ctx, cancel := context.WithTimeout(context.Background(), takeTimeout)
 	defer cancel()
-	var watch sync.WaitGroup
-	defer watch.Wait()
+	var ending sync.WaitGroup
+	defer ending.Wait()
 	looked := make(chan struct{})
 	defer close(looked)
-	watch.Go(func() {
+	ending.Go(func() {
 		select {
 		case <-m.closing:
 			cancel()

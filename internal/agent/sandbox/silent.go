@@ -25,9 +25,9 @@ type probing struct {
 
 var defaultProbing = probing{every: time.Minute, timeout: 10 * time.Second, first: time.Second, last: 15 * time.Second, after: 10 * time.Second}
 
-// watchGuest probes the sandbox's guest until life ends: regularly, and when a request
+// probeGuest probes the sandbox's guest until life ends: regularly, and when a request
 // failed. Probes do not count as uses.
-func (b *box) watchGuest(life context.Context, g *guest.Client) {
+func (b *box) probeGuest(life context.Context, g *guest.Client) {
 	p := b.m.probing
 	waits := backoff.New(p.first, p.last)
 	var since time.Time

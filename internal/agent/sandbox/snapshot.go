@@ -51,7 +51,7 @@ func (b *box) snapshot(ctx context.Context, template uuid.UUID, name string, def
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return image.Template{}, err
 	}
-	release, err := b.holdCapture(0)
+	release, err := b.reserveForCapture(0)
 	if err != nil {
 		return image.Template{}, err
 	}
@@ -86,10 +86,10 @@ func (b *box) snapshot(ctx context.Context, template uuid.UUID, name string, def
 	return image.Find(dir, spec.Team, template)
 }
 
-// holdCapture holds room on the host's disk for a capture of the sandbox and for more bytes.
+// reserveForCapture reserves room on the host's disk for a capture of the sandbox and for more bytes.
 // A capture of a running sandbox writes its memory and a copy of its overlay. A capture of a
 // paused one only makes links.
-func (b *box) holdCapture(more int64) (release func(), err error) {
+func (b *box) reserveForCapture(more int64) (release func(), err error) {
 	if b.rec.State == Running {
 		size, err := disk.Allocated(b.rec.disk(b.m.Dir, b.rec.Disks-1))
 		if err != nil {
@@ -97,7 +97,7 @@ func (b *box) holdCapture(more int64) (release func(), err error) {
 		}
 		more += size + int64(b.rec.Spec.MemoryMiB)<<20
 	}
-	release, err = b.m.room.Hold(more)
+	release, err = b.m.room.Reserve(more)
 	return release, Full(err)
 }
 
@@ -360,7 +360,7 @@ func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_
 		if b.rec.State != Running {
 			return &StateError{b.rec.State}
 		}
-		release, err := b.holdCapture(0)
+		release, err := b.reserveForCapture(0)
 		if err != nil {
 			return err
 		}

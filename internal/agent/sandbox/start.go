@@ -257,7 +257,7 @@ func (b *box) launch(ctx context.Context, doing string, origin *image.Capture, l
 	if err != nil {
 		return fmt.Errorf("%s the virtual machine: %w", doing, err)
 	}
-	b.hold(vm)
+	b.setVM(vm)
 	return nil
 }
 
@@ -287,8 +287,8 @@ func (b *box) modules(origin *image.Capture) string {
 	return origin.Modules()
 }
 
-// hold sets the sandbox's machine.
-func (b *box) hold(vm vmm.VM) {
+// setVM sets the sandbox's machine.
+func (b *box) setVM(vm vmm.VM) {
 	st := vm.State()
 	b.set(func() { b.vm, b.rec.VM = vm, &st })
 }
@@ -404,16 +404,16 @@ func (b *box) guarded(ctx context.Context, f func(context.Context) error) error 
 	died := errors.New("the virtual machine ended while it started")
 	guarded, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	watched := make(chan struct{})
+	noticed := make(chan struct{})
 	go func() {
-		defer close(watched)
+		defer close(noticed)
 		select {
 		case <-b.vm.Done():
 			cancel(died)
 		case <-guarded.Done():
 		}
 	}()
-	defer func() { cancel(nil); <-watched }()
+	defer func() { cancel(nil); <-noticed }()
 	err := f(guarded)
 	if err == nil {
 		return nil

@@ -7,7 +7,7 @@ import (
 )
 
 // Tracker counts the uses of a sandbox in flight, and records its last use. It can refuse new
-// uses: for good, or while those in flight drain.
+// uses: for good, or until those in flight have ended.
 type Tracker struct {
 	mu   sync.Mutex
 	n    int
@@ -96,9 +96,9 @@ func (t *Tracker) Reopen() {
 	t.shut = false
 }
 
-// Drain refuses new uses, and waits until those in flight have ended or ctx is done. New uses
+// ShutAndWait refuses new uses, and waits until those in flight have ended or ctx is done. New uses
 // stay refused either way.
-func (t *Tracker) Drain(ctx context.Context) error {
+func (t *Tracker) ShutAndWait(ctx context.Context) error {
 	t.mu.Lock()
 	t.shut = true
 	idle := t.idle

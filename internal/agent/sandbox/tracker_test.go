@@ -32,7 +32,7 @@ func TestTrackerClock(t *testing.T) {
 	monotonic("touched")
 }
 
-func TestTrackerDrains(t *testing.T) {
+func TestTrackerWaits(t *testing.T) {
 	tr := NewTracker()
 	leave, ok := tr.Enter()
 	if !ok {
@@ -40,18 +40,18 @@ func TestTrackerDrains(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
-	if err := tr.Drain(ctx); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("drained with one in flight: %v", err)
+	if err := tr.ShutAndWait(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("waited for none, with one in flight: %v", err)
 	}
 	if _, ok := tr.Enter(); ok {
-		t.Error("entered while draining")
+		t.Error("entered a tracker that is shut")
 	}
 	leave()
 	leave()
 	if n := tr.InFlight(); n != 0 {
 		t.Errorf("%d in flight", n)
 	}
-	if err := tr.Drain(t.Context()); err != nil {
+	if err := tr.ShutAndWait(t.Context()); err != nil {
 		t.Error(err)
 	}
 	tr.Reopen()

@@ -42,7 +42,7 @@ type Account struct {
 // a group after a colon, by name or number, is the user's only one.
 func Lookup(name string) (*Account, error) { return known.lookup(name) }
 
-var known = cache{passwd: "/etc/passwd", group: "/etc/group", settled: time.Second}
+var known = cache{passwd: "/etc/passwd", group: "/etc/group", unchangedFor: time.Second}
 
 func lookup(name, passwd, group string) (*Account, error) {
 	user, in, ok := strings.Cut(name, ":")

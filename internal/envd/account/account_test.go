@@ -119,7 +119,7 @@ func TestCache(t *testing.T) {
 		t.Errorf("%d accounts are cached", len(c.kept))
 	}
 	// Tables that have just changed could change again with the same timestamp.
-	c = &cache{passwd: passwd, group: group, settled: time.Hour}
+	c = &cache{passwd: passwd, group: group, unchangedFor: time.Hour}
 	if _, err := c.lookup("root"); err != nil || len(c.kept) != 0 {
 		t.Errorf("%v; cached: %v", err, c.kept)
 	}

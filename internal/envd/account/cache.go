@@ -14,9 +14,9 @@ const maxKept = 64
 // cache caches accounts until one of the two tables changes.
 type cache struct {
 	passwd, group string
-	// settled is how long a table must be unchanged before accounts are cached, because two
-	// changes within one tick of the kernel's clock leave the same time.
-	settled time.Duration
+	// unchangedFor is how long a table must be unchanged before accounts are cached, because
+	// two changes within one tick of the kernel's clock leave the same time.
+	unchangedFor time.Duration
 
 	mu   sync.Mutex
 	of   [2]version // the tables that kept is of
@@ -58,7 +58,7 @@ func (c *cache) lookup(name string) (*Account, error) {
 	now := time.Now()
 	for _, v := range of {
 		// If the clock was set back, the age is negative, and nothing is cached.
-		if age := now.Sub(time.Unix(v.ctime.Unix())); age < c.settled {
+		if age := now.Sub(time.Unix(v.ctime.Unix())); age < c.unchangedFor {
 			return found, nil
 		}
 	}

@@ -15,7 +15,7 @@ import (
 const countRecords = `-- name: CountRecords :many
 SELECT t.id AS team_id, COALESCE(a.n, 0)::bigint AS audit,
     (record_size('audit_records') * COALESCE(a.n, 0) + record_size('sandbox_runs') * COALESCE(r.n, 0) + record_size('template_tags') * COALESCE(g.n, 0))::bigint AS bytes,
-    COALESCE(u.swept_bytes, 0)::bigint AS settled
+    COALESCE(u.swept_bytes, 0)::bigint AS counted
 FROM teams t
 LEFT JOIN (SELECT team_id, count(*) AS n FROM audit_records GROUP BY team_id) a ON a.team_id = t.id
 LEFT JOIN (SELECT team_id, count(*) AS n FROM sandbox_runs GROUP BY team_id) r ON r.team_id = t.id
@@ -28,11 +28,11 @@ type CountRecordsRow struct {
 	TeamID  uuid.UUID
 	Audit   int64
 	Bytes   int64
-	Settled int64
+	Counted int64
 }
 
 // Of each team: its audit records, the bytes of the records that come with changes, and
-// how many of these bytes have been settled.
+// how many of these bytes the last RecountRecords counted.
 func (q *Queries) CountRecords(ctx context.Context) ([]CountRecordsRow, error) {
 	rows, err := q.db.Query(ctx, countRecords)
 	if err != nil {
@@ -46,7 +46,7 @@ func (q *Queries) CountRecords(ctx context.Context) ([]CountRecordsRow, error) {
 			&i.TeamID,
 			&i.Audit,
 			&i.Bytes,
-			&i.Settled,
+			&i.Counted,
 		); err != nil {
 			return nil, err
 		}
@@ -80,7 +80,7 @@ DELETE FROM record_charges WHERE record_charges.id = ANY (ARRAY(
     SELECT c.id FROM record_charges c WHERE NOT EXISTS (SELECT FROM teams WHERE teams.id = c.team_id) ORDER BY c.id FOR UPDATE))
 `
 
-// Those of teams that are gone.
+// Deletes the charges of teams that no longer exist.
 func (q *Queries) ForgetCharges(ctx context.Context) error {
 	_, err := q.db.Exec(ctx, forgetCharges)
 	return err
@@ -286,14 +286,14 @@ SELECT id, 0, 0, 0, 0 FROM teams WHERE id = $1
 ON CONFLICT (team_id) DO UPDATE SET running = u.running
 `
 
-// Held to the end of the transaction, by whoever settles what a team is charged for.
+// Locks a row to the end of the transaction. RecountRecords needs it.
 func (q *Queries) LockTeamUsage(ctx context.Context, teamID uuid.UUID) error {
 	_, err := q.db.Exec(ctx, lockTeamUsage, teamID)
 	return err
 }
 
-const settleRecords = `-- name: SettleRecords :exec
-WITH settled AS (
+const recountRecords = `-- name: RecountRecords :exec
+WITH dropped AS (
     DELETE FROM record_charges WHERE record_charges.id = ANY (ARRAY(
         SELECT c.id FROM record_charges c WHERE c.team_id = $1 ORDER BY c.id FOR UPDATE))
 )
@@ -304,9 +304,9 @@ FROM (SELECT record_size('audit_records') * (SELECT count(*) FROM audit_records 
 WHERE team_usage.team_id = $1
 `
 
-// Counts a team's records anew. One statement sees each record together with its charge,
-// or neither of them. LockTeamUsage comes before.
-func (q *Queries) SettleRecords(ctx context.Context, teamID uuid.UUID) error {
-	_, err := q.db.Exec(ctx, settleRecords, teamID)
+// Counts a team's records again, and drops the charges. One statement sees each record together with its charge,
+// or neither of them. Call LockTeamUsage first.
+func (q *Queries) RecountRecords(ctx context.Context, teamID uuid.UUID) error {
+	_, err := q.db.Exec(ctx, recountRecords, teamID)
 	return err
 }

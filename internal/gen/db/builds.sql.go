@@ -915,6 +915,35 @@ func (q *Queries) LockBuilds(ctx context.Context) error {
 	return err
 }
 
+const measureBuildLogs = `-- name: MeasureBuildLogs :many
+UPDATE builds SET log_bytes = (SELECT COALESCE(sum(pg_column_size(st.log) + 100), 0) FROM build_steps st WHERE st.build_id = builds.id)
+WHERE builds.id = ANY (ARRAY(
+    SELECT b.id FROM builds b WHERE b.log_bytes IS NULL AND b.state NOT IN ('queued', 'running')
+    ORDER BY b.team_id, b.id LIMIT $1 FOR NO KEY UPDATE SKIP LOCKED)) RETURNING team_id
+`
+
+// Measures the logs of finished builds, in the order of their teams, whose usage is
+// locked after them.
+func (q *Queries) MeasureBuildLogs(ctx context.Context, maxRows int32) ([]uuid.UUID, error) {
+	rows, err := q.db.Query(ctx, measureBuildLogs, maxRows)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []uuid.UUID
+	for rows.Next() {
+		var team_id uuid.UUID
+		if err := rows.Scan(&team_id); err != nil {
+			return nil, err
+		}
+		items = append(items, team_id)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
 const releaseBuild = `-- name: ReleaseBuild :exec
 UPDATE builds SET state = 'queued', worker = NULL, lease_until = NULL, attempts = attempts - 1, done_steps = 0
 WHERE id = $1 AND state = 'running' AND worker = $2
@@ -970,35 +999,6 @@ type SetArchiveSizeParams struct {
 func (q *Queries) SetArchiveSize(ctx context.Context, arg SetArchiveSizeParams) error {
 	_, err := q.db.Exec(ctx, setArchiveSize, arg.SizeBytes, arg.TeamID, arg.Digest)
 	return err
-}
-
-const settleBuilds = `-- name: SettleBuilds :many
-UPDATE builds SET log_bytes = (SELECT COALESCE(sum(pg_column_size(st.log) + 100), 0) FROM build_steps st WHERE st.build_id = builds.id)
-WHERE builds.id = ANY (ARRAY(
-    SELECT b.id FROM builds b WHERE b.log_bytes IS NULL AND b.state NOT IN ('queued', 'running')
-    ORDER BY b.team_id, b.id LIMIT $1 FOR NO KEY UPDATE SKIP LOCKED)) RETURNING team_id
-`
-
-// Measures the logs of finished builds, in the order of their teams, whose usage is
-// locked after them.
-func (q *Queries) SettleBuilds(ctx context.Context, maxRows int32) ([]uuid.UUID, error) {
-	rows, err := q.db.Query(ctx, settleBuilds, maxRows)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	var items []uuid.UUID
-	for rows.Next() {
-		var team_id uuid.UUID
-		if err := rows.Scan(&team_id); err != nil {
-			return nil, err
-		}
-		items = append(items, team_id)
-	}
-	if err := rows.Err(); err != nil {
-		return nil, err
-	}
-	return items, nil
 }
 
 const sizeOfArchives = `-- name: SizeOfArchives :one

@@ -1487,6 +1487,12 @@ type Health struct {
 // HealthStatus defines model for Health.Status.
 type HealthStatus string
 
+// HeartbeatInterval defines model for HeartbeatInterval.
+type HeartbeatInterval struct {
+	// HeartbeatMs Time until the next heartbeat.
+	HeartbeatMs int64 `json:"heartbeat_ms"`
+}
+
 // Host defines model for Host.
 type Host struct {
 	Accelerator string `json:"accelerator"`
@@ -1550,12 +1556,6 @@ type HostCredentials struct {
 
 	// Token Authenticates the agent to the control plane.
 	Token string `json:"token"`
-}
-
-// HostHeard defines model for HostHeard.
-type HostHeard struct {
-	// HeartbeatMs Time until the next heartbeat.
-	HeartbeatMs int64 `json:"heartbeat_ms"`
 }
 
 // HostHeartbeat defines model for HostHeartbeat.

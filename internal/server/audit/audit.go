@@ -235,7 +235,7 @@ func (l *Log) Each(ctx context.Context, f Filter, do func(Record) error) error {
 // mostOfTeam is how many audit records a team keeps; the oldest beyond it are deleted.
 const mostOfTeam = 1_000_000
 
-// Run deletes old and excess records, and settles what teams are charged for the rest, until
+// Run deletes old and excess records, and recounts what teams are charged for the rest, until
 // ctx is done. A lease ensures that only one server at a time does this.
 func (l *Log) Run(ctx context.Context) {
 	tick := time.NewTicker(pruneEvery)
@@ -265,29 +265,29 @@ func (l *Log) sweep(ctx context.Context) error {
 	if mine, err := l.store.Lease(ctx, lease, 2*pruneEvery); err != nil || !mine {
 		return err
 	}
-	return l.Settle(ctx, mostOfTeam)
+	return l.Recount(ctx, mostOfTeam)
 }
 
-// Settle counts each team's records: audit records, runs of sandboxes and tags. Triggers have
-// already charged the teams when they wrote the records. Settle replaces these charges by one
-// per team and corrects it. It deletes a team's oldest audit records if there are more than
-// most.
-func (l *Log) Settle(ctx context.Context, most int64) error {
+// Recount counts each team's records: audit records, runs of sandboxes and tags. Triggers
+// have already charged the teams when they wrote the records. Recount replaces these charges
+// by one per team and corrects it. It deletes a team's oldest audit records if there are more
+// than most.
+func (l *Log) Recount(ctx context.Context, most int64) error {
 	teams, err := l.store.CountRecords(ctx)
 	if err != nil {
 		return fmt.Errorf("count records: %w", err)
 	}
 	var errs []error
 	for _, t := range teams {
-		if t.Bytes != t.Settled {
+		if t.Bytes != t.Counted {
 			err := l.store.InTx(ctx, func(q *db.Queries) error {
 				if err := q.LockTeamUsage(ctx, t.TeamID); err != nil {
 					return err
 				}
-				return q.SettleRecords(ctx, t.TeamID)
+				return q.RecountRecords(ctx, t.TeamID)
 			})
 			if err != nil {
-				errs = append(errs, fmt.Errorf("settle records: %w", err))
+				errs = append(errs, fmt.Errorf("recount records: %w", err))
 			}
 		}
 		err := l.forget(ctx, t.Audit-most, func(rows int32) (int64, error) {

@@ -52,9 +52,9 @@ func TestCharge(t *testing.T) {
 	exec("INSERT INTO templates (id, team_id, name, size_bytes, created_at) VALUES (gen_random_uuid(), $1, 't', 1, now())", teams[0])
 	exec("INSERT INTO template_tags SELECT team_id, 't', n::text, id FROM templates, generate_series(1, 4) n WHERE team_id = $1", teams[0])
 	l := New(s, time.Hour, slog.New(slog.DiscardHandler))
-	settle := func(most int64) {
+	recount := func(most int64) {
 		t.Helper()
-		if err := l.Settle(ctx, most); err != nil {
+		if err := l.Recount(ctx, most); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -72,7 +72,7 @@ func TestCharge(t *testing.T) {
 		}
 	}
 	charges("written", records*512+others, 0)
-	// The owner's other team has less room even before the charges are settled.
+	// The owner's other team has less room even before the charges are recounted.
 	exec("UPDATE platform_settings SET max_stored_mib = 3")
 	template := func(team uuid.UUID) error {
 		_, err := conn.Exec(ctx, `INSERT INTO templates (id, team_id, name, size_bytes, created_at, state, disk_mib, memory_mib) VALUES (gen_random_uuid(), $1, 'x', 0, now(), 'pending', 1, 1)`, team)
@@ -88,15 +88,15 @@ func TestCharge(t *testing.T) {
 	}
 	refused("written")
 	for range 2 {
-		settle(1 << 30)
-		charges("settled", records*512+others, 0)
+		recount(1 << 30)
+		charges("recounted", records*512+others, 0)
 	}
 	if n := number("SELECT count(*) FROM record_charges"); n != 0 {
-		t.Errorf("%d charges are not settled", n)
+		t.Errorf("%d charges are not recounted", n)
 	}
-	refused("settled")
+	refused("recounted")
 	// The oldest records are removed, and the charge follows.
-	settle(1000)
+	recount(1000)
 	if n, oldest := number("SELECT count(*) FROM audit_records"), number("SELECT max(object_id::integer) FROM audit_records"); n != 1000 || oldest != 1000 {
 		t.Errorf("%d records are kept, the oldest of %d s ago", n, oldest)
 	}
@@ -109,13 +109,13 @@ func TestCharge(t *testing.T) {
 	exec("DELETE FROM sandbox_runs")
 	exec("DELETE FROM template_tags")
 	charges("all are gone", 0, made)
-	settle(1000)
-	charges("all are gone, and settled", 0, made)
+	recount(1000)
+	charges("all are gone, and recounted", 0, made)
 	// Records and charges of a deleted team count for nobody.
 	exec("INSERT INTO record_charges (team_id, bytes) VALUES (gen_random_uuid(), 1)")
 	exec(`INSERT INTO audit_records (id, at, team_id, actor, action, object, object_id, address, request_id, result, code)
 		VALUES (gen_random_uuid(), now(), gen_random_uuid(), 'platform', 'x', '', '', '', '', 'ok', '')`)
-	settle(1000)
+	recount(1000)
 	if n := number("SELECT count(*) FROM record_charges"); n != 0 {
 		t.Errorf("%d charges of deleted teams are left", n)
 	}
@@ -152,7 +152,7 @@ func TestRefusalsTakeNothing(t *testing.T) {
 	}
 }
 
-// TestChargesTogether settles charges while others write and remove records and check
+// TestChargesTogether recounts charges while others write and remove records and check
 // quotas: nothing is lost or counted twice.
 func TestChargesTogether(t *testing.T) {
 	ctx, url := t.Context(), pgtest.New(t)
@@ -169,7 +169,7 @@ func TestChargesTogether(t *testing.T) {
 	}
 	l := New(s, time.Hour, slog.New(slog.DiscardHandler))
 	const each = 40
-	var writers, settlers sync.WaitGroup
+	var writers, recounts sync.WaitGroup
 	for range 4 {
 		writers.Go(func() {
 			for range each {
@@ -188,11 +188,11 @@ func TestChargesTogether(t *testing.T) {
 	})
 	over := make(chan struct{})
 	for _, do := range []func() error{
-		func() error { return l.Settle(ctx, 1<<30) },
+		func() error { return l.Recount(ctx, 1<<30) },
 		func() error { return s.CheckRoom(ctx, team) },
 	} {
 		for range 2 {
-			settlers.Go(func() {
+			recounts.Go(func() {
 				for {
 					if err := do(); err != nil {
 						t.Error(err)
@@ -208,12 +208,12 @@ func TestChargesTogether(t *testing.T) {
 	}
 	writers.Wait()
 	close(over)
-	settlers.Wait()
-	var rows, charged, settled int64
-	if err := conn.QueryRow(ctx, "SELECT count(*), (SELECT record_bytes + unsettled_bytes($1) FROM team_usage WHERE team_id = $1), (SELECT swept_bytes + unsettled_bytes($1) FROM team_usage WHERE team_id = $1) FROM audit_records WHERE team_id = $1", team).Scan(&rows, &charged, &settled); err != nil {
+	recounts.Wait()
+	var rows, charged, counted int64
+	if err := conn.QueryRow(ctx, "SELECT count(*), (SELECT record_bytes + unsettled_bytes($1) FROM team_usage WHERE team_id = $1), (SELECT swept_bytes + unsettled_bytes($1) FROM team_usage WHERE team_id = $1) FROM audit_records WHERE team_id = $1", team).Scan(&rows, &charged, &counted); err != nil {
 		t.Fatal(err)
 	}
-	if charged != rows*512 || settled != rows*512 {
-		t.Errorf("the team has %d records, and is charged for %d bytes, %d of them settled", rows, charged, settled)
+	if charged != rows*512 || counted != rows*512 {
+		t.Errorf("the team has %d records, and is charged for %d bytes, %d of them recounted", rows, charged, counted)
 	}
 }

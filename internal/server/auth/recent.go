@@ -32,7 +32,7 @@ type known struct {
 }
 
 // CheckRecent is [Keys.Check], but asks the database for a key at most once a second. It
-// is for very frequent requests, and for those that [Watch.While] ends if the key is
+// is for very frequent requests, and for those that [AccessGuard.While] ends if the key is
 // revoked.
 func (k *Keys) CheckRecent(ctx context.Context, key string) (Principal, error) {
 	if !strings.HasPrefix(key, keyPrefix) || len(key) > maxKey {

@@ -298,7 +298,7 @@ func (s *Service) Sweep(ctx context.Context) error {
 func (s *Service) trimBuilds(ctx context.Context) error {
 	const batch = 100
 	for {
-		teams, err := s.Store.SettleBuilds(ctx, batch)
+		teams, err := s.Store.MeasureBuildLogs(ctx, batch)
 		if err != nil {
 			return fmt.Errorf("measure builds' logs: %w", err)
 		}

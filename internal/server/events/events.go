@@ -91,23 +91,23 @@ func (b *Bus) take() []uuid.UUID {
 
 // Listener receives changes. The bus does not call its methods concurrently.
 type Listener interface {
-	// Heard reports that another server changed a sandbox or a host.
-	Heard(sandbox uuid.UUID)
-	// Deaf(true) reports that changes may be lost from now on. Before Deaf(false), any
-	// sandbox or host may have changed.
-	Deaf(is bool)
+	// ChangedElsewhere reports that another server changed a sandbox or a host.
+	ChangedElsewhere(id uuid.UUID)
+	// Disconnected(true) reports that changes may be lost from now on. Before
+	// Disconnected(false), any sandbox or host may have changed.
+	Disconnected(is bool)
 }
 
 // Run sends and receives changes until ctx is done.
 func (b *Bus) Run(ctx context.Context, l Listener) {
 	var wg sync.WaitGroup
-	wg.Go(func() { b.tell(ctx) })
+	wg.Go(func() { b.publishLoop(ctx) })
 	wg.Go(func() { b.listen(ctx, l) })
 	wg.Wait()
 }
 
-// tell sends pending changes and retries until it succeeds.
-func (b *Bus) tell(ctx context.Context) {
+// publishLoop sends pending changes and retries until it succeeds.
+func (b *Bus) publishLoop(ctx context.Context) {
 	for {
 		select {
 		case <-b.wake:
@@ -148,8 +148,8 @@ func (b *Bus) Flush(ctx context.Context) error {
 
 // listen receives the other servers' changes.
 func (b *Bus) listen(ctx context.Context, l Listener) {
-	deaf, asked := true, false
-	l.Deaf(true)
+	disconnected, pinged := true, false
+	l.Disconnected(true)
 	sub := b.redis.Subscribe(ctx, channel)
 	stop := context.AfterFunc(ctx, func() { _ = sub.Close() })
 	defer func() {
@@ -163,31 +163,31 @@ func (b *Bus) listen(ctx context.Context, l Listener) {
 			return
 		}
 		if err == nil {
-			asked = false
+			pinged = false
 			switch m := message.(type) {
 			case *redis.Subscription:
 				// The first one, or one after a reconnect.
-				again(l)
-				if deaf {
+				resync(l)
+				if disconnected {
 					b.log.Info("receiving changes of other servers")
 				}
-				deaf = false
+				disconnected = false
 			case *redis.Message:
-				b.heard([]byte(m.Payload), l)
+				b.deliver([]byte(m.Payload), l)
 			}
 			continue
 		}
 		var quiet net.Error
-		if !asked && errors.As(err, &quiet) && quiet.Timeout() && sub.Ping(ctx) == nil {
-			asked = true // to tell a silent connection from a dead one
+		if !pinged && errors.As(err, &quiet) && quiet.Timeout() && sub.Ping(ctx) == nil {
+			pinged = true // to tell a silent connection from a dead one
 			continue
 		}
-		asked = false
-		if !deaf {
+		pinged = false
+		if !disconnected {
 			b.log.Warn("cannot receive changes of other servers; polling the database instead", "error", err)
-			deaf = true
+			disconnected = true
 		}
-		l.Deaf(true)
+		l.Disconnected(true)
 		t := time.NewTimer(200 * time.Millisecond)
 		select {
 		case <-t.C:
@@ -197,14 +197,14 @@ func (b *Bus) listen(ctx context.Context, l Listener) {
 	}
 }
 
-// again makes the listener read everything again.
-func again(l Listener) {
-	l.Deaf(true)
-	l.Deaf(false)
+// resync makes the listener read everything again.
+func resync(l Listener) {
+	l.Disconnected(true)
+	l.Disconnected(false)
 }
 
-// heard passes a message to the listener.
-func (b *Bus) heard(payload []byte, l Listener) {
+// deliver passes a message to the listener.
+func (b *Bus) deliver(payload []byte, l Listener) {
 	const n = len(uuid.UUID{})
 	if len(payload) < n || len(payload)%n != 0 {
 		b.log.Warn("malformed message from another server", "bytes", len(payload))
@@ -215,9 +215,9 @@ func (b *Bus) heard(payload []byte, l Listener) {
 	}
 	for payload = payload[n:]; len(payload) > 0; payload = payload[n:] {
 		if sandbox := uuid.UUID(payload[:n]); sandbox != everything {
-			l.Heard(sandbox)
+			l.ChangedElsewhere(sandbox)
 			continue
 		}
-		again(l)
+		resync(l)
 	}
 }

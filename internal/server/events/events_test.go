@@ -16,20 +16,20 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/events/redistest"
 )
 
-// ear is a listener that passes on its calls.
-type ear struct {
-	heard chan uuid.UUID
-	deaf  chan bool
+// recorder is a listener that passes on its calls.
+type recorder struct {
+	changed      chan uuid.UUID
+	disconnected chan bool
 }
 
-func (e *ear) Heard(sandbox uuid.UUID) { e.heard <- sandbox }
-func (e *ear) Deaf(is bool)            { e.deaf <- is }
+func (r *recorder) ChangedElsewhere(id uuid.UUID) { r.changed <- id }
+func (r *recorder) Disconnected(is bool)          { r.disconnected <- is }
 
-func newBus(t *testing.T, socket string) (*Bus, *ear) {
+func newBus(t *testing.T, socket string) (*Bus, *recorder) {
 	t.Helper()
 	client := redis.NewClient(&redis.Options{Network: "unix", Addr: socket, DialerRetries: 1})
 	b := New(client, uuid.New(), slog.New(slog.DiscardHandler))
-	e := &ear{heard: make(chan uuid.UUID, 100), deaf: make(chan bool, 1000)}
+	e := &recorder{changed: make(chan uuid.UUID, 100), disconnected: make(chan bool, 1000)}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() { defer close(done); b.Run(ctx, e) }()
@@ -37,26 +37,26 @@ func newBus(t *testing.T, socket string) (*Bus, *ear) {
 	return b, e
 }
 
-// until reads calls of Deaf until one has the value want.
-func (e *ear) until(t *testing.T, want bool) {
+// until reads calls of Disconnected until one has the value want.
+func (e *recorder) until(t *testing.T, want bool) {
 	t.Helper()
 	timeout := time.After(await.Hang)
 	for {
 		select {
-		case is := <-e.deaf:
-			if is == want && len(e.deaf) == 0 {
+		case is := <-e.disconnected:
+			if is == want && len(e.disconnected) == 0 {
 				return
 			}
 		case <-timeout:
-			t.Fatalf("deaf never became %v", want)
+			t.Fatalf("Disconnected was never called with %v", want)
 		}
 	}
 }
 
-func (e *ear) hears(t *testing.T, want uuid.UUID) {
+func (e *recorder) wantChange(t *testing.T, want uuid.UUID) {
 	t.Helper()
-	if got := await.Recv(t, "news of a sandbox", e.heard); got != want {
-		t.Fatalf("heard of %v, want %v", got, want)
+	if got := await.Recv(t, "a change of a sandbox", e.changed); got != want {
+		t.Fatalf("the listener got a change of %v, want %v", got, want)
 	}
 }
 
@@ -64,30 +64,30 @@ func (e *ear) hears(t *testing.T, want uuid.UUID) {
 func TestBus(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "r.sock")
 	stop := redistest.Start(t, socket)
-	a, hearsA := newBus(t, socket)
-	b, hearsB := newBus(t, socket)
-	hearsA.until(t, false)
-	hearsB.until(t, false)
+	a, onA := newBus(t, socket)
+	b, onB := newBus(t, socket)
+	onA.until(t, false)
+	onB.until(t, false)
 	one, two, three := uuid.New(), uuid.New(), uuid.New()
 	a.Changed(one)
-	hearsB.hears(t, one)
+	onB.wantChange(t, one)
 	b.Changed(two)
-	hearsA.hears(t, two)
-	if len(hearsB.heard) > 0 {
+	onA.wantChange(t, two)
+	if len(onB.changed) > 0 {
 		t.Error("a server gets its own message")
 	}
 	stop()
-	hearsA.until(t, true)
-	hearsB.until(t, true)
+	onA.until(t, true)
+	onB.until(t, true)
 	a.Changed(three)
 	os.Remove(socket)
 	redistest.Start(t, socket)
-	hearsB.until(t, false)
+	onB.until(t, false)
 	// A message sent in between either arrives late, or the listener learned that it was
-	// deaf. Here either may happen.
+	// disconnected. Here either may happen.
 	b.Changed(one)
 	a.Changed(one)
-	for await.Recv(t, "news after Redis came back", hearsB.heard) != one {
+	for await.Recv(t, "a change after Redis came back", onB.changed) != one {
 	}
 }
 
@@ -110,14 +110,14 @@ func TestFlood(t *testing.T) {
 		t.Fatal(err)
 	}
 	e.until(t, false)
-	if len(e.heard) > 0 {
+	if len(e.changed) > 0 {
 		t.Error("the changes were sent one by one")
 	}
 	a.Changed(uuid.UUID{15: 1})
 	if err := a.send(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-	e.hears(t, uuid.UUID{15: 1})
+	e.wantChange(t, uuid.UUID{15: 1})
 }
 
 // published is a hook of a Redis client: after is called when a message has been
@@ -183,7 +183,7 @@ func TestChangeWhileSent(t *testing.T) {
 				want := map[uuid.UUID]bool{again: true, late: true}
 				for timeout := time.After(await.Hang); len(want) > 0; {
 					select {
-					case sandbox := <-e.heard:
+					case sandbox := <-e.changed:
 						delete(want, sandbox)
 					case <-timeout:
 						t.Fatalf("%d changes were not sent", len(want))
@@ -205,11 +205,11 @@ func TestFlush(t *testing.T) {
 	a := New(client, uuid.New(), slog.New(slog.DiscardHandler))
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	a.Run(ctx, &ear{heard: make(chan uuid.UUID, 1), deaf: make(chan bool, 10)})
+	a.Run(ctx, &recorder{changed: make(chan uuid.UUID, 1), disconnected: make(chan bool, 10)})
 	last := uuid.New()
 	a.Changed(last)
 	if err := a.Flush(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	e.hears(t, last)
+	e.wantChange(t, last)
 }

@@ -121,7 +121,7 @@ func (r *Registry) Delete(ctx context.Context, host uuid.UUID, force bool) ([]uu
 	if err != nil {
 		return nil, wrap("delete host", err)
 	}
-	r.tell(host) // Others only: this server still has to call the host.
+	r.announce(host) // Others only: this server still has to call the host.
 	r.Log.Info("host deleted", "host_id", id.Format(id.Host, host), "sandboxes", len(lost))
 	if h, err := r.Get(&host); err == nil {
 		r.clear(ctx, h, lost)

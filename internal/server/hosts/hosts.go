@@ -274,10 +274,10 @@ type Config struct {
 	Heartbeat time.Duration
 	// Policy limits how far hosts are filled.
 	Policy scheduler.Policy
-	// Tell announces a changed host to the other servers; nil: there are none. It must
+	// Announce tells the other servers that a host changed; nil: there are none. It must
 	// not block.
-	Tell func(host uuid.UUID)
-	Log  *slog.Logger
+	Announce func(host uuid.UUID)
+	Log      *slog.Logger
 }
 
 // Registry manages all hosts of the control plane.
@@ -385,14 +385,14 @@ func (r *Registry) Refresh(ctx context.Context) ([]db.Host, error) {
 // moved makes every server reload a host, this one before it returns. The old credentials
 // are useless afterwards.
 func (r *Registry) moved(ctx context.Context, host uuid.UUID) error {
-	r.tell(host)
+	r.announce(host)
 	_, err := r.Refresh(ctx)
 	return err
 }
 
-func (r *Registry) tell(host uuid.UUID) {
-	if r.Tell != nil {
-		r.Tell(host)
+func (r *Registry) announce(host uuid.UUID) {
+	if r.Announce != nil {
+		r.Announce(host)
 	}
 }
 

@@ -31,22 +31,22 @@ const (
 	workers = 4
 )
 
-// Letter is a plain-text mail to one address.
-type Letter struct{ To, Subject, Text string }
+// Message is a plain-text mail to one address.
+type Message struct{ To, Subject, Text string }
 
 // Sender sends mails while [Sender.Run] runs.
 type Sender struct {
 	client *gomail.Client
 	from   string
 	log    *slog.Logger
-	queue  chan Letter
+	queue  chan Message
 }
 
 // New returns a sender. server is smtp://user:password@host:port (requires STARTTLS
 // before the password), smtps://… (TLS from the start), smtp://…?tls=none (for a relay on
 // the same machine), or empty (write mails to the log). from is the sender's address.
 func New(server, from string, log *slog.Logger) (*Sender, error) {
-	s := &Sender{from: from, log: log, queue: make(chan Letter, waiting)}
+	s := &Sender{from: from, log: log, queue: make(chan Message, waiting)}
 	if server == "" {
 		return s, nil
 	}
@@ -86,11 +86,11 @@ func New(server, from string, log *slog.Logger) (*Sender, error) {
 }
 
 // Send queues a mail and returns at once.
-func (s *Sender) Send(l Letter) {
+func (s *Sender) Send(m Message) {
 	select {
-	case s.queue <- l:
+	case s.queue <- m:
 	default:
-		s.log.Error("mail queue is full: dropping a mail", "subject", l.Subject)
+		s.log.Error("mail queue is full: dropping a mail", "subject", m.Subject)
 	}
 }
 
@@ -111,8 +111,8 @@ func (s *Sender) Run(ctx context.Context) {
 func (s *Sender) work(ctx, last context.Context) {
 	for {
 		select {
-		case l := <-s.queue:
-			s.deliver(last, l)
+		case message := <-s.queue:
+			s.deliver(last, message)
 			continue
 		case <-ctx.Done():
 		}
@@ -120,8 +120,8 @@ func (s *Sender) work(ctx, last context.Context) {
 	}
 	for {
 		select {
-		case l := <-s.queue:
-			s.deliver(last, l)
+		case message := <-s.queue:
+			s.deliver(last, message)
 		default:
 			return
 		}
@@ -129,34 +129,34 @@ func (s *Sender) work(ctx, last context.Context) {
 }
 
 // deliver sends a mail, with retries.
-func (s *Sender) deliver(ctx context.Context, l Letter) {
+func (s *Sender) deliver(ctx context.Context, message Message) {
 	if s.client == nil {
-		s.log.Info("no mail server is configured: writing mail to the log", "to", l.To, "subject", l.Subject, "text", l.Text)
+		s.log.Info("no mail server is configured: writing mail to the log", "to", message.To, "subject", message.Subject, "text", message.Text)
 		return
 	}
 	waits := backoff.New(time.Second, 10*time.Second)
 	for n := 1; ; n++ {
-		err := fault.Guard(s.log, func() error { return s.try(ctx, l) })
+		err := fault.Guard(s.log, func() error { return s.try(ctx, message) })
 		if err == nil {
 			return
 		}
 		if n == attempts || waits.Wait(ctx) != nil {
-			s.log.Error("send mail", "subject", l.Subject, "error", err)
+			s.log.Error("send mail", "subject", message.Subject, "error", err)
 			return
 		}
 	}
 }
 
-func (s *Sender) try(ctx context.Context, l Letter) error {
+func (s *Sender) try(ctx context.Context, message Message) error {
 	m := gomail.NewMsg()
 	if err := m.From(s.from); err != nil {
 		return fmt.Errorf("sender's address: %w", err)
 	}
-	if err := m.To(l.To); err != nil {
+	if err := m.To(message.To); err != nil {
 		return fmt.Errorf("recipient's address: %w", err)
 	}
-	m.Subject(l.Subject)
-	m.SetBodyString(gomail.TypeTextPlain, l.Text)
+	m.Subject(message.Subject)
+	m.SetBodyString(gomail.TypeTextPlain, message.Text)
 	ctx, cancel := context.WithTimeout(ctx, sendWithin)
 	defer cancel()
 	return s.client.DialAndSendWithContext(ctx, m)

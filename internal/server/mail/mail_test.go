@@ -44,7 +44,7 @@ func url(scheme string, s *mailtest.Server, query string) string {
 	return scheme + "://wrenn:hunter2%25@" + s.Addr + query
 }
 
-// TestSender sends letters by real SMTP over TLS to a server that requires a login. It
+// TestSender sends mails by real SMTP over TLS to a server that requires a login. It
 // sends none to servers that cannot prove their identity, or that would get the password
 // in clear.
 func TestSender(t *testing.T) {
@@ -63,7 +63,7 @@ func TestSender(t *testing.T) {
 	}
 	t.Setenv("SSL_CERT_FILE", filepath.Join(dir, "ca.pem"))
 	t.Setenv("SSL_CERT_DIR", t.TempDir())
-	letter := mail.Letter{To: "ada@example.com", Subject: "Grüße", Text: "One line that is far longer than what fits into one of a letter's lines, with = and ü: http://localhost:8000/verify#token=wrv_x\nand another.\n"}
+	message := mail.Message{To: "ada@example.com", Subject: "Grüße", Text: "One line that is far longer than what fits into one of a mail's lines, with = and ü: http://localhost:8000/verify#token=wrv_x\nand another.\n"}
 	for name, c := range map[string]struct {
 		scheme, query string
 		options       mailtest.Options
@@ -83,7 +83,7 @@ func TestSender(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			err = s.SendNow(t.Context(), letter)
+			err = s.SendNow(t.Context(), message)
 			if (err == nil) != c.arrives || err != nil && strings.Contains(err.Error(), secret) {
 				t.Errorf("sent: %v", err)
 			}
@@ -93,8 +93,8 @@ func TestSender(t *testing.T) {
 			if !c.arrives || err != nil {
 				return
 			}
-			want := mailtest.Letter{From: "wrenn@example.com", To: letter.To, Subject: letter.Subject, Text: letter.Text, TLS: c.tls, User: "wrenn"}
-			got := <-server.Letters
+			want := mailtest.Message{From: "wrenn@example.com", To: message.To, Subject: message.Subject, Text: message.Text, TLS: c.tls, User: "wrenn"}
+			got := <-server.Messages
 			got.Text = strings.ReplaceAll(got.Text, "\r\n", "\n")
 			if got != want {
 				t.Errorf("%+v, want %+v", got, want)
@@ -102,46 +102,46 @@ func TestSender(t *testing.T) {
 		})
 	}
 
-	// A busy server gets the letter later. A letter's text never becomes a header.
+	// A busy server gets the mail later. A mail's text never becomes a header.
 	var said log
 	server := mailtest.Start(t, mailtest.Options{Certificate: mailtest.Certificate(t, ours), User: "wrenn", Password: secret, Busy: 1})
 	s, err := mail.New(url("smtp", server, ""), "wrenn@example.com", slog.New(slog.NewTextHandler(&said, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.SendNow(t.Context(), mail.Letter{To: "ada@example.com\r\nBcc: eve@example.com", Subject: "x"}); err == nil {
+	if err := s.SendNow(t.Context(), mail.Message{To: "ada@example.com\r\nBcc: eve@example.com", Subject: "x"}); err == nil {
 		t.Error("a line break in an address is accepted")
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() { defer close(done); s.Run(ctx) }()
-	s.Send(letter)
+	s.Send(message)
 	select {
-	case got := <-server.Letters:
-		if got.To != letter.To {
+	case got := <-server.Messages:
+		if got.To != message.To {
 			t.Errorf("%+v", got)
 		}
 	case <-time.After(2 * time.Minute):
-		t.Errorf("no letter came; log:\n%s", said.String())
+		t.Errorf("no mail came; log:\n%s", said.String())
 	}
-	// Queued letters are sent when the server stops.
-	s.Send(mail.Letter{To: "bob@example.com", Subject: "last", Text: "x"})
+	// Queued mails are sent when the server stops.
+	s.Send(mail.Message{To: "bob@example.com", Subject: "last", Text: "x"})
 	cancel()
 	<-done
 	select {
-	case got := <-server.Letters:
+	case got := <-server.Messages:
 		if got.To != "bob@example.com" {
 			t.Errorf("%+v", got)
 		}
 	default:
-		t.Error("the last letter was not sent")
+		t.Error("the last mail was not sent")
 	}
 	if strings.Contains(said.String(), secret) {
 		t.Errorf("the log has the password:\n%s", said.String())
 	}
 }
 
-// TestLog has no mail server: the log has the letters.
+// TestLog has no mail server: the log has the mails.
 func TestLog(t *testing.T) {
 	var said log
 	s, err := mail.New("", "", slog.New(slog.NewTextHandler(&said, nil)))
@@ -150,14 +150,14 @@ func TestLog(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	s.Send(mail.Letter{To: "ada@example.com", Subject: "Your Wrenn password", Text: "http://localhost:8000/reset-password#token=wrp_x"})
+	s.Send(mail.Message{To: "ada@example.com", Subject: "Your Wrenn password", Text: "http://localhost:8000/reset-password#token=wrp_x"})
 	s.Run(ctx)
 	for _, want := range []string{"ada@example.com", "Your Wrenn password", "token=wrp_x"} {
 		if !strings.Contains(said.String(), want) {
 			t.Errorf("the log has no %q:\n%s", want, said.String())
 		}
 	}
-	if err := s.SendNow(t.Context(), mail.Letter{}); !errors.Is(err, mail.ErrNoServer) {
+	if err := s.SendNow(t.Context(), mail.Message{}); !errors.Is(err, mail.ErrNoServer) {
 		t.Errorf("SendNow: %v", err)
 	}
 	for _, bad := range []string{"mail.example.com", "http://mail.example.com", "smtp://", "smtp://wrenn:hunter2%25@mail.example.com:x", "smtp://wrenn:hunter2%@mail"} {
@@ -166,12 +166,12 @@ func TestLog(t *testing.T) {
 		}
 	}
 	if _, err := mail.New("smtp://mail.example.com", "", slog.Default()); err == nil {
-		t.Error("letters have no sender")
+		t.Error("mails have no sender")
 	}
 }
 
-// TestSlowLetter makes the mail server hang on one letter: the others arrive.
-func TestSlowLetter(t *testing.T) {
+// TestSlowMail makes the mail server hang on one mail: the others arrive.
+func TestSlowMail(t *testing.T) {
 	server := mailtest.Start(t, mailtest.Options{})
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -206,16 +206,16 @@ func TestSlowLetter(t *testing.T) {
 	done := make(chan struct{})
 	go func() { defer close(done); s.Run(ctx) }()
 	begun := time.Now()
-	s.Send(mail.Letter{To: "slow@example.com", Subject: "x", Text: "x"})
+	s.Send(mail.Message{To: "slow@example.com", Subject: "x", Text: "x"})
 	slow := <-hangs
 	for _, to := range []string{"ada@example.com", "bob@example.com"} {
-		s.Send(mail.Letter{To: to, Subject: "x", Text: "x"})
-		if got := <-server.Letters; got.To != to {
+		s.Send(mail.Message{To: to, Subject: "x", Text: "x"})
+		if got := <-server.Messages; got.To != to {
 			t.Errorf("%+v, want one to %s", got, to)
 		}
 	}
 	if took := time.Since(begun); took > 25*time.Second {
-		t.Errorf("they waited %v for the letter that hangs", took)
+		t.Errorf("they waited %v for the mail that hangs", took)
 	}
 	slow.Close()
 	l.Close()

@@ -10,9 +10,9 @@ var ErrNoServer = errors.New("no mail server is configured")
 
 // SendNow makes one attempt to send a mail and returns after the mail server has accepted
 // it.
-func (s *Sender) SendNow(ctx context.Context, l Letter) error {
+func (s *Sender) SendNow(ctx context.Context, message Message) error {
 	if s.client == nil {
 		return ErrNoServer
 	}
-	return s.try(ctx, l)
+	return s.try(ctx, message)
 }

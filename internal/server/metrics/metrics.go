@@ -193,9 +193,9 @@ func (h *History) Forget(ctx context.Context, sandbox uuid.UUID) error {
 	return nil
 }
 
-// Watch samples all sandboxes of a host at every step of the finest window until ctx is
+// Collect samples all sandboxes of a host at every step of the finest window until ctx is
 // done.
-func (h *History) Watch(ctx context.Context, host *hosts.Host) {
+func (h *History) Collect(ctx context.Context, host *hosts.Host) {
 	tick := time.NewTicker(Windows[0].Step)
 	defer tick.Stop()
 	failing := false

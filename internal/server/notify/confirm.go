@@ -23,7 +23,7 @@ const confirmLasts = 24 * time.Hour
 // teams of one owner share a limit too.
 var (
 	limitAddress = ratelimit.Limit{Name: "confirm-address", Burst: 1, Per: time.Hour}
-	limitLetters = ratelimit.Limit{Name: "confirm-letters", Burst: 20, Per: 24 * time.Hour}
+	limitMails   = ratelimit.Limit{Name: "confirm-letters", Burst: 20, Per: 24 * time.Hour}
 )
 
 // errUnconfirmed is the error of a mail channel that its recipient has not confirmed.
@@ -55,7 +55,7 @@ func (s *Service) confirmation(ctx context.Context, team uuid.UUID, address stri
 	}
 	// Check this limit first, so that a payer who exceeds it does not use up the
 	// address's.
-	if err := s.Limiter.Allow(ctx, limitLetters, payer.String()); err != nil {
+	if err := s.Limiter.Allow(ctx, limitMails, payer.String()); err != nil {
 		return confirmation{}, err
 	}
 	if err := s.Limiter.Allow(ctx, limitAddress, strings.ToLower(address)); err != nil {
@@ -72,7 +72,7 @@ func (s *Service) ask(row db.Channel, c confirmation) {
 	if c.token == "" || Confirmed(row) {
 		return
 	}
-	s.Mail.Send(mail.Letter{
+	s.Mail.Send(mail.Message{
 		To: row.Target, Subject: "Confirm notifications of Wrenn",
 		Text: "A team of the Wrenn service at " + strings.TrimSuffix(s.PublicURL, "/") + " (" + id.Format(id.Team, row.TeamID) + ") wants to send its notifications to this address.\n" +
 			"If you want them, confirm that within a day:\n\n" + mail.Link(s.PublicURL, "/confirm-channel", c.token) +

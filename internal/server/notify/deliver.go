@@ -123,7 +123,7 @@ func (s *Service) send(ctx context.Context, c db.Channel, d db.Delivery) (int, e
 	var body any
 	switch c.Kind {
 	case Email:
-		return 0, s.Mail.SendNow(ctx, mail.Letter{To: t.Address, Subject: "Wrenn: " + m.Event, Text: m.text() + "\n"})
+		return 0, s.Mail.SendNow(ctx, mail.Message{To: t.Address, Subject: "Wrenn: " + m.Event, Text: m.text() + "\n"})
 	case Slack:
 		body = map[string]any{"text": strings.NewReplacer("&", "&amp;", "<", "&lt;", ">", "&gt;").Replace(m.text())}
 	case Discord:

@@ -269,7 +269,7 @@ func newBench(t *testing.T, url string) *bench {
 		t.Fatal(err)
 	}
 	t.Cleanup(st.Close)
-	letters, err := mail.New("", "", slog.New(slog.DiscardHandler))
+	messages, err := mail.New("", "", slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -277,7 +277,7 @@ func newBench(t *testing.T, url string) *bench {
 	away := redis.NewClient(&redis.Options{Dialer: func(context.Context, string, string) (net.Conn, error) { return nil, net.ErrClosed }})
 	t.Cleanup(func() { away.Close() })
 	s, err := New(Config{
-		Store: st, Secret: []byte(strings.Repeat("k", 32)), Mail: letters, Limiter: ratelimit.New(away, slog.New(slog.DiscardHandler)), PublicURL: "http://localhost:8000/",
+		Store: st, Secret: []byte(strings.Repeat("k", 32)), Mail: messages, Limiter: ratelimit.New(away, slog.New(slog.DiscardHandler)), PublicURL: "http://localhost:8000/",
 		Private: true, Log: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {
@@ -335,7 +335,7 @@ func TestDeliveries(t *testing.T) {
 		t.Errorf("target %q", c.Target)
 	}
 	post := mailtest.Start(t, mailtest.Options{})
-	letters, err := mail.New("smtp://"+post.Addr+"?tls=none", "wrenn@example.com", slog.New(slog.DiscardHandler))
+	messages, err := mail.New("smtp://"+post.Addr+"?tls=none", "wrenn@example.com", slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -350,7 +350,7 @@ func TestDeliveries(t *testing.T) {
 		t.Errorf("%d channels show their secrets: %v", plain, err)
 	}
 	second := newBench(t, url)
-	b.Mail, second.Mail = letters, letters
+	b.Mail, second.Mail = messages, messages
 	b.run()
 	second.run()
 
@@ -388,8 +388,8 @@ func TestDeliveries(t *testing.T) {
 	if err := json.Unmarshal([]byte(discord.received()[0]), &said); err != nil || said["content"] != "Sandbox "+wire+" (<minimal>): ended. Reason: expired." || fmt.Sprint(said["allowed_mentions"]) != "map[parse:[]]" {
 		t.Errorf("Discord got %v", said)
 	}
-	if l := <-post.Letters; l.To != address || l.From != "wrenn@example.com" || l.Subject != "Wrenn: sandbox.ended" || strings.TrimSpace(l.Text) != "Sandbox "+wire+" (<minimal>): ended. Reason: expired." {
-		t.Errorf("letter %+v", l)
+	if l := <-post.Messages; l.To != address || l.From != "wrenn@example.com" || l.Subject != "Wrenn: sandbox.ended" || strings.TrimSpace(l.Text) != "Sandbox "+wire+" (<minimal>): ended. Reason: expired." {
+		t.Errorf("mail %+v", l)
 	}
 	last := func() db.Delivery {
 		rows, _, err := b.Deliveries(t.Context(), b.team, c.ID, "", 10)
@@ -562,34 +562,34 @@ func TestHangingReceivers(t *testing.T) {
 }
 
 // TestConfirmation checks that an address gets nothing until its recipient has confirmed
-// it, and that nobody can have many letters sent to it.
+// it, and that nobody can have many mails sent to it.
 func TestConfirmation(t *testing.T) {
 	b := newBench(t, pgtest.New(t))
 	other := uuid.New()
 	b.exec("INSERT INTO teams (id, name) VALUES ($1, 'Buy now http://spam.example'), ($2, 'other')", b.team, other)
 	post := mailtest.Start(t, mailtest.Options{})
-	letters, err := mail.New("smtp://"+post.Addr+"?tls=none", "wrenn@example.com", slog.New(slog.DiscardHandler))
+	messages, err := mail.New("smtp://"+post.Addr+"?tls=none", "wrenn@example.com", slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.Mail = letters
+	b.Mail = messages
 	ctx, stop := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
-	wg.Go(func() { letters.Run(ctx) })
+	wg.Go(func() { messages.Run(ctx) })
 	defer wg.Wait()
 	defer stop()
 	link := func(to string) (token string) {
 		t.Helper()
 		select {
-		case l := <-post.Letters:
+		case l := <-post.Messages:
 			_, token, ok := strings.Cut(l.Text, "http://localhost:8000/confirm-channel#token=")
 			token, _, _ = strings.Cut(token, "\n")
 			if l.To != to || !ok || strings.Contains(l.Text+l.Subject, "spam") {
-				t.Fatalf("letter to %s: %q", l.To, l.Text)
+				t.Fatalf("mail to %s: %q", l.To, l.Text)
 			}
 			return strings.TrimSpace(token)
 		case <-time.After(await.Hang):
-			t.Fatal("no letter was sent")
+			t.Fatal("no mail was sent")
 		}
 		return ""
 	}
@@ -622,12 +622,12 @@ func TestConfirmation(t *testing.T) {
 	if n := emit(); n != 0 {
 		t.Errorf("%d events are delivered before it is confirmed", n)
 	}
-	// The address has had its letter, whoever asks and however it is written.
+	// The address has had its mail, whoever asks and however it is written.
 	for _, team := range []uuid.UUID{b.team, other} {
 		_, err = create(team, "Ops@example.com")
-		fails("a second letter", err, fault.RateLimited)
+		fails("a second mail", err, fault.RateLimited)
 	}
-	fails("a second letter of the same", b.AskConfirmation(t.Context(), b.team, c.ID), fault.RateLimited)
+	fails("a second mail of the same", b.AskConfirmation(t.Context(), b.team, c.ID), fault.RateLimited)
 	for _, wrong := range []string{"", first + "x", "wrc_", first[:len(first)-1]} {
 		fails("another token", b.Confirm(t.Context(), wrong), fault.Unauthenticated)
 	}
@@ -649,8 +649,8 @@ func TestConfirmation(t *testing.T) {
 	if d, err := b.Test(t.Context(), b.team, c.ID); err != nil || d.State != "delivered" {
 		t.Errorf("test: %+v, %v", d, err)
 	}
-	if l := <-post.Letters; l.To != second {
-		t.Errorf("letter to %s", l.To)
+	if l := <-post.Messages; l.To != second {
+		t.Errorf("mail to %s", l.To)
 	}
 	if n := emit(); n != 1 {
 		t.Errorf("%d events are delivered, want 1", n)
@@ -669,7 +669,7 @@ func TestConfirmation(t *testing.T) {
 	b.exec("INSERT INTO users (id, email) VALUES ($1, 'a@example.com')", owner)
 	b.exec("INSERT INTO team_members (team_id, user_id, role) VALUES ($1, $3, 'owner'), ($2, $3, 'owner')", b.team, other, owner)
 	sent := 0
-	for i := range 2 * limitLetters.Burst {
+	for i := range 2 * limitMails.Burst {
 		address := fmt.Sprintf("ops+%d@example.com", i)
 		if _, err := create([]uuid.UUID{b.team, other}[i%2], address); err == nil {
 			sent++
@@ -678,11 +678,11 @@ func TestConfirmation(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if sent != limitLetters.Burst {
-		t.Errorf("%d letters were sent, want %d", sent, limitLetters.Burst)
+	if sent != limitMails.Burst {
+		t.Errorf("%d mails were sent, want %d", sent, limitMails.Burst)
 	}
-	// An address that was refused to them can get a letter from somebody else.
-	third, last := uuid.New(), fmt.Sprintf("ops+%d@example.com", 2*limitLetters.Burst-1)
+	// An address that was refused to them can get a mail from somebody else.
+	third, last := uuid.New(), fmt.Sprintf("ops+%d@example.com", 2*limitMails.Burst-1)
 	b.exec("INSERT INTO teams (id, name) VALUES ($1, 'third')", third)
 	if _, err := create(third, last); err != nil {
 		t.Fatal(err)

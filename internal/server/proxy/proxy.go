@@ -54,8 +54,8 @@ type Config struct {
 	Sandboxes *sandboxes.Service
 	Hosts     *hosts.Registry
 	Keys      *auth.Keys
-	// Watch ends requests whose credentials were revoked.
-	Watch  *auth.Watch
+	// Guard ends requests whose credentials were revoked.
+	Guard  *auth.AccessGuard
 	Tokens auth.Tokens
 	// Memory bounds the memory of requests, Crowd each caller's requests in flight.
 	Memory *budget.Budget
@@ -83,8 +83,8 @@ func New(c Config) *Proxy {
 	}
 	p.forwarded = p.requests.WithLabelValues("forwarded")
 	p.errors = slog.NewLogLogger(c.Log.Handler(), slog.LevelDebug)
-	c.Watch.OnWord(p.revoked)
-	c.Watch.OnWord(func(string) { c.Keys.Forget() })
+	c.Guard.OnLostAccess(p.revoked)
+	c.Guard.OnLostAccess(func(string) { c.Keys.Forget() })
 	return p
 }
 
@@ -126,7 +126,7 @@ func (p *Proxy) serve(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusNoContent)
 		return
 	}
-	mark := p.Watch.Mark()
+	mark := p.Guard.Mark()
 	target, err := p.resolve(r)
 	if span := tracing.Of(r.Context()); span.On() {
 		span.Name("proxy")
@@ -137,7 +137,7 @@ func (p *Proxy) serve(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	if err == nil && target.who.HasKey() {
-		ctx, done := p.Watch.While(r.Context(), target.who, mark, func(ctx context.Context) error {
+		ctx, done := p.Guard.While(r.Context(), target.who, mark, func(ctx context.Context) error {
 			now, err := p.Keys.Again(ctx, r.Header.Get("X-API-Key"), target.who)
 			if err == nil {
 				err = use.Check(now)
@@ -147,7 +147,7 @@ func (p *Proxy) serve(w http.ResponseWriter, r *http.Request) {
 		defer done()
 		r = r.WithContext(ctx)
 	} else if err == nil {
-		ctx, done := p.Watch.WhileToken(r.Context(), target.team, target.sandbox, mark, func(ctx context.Context) error {
+		ctx, done := p.Guard.WhileToken(r.Context(), target.team, target.sandbox, mark, func(ctx context.Context) error {
 			row, err := p.Sandboxes.Lookup(ctx, target.sandbox)
 			if err == nil && row.TokenEpoch != target.epoch {
 				err = errRevoked

@@ -75,7 +75,7 @@ func (p pair) outcome(t *testing.T, late bool) outcome {
 	}
 	switch r.do {
 	case Leave, Follow:
-	case Adopt, Find, Settle:
+	case Adopt, Find, Refresh:
 		is.state = map[hostagentv1.SandboxState]sandboxes.State{running: sandboxes.Running, paused: sandboxes.Paused}[p.host]
 	case Fail:
 		is = outcome{sandboxes.Failed, false, "failed"}

@@ -140,7 +140,7 @@ func TestActionPanics(t *testing.T) {
 	if got := b.is(paused); got != sandboxes.Paused {
 		t.Errorf("the sandbox that the host paused is %s", got)
 	}
-	for _, k := range []Kind{Lose, Settle} {
+	for _, k := range []Kind{Lose, Refresh} {
 		if n := testutil.ToFloat64(b.metrics.actions.WithLabelValues(string(k), "panic")); n == 0 {
 			t.Errorf("no panic of %s was counted", k)
 		}

@@ -31,7 +31,7 @@ const (
 	Find    Kind = "find"    // mark it no longer missing
 	Lose    Kind = "lose"    // mark it lost by the host
 	Revive  Kind = "revive"  // mark it paused after all
-	Settle  Kind = "settle"  // ask the host for its state and store that
+	Refresh Kind = "refresh" // ask the host for its state and store that
 	Stop    Kind = "stop"    // destroy it on the host and mark it stopped
 	Destroy Kind = "destroy" // destroy it on the host, where no row owns it
 	Drain   Kind = "drain"   // pause it, if it is still idle
@@ -79,8 +79,8 @@ var (
 	stry = rule{Destroy, strayAfter}
 	fail = rule{Fail, lostAfter}
 	lose = rule{Lose, lostAfter}
-	sett = rule{do: Settle}
-	late = rule{Settle, lostAfter}
+	rfsh = rule{do: Refresh}
+	late = rule{Refresh, lostAfter}
 )
 
 // table maps a sandbox's state in the database (rows) and on its host (columns, in the
@@ -89,11 +89,11 @@ var table = map[sandboxes.State][hostStates]rule{
 	//                  none  starting running stopping pausing paused resuming
 	sandboxes.Pending:  {fail, ____, adop, ____, ____, adop, ____},
 	sandboxes.Starting: {fail, ____, adop, ____, ____, adop, ____},
-	sandboxes.Running:  {lose, ____, foll, ____, ____, sett, ____},
-	sandboxes.Missing:  {lose, ____, find, ____, ____, sett, ____},
-	sandboxes.Pausing:  {lose, ____, late, ____, ____, sett, ____},
+	sandboxes.Running:  {lose, ____, foll, ____, ____, rfsh, ____},
+	sandboxes.Missing:  {lose, ____, find, ____, ____, rfsh, ____},
+	sandboxes.Pausing:  {lose, ____, late, ____, ____, rfsh, ____},
 	sandboxes.Paused:   {lose, ____, late, ____, ____, ____, ____},
-	sandboxes.Resuming: {lose, ____, sett, ____, ____, late, ____},
+	sandboxes.Resuming: {lose, ____, rfsh, ____, ____, late, ____},
 	sandboxes.Stopping: {stop, stop, stop, stop, stop, stop, stop},
 	sandboxes.Stopped:  {____, dest, dest, ____, dest, dest, dest},
 	sandboxes.Failed:   {____, dest, dest, ____, dest, dest, dest},

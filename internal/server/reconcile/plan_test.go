@@ -75,7 +75,7 @@ func (w *world) does(a Action) {
 		row.State = string(sandboxes.Failed)
 	case Lose:
 		row.State = string(sandboxes.Stopped)
-	case Adopt, Find, Settle:
+	case Adopt, Find, Refresh:
 		row.State = string(sandboxes.Running)
 		if w.has[a.ID].GetState() == paused {
 			row.State = string(sandboxes.Paused)

@@ -53,7 +53,7 @@ var (
 // lanes maps each kind of action to its lane.
 var lanes = map[Kind]*lane{
 	Fail: records, Find: records, Lose: records, Learn: records, Forget: records, Ready: records, GiveUp: records,
-	Adopt: calls, Settle: calls, Revive: calls,
+	Adopt: calls, Refresh: calls, Revive: calls,
 	Stop: removals, Destroy: removals, Remove: removals,
 	Capture: captures,
 	Drain:   drains,

@@ -133,7 +133,7 @@ func TestQueueApart(t *testing.T) {
 // for them, leave workers for the actions that query the host.
 func TestQueueRemovalsHang(t *testing.T) {
 	inQueue(t, func(t *testing.T, q *queue, d *doer) {
-		all := actions(Settle, uuid.New())
+		all := actions(Refresh, uuid.New())
 		for range removals.workers {
 			u := uuid.New()
 			d.how[u] = hangs
@@ -184,9 +184,9 @@ func TestQueueBound(t *testing.T) {
 	})
 }
 
-// TestQueueDeaf checks that an action that ignores its timeout blocks its object, but
+// TestQueueOutlastedTimeout checks that an action that ignores its timeout blocks its object, but
 // releases its worker.
-func TestQueueDeaf(t *testing.T) {
+func TestQueueOutlastedTimeout(t *testing.T) {
 	inQueue(t, func(t *testing.T, q *queue, d *doer) {
 		let := make(chan struct{})
 		var deaf []uuid.UUID

@@ -313,8 +313,8 @@ func (w *watch) do(ctx context.Context, a Action) error {
 		return w.Sandboxes.HostEnded(ctx, w.host.ID, a.ID, "lost", "the host no longer has the sandbox", time.Now())
 	case Revive:
 		return w.Sandboxes.Revive(ctx, a.Row, a.Has)
-	case Settle:
-		return w.Sandboxes.Settle(ctx, a.ID)
+	case Refresh:
+		return w.Sandboxes.Refresh(ctx, a.ID)
 	case Stop:
 		return w.Sandboxes.StopAgain(ctx, a.Row)
 	case Destroy:

@@ -98,7 +98,7 @@ func (a *API) authorize(next http.Handler) http.Handler {
 			next.ServeHTTP(w, r)
 			return
 		}
-		mark := a.Watch.Mark()
+		mark := a.Guard.Mark()
 		who, err := a.identify(r, access)
 		if o := observed(r); o != nil {
 			o.who = who // known even if the request names another team
@@ -119,7 +119,7 @@ func (a *API) authorize(next http.Handler) http.Handler {
 		ctx := context.WithValue(r.Context(), principalKey{}, who)
 		if propertiesOf(op).lasts {
 			var done func()
-			ctx, done = a.Watch.While(ctx, who, mark, func(ctx context.Context) error { return a.again(ctx, r, access, who) })
+			ctx, done = a.Guard.While(ctx, who, mark, func(ctx context.Context) error { return a.again(ctx, r, access, who) })
 			defer done()
 			if streams(op) {
 				// When the access ends, also interrupt a read that waits for the body.
@@ -151,7 +151,7 @@ func (a *API) identify(r *http.Request, access auth.Access) (auth.Principal, err
 	if key := r.Header.Get("X-API-Key"); key != "" {
 		check := a.Keys.Check
 		if propertiesOf(routed(r).op).lasts {
-			check = a.Keys.CheckRecent // Watch ends the call when it hears of a revocation.
+			check = a.Keys.CheckRecent // Guard ends the call when the key is revoked.
 		}
 		who, err := check(r.Context(), key)
 		if err == nil && team != nil && *team != who.Team {

@@ -199,7 +199,7 @@ func (a *API) HostHeartbeat(w http.ResponseWriter, r *http.Request) {
 		a.Fail(w, r, err)
 		return
 	}
-	answer(w, http.StatusOK, rest.HostHeard{HeartbeatMs: a.Hosts.Heartbeat.Milliseconds()})
+	answer(w, http.StatusOK, rest.HeartbeatInterval{HeartbeatMs: a.Hosts.Heartbeat.Milliseconds()})
 }
 
 func specs(s rest.HostReport) hosts.Specs {

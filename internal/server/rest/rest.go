@@ -52,8 +52,8 @@ type Config struct {
 	Channels *notify.Service
 	Keys     *auth.Keys
 	Sessions *auth.Sessions
-	// Watch ends streams of callers who lost access.
-	Watch    *auth.Watch
+	// Guard ends streams of callers who lost access.
+	Guard    *auth.AccessGuard
 	Users    *users.Service
 	Teams    *teams.Service
 	Platform *platform.Service
@@ -88,9 +88,9 @@ type API struct {
 	Config
 	spec   *openapi3.T
 	access map[*openapi3.Operation]auth.Access
-	// letters has the pages of links in mails.
-	letters letterPages
-	public  *url.URL
+	// mailPages has the pages that links in mails open.
+	mailPages mailPages
+	public    *url.URL
 	// crossOrigin refuses requests that other sites make browsers send.
 	crossOrigin http.CrossOriginProtection
 	// pattern is the format of sandboxes' URLs, with %s for the id.
@@ -148,8 +148,8 @@ func New(c Config) (*API, error) {
 	if p := public.Port(); p != "" {
 		a.pattern += ":" + p
 	}
-	if a.letters, err = renderLetterPages(c.PublicURL); err != nil {
-		return nil, fmt.Errorf("render pages of letters: %w", err)
+	if a.mailPages, err = renderMailPages(c.PublicURL); err != nil {
+		return nil, fmt.Errorf("render pages that mails link to: %w", err)
 	}
 	a.health.checks = c.Checks
 

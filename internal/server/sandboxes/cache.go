@@ -22,8 +22,8 @@ type Cache[T any] struct {
 	known map[uuid.UUID]cached[T]
 	// drops counts changes, so that a result from before a change is not stored after it.
 	drops uint64
-	// deaf is set while changes can be missed. The cache is not used then.
-	deaf bool
+	// disconnected is set while changes can be missed. The cache is not used then.
+	disconnected bool
 }
 
 type cached[T any] struct {
@@ -36,7 +36,7 @@ type cached[T any] struct {
 func NewCache[T any](s *Service) *Cache[T] {
 	c := &Cache[T]{known: make(map[uuid.UUID]cached[T])}
 	s.OnChange(c.Drop)
-	s.OnDeaf(c.deafen)
+	s.OnDisconnected(c.setDisconnected)
 	return c
 }
 
@@ -56,12 +56,12 @@ func (c *Cache[T]) Clear() {
 	clear(c.known)
 }
 
-// deafen empties the cache, and disables it while changes can be missed.
-func (c *Cache[T]) deafen(is bool) {
+// setDisconnected empties the cache, and disables it while changes can be missed.
+func (c *Cache[T]) setDisconnected(is bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.drops++
-	c.deaf = is
+	c.disconnected = is
 	clear(c.known)
 }
 
@@ -82,7 +82,7 @@ func (c *Cache[T]) Get(ctx context.Context, sandbox uuid.UUID, lookup func(conte
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.drops != drops || c.deaf {
+	if c.drops != drops || c.disconnected {
 		return v, nil
 	}
 	if len(c.known) >= maxCached {

@@ -34,11 +34,11 @@ func TestCache(t *testing.T) {
 	get(2, Running) // Only running sandboxes are cached.
 	get(2, Running)
 	state = Stopping
-	s.Heard(sandbox)
+	s.ChangedElsewhere(sandbox)
 	get(3, Stopping)
 	// A change during a lookup makes its result outdated.
 	state = Running
-	during = func() { s.Heard(sandbox) }
+	during = func() { s.ChangedElsewhere(sandbox) }
 	get(4, Running)
 	during, state = nil, Stopped
 	get(5, Stopped)
@@ -57,10 +57,10 @@ func TestCache(t *testing.T) {
 	}
 	// While other servers' changes can be missed, nothing is believed.
 	before := looked
-	s.Deaf(true)
+	s.Disconnected(true)
 	get(before+1, Running)
 	get(before+2, Running)
-	s.Deaf(false)
+	s.Disconnected(false)
 	get(before+3, Running)
 	get(before+3, Running)
 	c.Clear()

@@ -47,8 +47,8 @@ type turn struct {
 	err error
 }
 
-// settling is the target of a turn that asks the host for the sandbox's state.
-const settling State = "settling"
+// refreshing is the target of a turn that asks the host for the sandbox's state.
+const refreshing State = "refreshing"
 
 // ErrMoved reports that the sandbox has changed its state, so the caller must read it
 // again.
@@ -172,10 +172,10 @@ func (s *Service) Alone(ctx context.Context, sandbox uuid.UUID, f func() error) 
 	return err
 }
 
-// Hold is [Service.Alone] for a team's running or paused sandbox, which keeps its state
-// during f. It waits while the sandbox is pausing or resuming.
-func (s *Service) Hold(ctx context.Context, team, sandbox uuid.UUID, f func(db.Sandbox) error) error {
-	deadline := time.Now().Add(settleWithin)
+// AloneWhileStable is [Service.Alone] for a team's running or paused sandbox, which keeps
+// its state during f. It waits while the sandbox is pausing or resuming.
+func (s *Service) AloneWhileStable(ctx context.Context, team, sandbox uuid.UUID, f func(db.Sandbox) error) error {
+	deadline := time.Now().Add(transitTimeout)
 	for {
 		row, err := s.Get(ctx, team, sandbox)
 		if err != nil {

@@ -171,7 +171,7 @@ func TestBoxesStress(t *testing.T) {
 				case 4:
 					s.Changed(sandbox)
 				case 5:
-					s.Deaf(r.IntN(2) == 0)
+					s.Disconnected(r.IntN(2) == 0)
 				}
 			}
 		})
@@ -202,7 +202,7 @@ func TestUntil(t *testing.T) {
 	}()
 	<-looked
 	is.Store(true)
-	s.Heard(sandbox)
+	s.ChangedElsewhere(sandbox)
 	if err := <-done; err != nil {
 		t.Errorf("it was announced, but %v", err)
 	}

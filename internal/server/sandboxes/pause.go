@@ -25,9 +25,9 @@ const (
 	// pauseTimeout bounds pauses and snapshots, which write memory to disk.
 	pauseTimeout  = 10 * time.Minute
 	resumeTimeout = 2 * time.Minute
-	// settleWithin is how long callers wait for a sandbox in transit that another server
+	// transitTimeout is how long callers wait for a sandbox in transit that another server
 	// works on.
-	settleWithin = 30 * time.Second
+	transitTimeout = 30 * time.Second
 	// askEvery is how often this server polls a host that pauses or resumes a sandbox by
 	// itself, because a host reports no event for a failed pause.
 	askEvery = 250 * time.Millisecond
@@ -58,7 +58,7 @@ func (s *Service) wait(ctx context.Context, row db.Sandbox, to State, deadline t
 // Pause saves a team's running sandbox on its host's disk and returns when that is done.
 // The end of ctx does not stop it. Pausing a paused sandbox does nothing.
 func (s *Service) Pause(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox, error) {
-	deadline := time.Now().Add(settleWithin)
+	deadline := time.Now().Add(transitTimeout)
 	for {
 		row, err := s.Get(ctx, team, sandbox)
 		if err != nil {
@@ -99,7 +99,7 @@ func (s *Service) Resume(ctx context.Context, team, sandbox uuid.UUID) (db.Sandb
 // wake returns the sandbox when it runs. It resumes a paused sandbox if the caller asked
 // for that, or if calls and requests may resume it.
 func (s *Service) wake(ctx context.Context, row db.Sandbox, asked bool) (db.Sandbox, error) {
-	sandbox, deadline := row.ID, time.Now().Add(settleWithin)
+	sandbox, deadline := row.ID, time.Now().Add(transitTimeout)
 	for {
 		var err error
 		switch was := row; State(row.State) {

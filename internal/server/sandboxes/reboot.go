@@ -23,7 +23,7 @@ const rebooting State = "rebooting"
 // returns when it runs. The end of ctx does not stop it, and concurrent calls share it.
 // After a failure, the sandbox runs as before, or is paused without its memory.
 func (s *Service) Reboot(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox, error) {
-	deadline := time.Now().Add(settleWithin)
+	deadline := time.Now().Add(transitTimeout)
 	for {
 		row, err := s.Get(ctx, team, sandbox)
 		if err != nil {

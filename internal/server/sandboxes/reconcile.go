@@ -53,7 +53,7 @@ func (s *Service) Adopt(ctx context.Context, row db.Sandbox, has *hostagentv1.Sa
 		s.Log.Info("adopted a sandbox that a dead server created", "sandbox_id", id.Format(id.Sandbox, row.ID))
 	}
 	if has.State == onHostPaused {
-		return s.Settle(ctx, row.ID)
+		return s.Refresh(ctx, row.ID)
 	}
 	return nil
 }
@@ -108,11 +108,11 @@ func (s *Service) Revive(ctx context.Context, row db.Sandbox, has *hostagentv1.S
 	return nil
 }
 
-// Settle asks the host for the sandbox's state and stores it: after the host changed it
+// Refresh asks the host for the sandbox's state and stores it: after the host changed it
 // by itself, or a dead server or an unreachable host left the sandbox in transit. Nobody
 // else may work on the sandbox.
-func (s *Service) Settle(ctx context.Context, sandbox uuid.UUID) error {
-	err := s.settleFrom(ctx, sandbox, false, Running, Missing, Pausing, Paused, Resuming)
+func (s *Service) Refresh(ctx context.Context, sandbox uuid.UUID) error {
+	err := s.refreshFrom(ctx, sandbox, false, Running, Missing, Pausing, Paused, Resuming)
 	if fault.Is(err, fault.NotFound) {
 		return nil // It has ended, which the host reports as an event.
 	}

@@ -44,9 +44,9 @@ type Config struct {
 	Tokens    auth.Tokens
 	// Work runs operations that continue after their caller has left.
 	Work *work.Group
-	// Tell announces a changed sandbox to the other servers; nil: there are none. It must
+	// Announce tells the other servers that a sandbox changed; nil: there are none. It must
 	// not block.
-	Tell func(sandbox uuid.UUID)
+	Announce func(sandbox uuid.UUID)
 	// Ended is called after this server marked a sandbox ended; may be nil.
 	Ended func(ctx context.Context, sandbox uuid.UUID) error
 	Log   *slog.Logger
@@ -72,8 +72,8 @@ type Service struct {
 	known *Cache[place]
 
 	hooks []func(uuid.UUID)
-	// deafness is called when other servers' changes can, or can no longer, be missed.
-	deafness []func(bool)
+	// onDisconnected is called when other servers' changes can, or can no longer, be missed.
+	onDisconnected []func(bool)
 }
 
 // New returns a service.
@@ -93,9 +93,9 @@ func (s *Service) OnChange(f func(sandbox uuid.UUID)) { s.hooks = append(s.hooks
 // changed notifies waiting callers and caches of this and the other servers that the
 // sandbox changed.
 func (s *Service) changed(sandbox uuid.UUID) {
-	s.Heard(sandbox)
-	if s.Tell != nil {
-		s.Tell(sandbox)
+	s.ChangedElsewhere(sandbox)
+	if s.Announce != nil {
+		s.Announce(sandbox)
 	}
 }
 
@@ -106,27 +106,27 @@ func (s *Service) Changed(sandboxes ...uuid.UUID) {
 	}
 }
 
-// Heard notifies waiting callers and caches of this server that another server changed
-// the sandbox.
-func (s *Service) Heard(sandbox uuid.UUID) {
+// ChangedElsewhere notifies waiting callers and caches of this server that another server
+// changed the sandbox.
+func (s *Service) ChangedElsewhere(sandbox uuid.UUID) {
 	s.inBox(sandbox, (*box).wake)
 	for _, f := range s.hooks {
 		f(sandbox)
 	}
 }
 
-// Deaf reports whether this server can miss other servers' changes from now on. Before
-// Deaf(false), anything may have changed.
-func (s *Service) Deaf(is bool) {
+// Disconnected reports whether this server can miss other servers' changes from now on.
+// Before Disconnected(false), anything may have changed.
+func (s *Service) Disconnected(is bool) {
 	s.wakeAll()
-	for _, f := range s.deafness {
+	for _, f := range s.onDisconnected {
 		f(is)
 	}
 }
 
-// OnDeaf registers f, which is called with the argument of [Service.Deaf]. Call it before
-// the service is used.
-func (s *Service) OnDeaf(f func(bool)) { s.deafness = append(s.deafness, f) }
+// OnDisconnected registers f, which is called with the argument of
+// [Service.Disconnected]. Call it before the service is used.
+func (s *Service) OnDisconnected(f func(bool)) { s.onDisconnected = append(s.onDisconnected, f) }
 
 // Get returns a team's sandbox, or fails with not_found.
 func (s *Service) Get(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox, error) {

@@ -42,7 +42,7 @@ func (s *Service) Wake(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox
 // Refused is [Service.Wake] after the host refused a call because of the sandbox's state,
 // which the database does not have yet.
 func (s *Service) Refused(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox, *hosts.Host, error) {
-	if err := s.settle(ctx, sandbox, true); err != nil {
+	if err := s.refresh(ctx, sandbox, true); err != nil {
 		return db.Sandbox{}, nil, err
 	}
 	return s.Wake(ctx, team, sandbox)
@@ -127,7 +127,7 @@ func (s *Service) peek(ctx context.Context, team, sandbox uuid.UUID, f func(cont
 	if !refusedState(err) {
 		return hosts.Fault(err)
 	}
-	if err := s.settle(ctx, sandbox, false); err != nil {
+	if err := s.refresh(ctx, sandbox, false); err != nil {
 		return err
 	}
 	if row, again := s.Get(ctx, team, sandbox); again == nil && State(row.State) != Running {
@@ -146,7 +146,7 @@ func notRunning(row db.Sandbox) error {
 		return fault.New(fault.SandboxPaused, "the sandbox is %s: resume it first", row.State)
 	case Pending, Starting, Resuming, Stopping:
 		return fault.New(fault.Conflict, "the sandbox is %s", row.State)
-	case Running, Stopped, settling, rebooting:
+	case Running, Stopped, refreshing, rebooting:
 	}
 	if row.EndedBecause != nil {
 		return fault.New(fault.Conflict, "the sandbox is stopped (%s)", *row.EndedBecause)

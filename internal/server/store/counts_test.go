@@ -29,8 +29,8 @@ var limits = map[string]string{
 
 // counters are the queries that count for another reason.
 var counters = map[string]string{
-	"CountRecords":           "SettleRecords counts again",
-	"SettleRecords":          "it is no limit",
+	"CountRecords":           "RecountRecords counts again",
+	"RecountRecords":         "it is no limit",
 	"ListPlaces":             "UsedPlace counts again",
 	"CountHostLoses":         "an admin is shown it",
 	"CountHostOnlyTemplates": "an admin is shown it",

@@ -35,7 +35,7 @@ var readsAll = map[string]string{
 	"CountUsers":   "it stops at the first user who can log in",
 	"CountRecords": "it counts all records of all teams, every ten minutes",
 	// It runs after CountRecords.
-	"ForgetCharges": "what is there are the charges of the last minutes, which have just been settled",
+	"ForgetCharges": "what is there are the charges of the last minutes, which RecountRecords has just counted",
 }
 
 // maySequential are the queries for which PostgreSQL may choose a sequential scan of a

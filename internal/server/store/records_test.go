@@ -149,9 +149,9 @@ func TestQuotaOfBuilds(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	settle := func() {
+	measure := func() {
 		t.Helper()
-		_, err := s.SettleBuilds(t.Context(), 1000)
+		_, err := s.MeasureBuildLogs(t.Context(), 1000)
 		must(err)
 	}
 	const insert = `INSERT INTO builds (id, team_id, name, tags, recipe, options, state, total_steps, created_at) VALUES ($1, $2, 'b', '{}', $3, '{}', 'queued', 1, now())`
@@ -168,7 +168,7 @@ func TestQuotaOfBuilds(t *testing.T) {
 	must(exec("UPDATE builds SET state = 'running'"))
 	must(exec("INSERT INTO build_steps SELECT $1, n, to_jsonb((SELECT string_agg(md5(n || ' ' || i), '') FROM generate_series(1, 4096) i)) FROM generate_series(1, 40) n", one))
 	must(exec("UPDATE builds SET state = 'failed', ended_at = now()"))
-	settle()
+	measure()
 	if got := s.stored(t, team); got < 3 || got > 5 {
 		t.Errorf("a log of 5 MiB, which the database compresses, counts %d MiB", got)
 	}
@@ -189,7 +189,7 @@ func TestQuotaOfBuilds(t *testing.T) {
 	must(exec(done, team, "last", 8, 5))
 	must(exec(done, team, "there", 7, 20))
 	must(exec("INSERT INTO templates (id, team_id, name, size_bytes, created_at, version) VALUES (gen_random_uuid(), $1, 'last', 1, now(), 4), (gen_random_uuid(), $1, 'there', 1, now(), 20)", team))
-	settle()
+	measure()
 	forget := func(bytes int64) {
 		t.Helper()
 		must(s.ForgetBuilds(t.Context(), db.ForgetBuildsParams{TeamID: team, Most: 10, MostBytes: bytes}))

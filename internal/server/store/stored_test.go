@@ -23,7 +23,7 @@ var kept = map[string]string{
 	"failed_imports":   "20 of a team",
 	"idempotency_keys": "one for each sandbox or template, which are bounded; forgotten in a day",
 	"identities":       "one for each provider of a user",
-	"mail_tokens":      "they expire; letters have a rate",
+	"mail_tokens":      "they expire; mails have a rate",
 	"sandbox_runs":     recorded, // 40 days of runs, which have a quota and a rate
 	"sessions":         "100 of a user",
 	"team_members":     "teams of a user are bounded, and owners add whom they know",
@@ -44,7 +44,7 @@ var kept = map[string]string{
 	"team_usage":          "a row for each team",
 	"usage_rollups":       "a row for each day",
 	"goose_db_version":    "the platform's",
-	"record_charges":      "settled every ten minutes, and whenever the team's quota is checked",
+	"record_charges":      "recounted every ten minutes, and whenever the team's quota is checked",
 }
 
 // counted tables have triggers that charge a team before the row exists.

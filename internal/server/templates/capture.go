@@ -42,7 +42,7 @@ func (s *Service) Snapshot(ctx context.Context, team, sandbox uuid.UUID, name, k
 		var template db.Template
 		// Read template only after success: when the caller leaves, the capture continues
 		// and still writes it.
-		err := s.Sandboxes.Hold(ctx, team, sandbox, func(row db.Sandbox) (err error) {
+		err := s.Sandboxes.AloneWhileStable(ctx, team, sandbox, func(row db.Sandbox) (err error) {
 			template, err = s.snapshot(ctx, row, name, o)
 			return err
 		})

@@ -25,9 +25,9 @@ import (
 const (
 	// rollEvery is how often Run looks for days to sum up.
 	rollEvery = time.Minute
-	// settled is how long after its end a day is summed up. Transactions of that day have
+	// rollDelay is how long after its end a day is summed up. Transactions of that day have
 	// ended by then.
-	settled = 10 * time.Minute
+	rollDelay = 10 * time.Minute
 	// runsKept is how long runs are stored. Their days may change for 30 days.
 	runsKept = 40 * 24 * time.Hour
 	// batch is how many rows one query deletes.
@@ -197,7 +197,7 @@ func (s *Service) Roll(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("look up first day: %w", err)
 	}
-	from, to := day(first), day(time.Now().Add(-settled)).AddDate(0, 0, -1)
+	from, to := day(first), day(time.Now().Add(-rollDelay)).AddDate(0, 0, -1)
 	if to.Before(from) {
 		return nil
 	}

@@ -136,7 +136,7 @@ func (s *Service) SignUp(ctx context.Context, email, password, token string, fro
 	if err != nil {
 		return nil, user, err
 	}
-	var letter mail.Letter
+	var message mail.Message
 	err = s.join(ctx, func(q *db.Queries, first bool) error {
 		g = nil
 		if first && !auth.Equal(token, s.FirstToken) {
@@ -144,14 +144,14 @@ func (s *Service) SignUp(ctx context.Context, email, password, token string, fro
 		}
 		made, err := claim(ctx, q, email, &hash, first)
 		if fault.Is(err, fault.Conflict) {
-			letter = mail.Letter{To: email, Subject: "Your Wrenn account", Text: "Somebody, you we hope, signed up with this address, which has an account.\nLog in at " + s.PublicURL + "; if you forgot the password, ask for a new one there.\n"}
+			message = mail.Message{To: email, Subject: "Your Wrenn account", Text: "Somebody, probably you, signed up with this address, which has an account.\nLog in at " + s.PublicURL + "; if you forgot the password, ask for a new one there.\n"}
 			return nil
 		}
 		if err != nil {
 			return err
 		}
 		if !first {
-			letter, err = s.verifyLetter(ctx, q, made, email)
+			message, err = s.verifyMail(ctx, q, made, email)
 			return err
 		}
 		if err := open(ctx, q, made); err != nil {
@@ -168,14 +168,14 @@ func (s *Service) SignUp(ctx context.Context, email, password, token string, fro
 		return nil, user, err
 	}
 	if g == nil {
-		s.Mail.Send(letter)
+		s.Mail.Send(message)
 	}
 	return g, user, nil
 }
 
-func (s *Service) verifyLetter(ctx context.Context, q *db.Queries, user uuid.UUID, email string) (mail.Letter, error) {
+func (s *Service) verifyMail(ctx context.Context, q *db.Queries, user uuid.UUID, email string) (mail.Message, error) {
 	token, err := newLink(ctx, q, user, verify, verifyLasts)
-	return mail.Letter{To: email, Subject: "Your Wrenn account", Text: "Somebody, you we hope, signed up with this address.\nOpen the account within a day, with the password that you chose:\n\n" + s.link(verify, token) + "\n\nIf it was not you, there is nothing to do.\n"}, err
+	return mail.Message{To: email, Subject: "Your Wrenn account", Text: "Somebody, probably you, signed up with this address.\nOpen the account within a day, with the password that you chose:\n\n" + s.link(verify, token) + "\n\nIf it was not you, there is nothing to do.\n"}, err
 }
 
 // remind mails a new link that verifies an address.
@@ -183,11 +183,11 @@ func (s *Service) remind(ctx context.Context, user db.User) error {
 	if err := s.Limiter.Allow(ctx, limitForgot, "verify:"+user.ID.String()); err != nil {
 		return err
 	}
-	letter, err := s.verifyLetter(ctx, s.Store.Queries, user.ID, user.Email)
+	message, err := s.verifyMail(ctx, s.Store.Queries, user.ID, user.Email)
 	if err != nil {
 		return fmt.Errorf("create link: %w", err)
 	}
-	s.Mail.Send(letter)
+	s.Mail.Send(message)
 	return nil
 }
 

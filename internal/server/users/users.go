@@ -280,7 +280,7 @@ func (s *Service) sendReset(ctx context.Context, email string) error {
 	if err != nil {
 		return err
 	}
-	s.Mail.Send(mail.Letter{To: user.Email, Subject: "Your Wrenn password", Text: "Somebody, you we hope, asked for a new password of your account.\nSet it here within the hour:\n\n" + s.link(reset, token) + "\n\nIf it was not you, there is nothing to do.\n"})
+	s.Mail.Send(mail.Message{To: user.Email, Subject: "Your Wrenn password", Text: "Somebody, probably you, asked for a new password for your account.\nSet it here within the hour:\n\n" + s.link(reset, token) + "\n\nIf it was not you, there is nothing to do.\n"})
 	return nil
 }
 
@@ -432,7 +432,7 @@ func (s *Service) Create(ctx context.Context, email string, admin bool) (user db
 		return user, "", wrap(err, "create account")
 	}
 	link = s.link(reset, token)
-	s.Mail.Send(mail.Letter{To: email, Subject: "Your Wrenn account", Text: "You have an account. Set its password within a day:\n\n" + link + "\n"})
+	s.Mail.Send(mail.Message{To: email, Subject: "Your Wrenn account", Text: "You have an account. Set its password within a day:\n\n" + link + "\n"})
 	return user, link, nil
 }
 

@@ -116,11 +116,11 @@ func (m *machine) reported() error {
 	return m.reason
 }
 
-// watch handles QEMU's events until its end. QEMU keeps a guest that has shut down or
-// crashed; watch reads its console and ends QEMU. QEMU stops a guest that cannot write to
-// a full disk; watch retries until the disk has space. waits says that the guest is in this
+// handleEvents handles QEMU's events until its end. QEMU keeps a guest that has shut down or
+// crashed; handleEvents reads its console and ends QEMU. QEMU stops a guest that cannot write to
+// a full disk; handleEvents retries until the disk has space. waits says that the guest is in this
 // state already.
-func (m *machine) watch(waits bool) {
+func (m *machine) handleEvents(waits bool) {
 	var retry <-chan time.Time
 	if waits {
 		retry = time.After(spaceInterval)
@@ -275,7 +275,7 @@ func (d *Driver) Attach(ctx context.Context, st vmm.State) (_ vmm.VM, err error)
 	default:
 		return fail(errors.Join(vmm.ErrGone, fmt.Errorf("the machine's state is %q", status), m.qmp.Close()))
 	}
-	go m.watch(status == stateNoSpace)
+	go m.handleEvents(status == stateNoSpace)
 	return m, nil
 }
 

@@ -260,7 +260,7 @@ func (d *Driver) launch(ctx context.Context, s vmm.Spec, as model, cpu processor
 	if err != nil {
 		return nil, errors.Join(err, m.stopped(), complaint(stderr))
 	}
-	go m.watch(false)
+	go m.handleEvents(false)
 	return m, nil
 }
 
@@ -326,7 +326,7 @@ func (d *Driver) arguments(s vmm.Spec, as model, cpu processor, control, ram, in
 		"-accel", as.accel, "-cpu", as.cpuOption(cpu),
 		"-smp", processors(as, s.VCPUs), "-m", fmt.Sprintf("%dM", s.MemoryMiB),
 		"-object", fmt.Sprintf("memory-backend-file,id=ram,size=%dM,share=off,mem-path=/proc/self/fd/%d", s.MemoryMiB, h.add(ram)),
-		// QEMU keeps a guest that ends, also by a panic, until watch has read its console.
+		// QEMU keeps a guest that ends, also by a panic, until handleEvents has read its console.
 		"-action", "reboot=shutdown,shutdown=pause",
 		"-chardev", fmt.Sprintf("socket,id=control,fd=%d,server=on,wait=off", h.add(control)), "-mon", "chardev=control,mode=control",
 		"-chardev", fmt.Sprintf("ringbuf,id=console,size=%d", consoleBytes), "-serial", "chardev:console",

@@ -18,8 +18,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/pki"
 )
 
-// Letter is a mail that the server accepted.
-type Letter struct {
+// Message is a mail that the server accepted.
+type Message struct {
 	From, To, Subject, Text string
 	// TLS reports whether it arrived over TLS. User is the login that sent it.
 	TLS  bool
@@ -39,12 +39,12 @@ type Options struct {
 
 // Server is a mail server on loopback.
 type Server struct {
-	// Addr is the server's address. Letters receives the accepted mails.
-	Addr    string
-	Letters <-chan Letter
+	// Addr is the server's address. Messages receives the accepted mails.
+	Addr     string
+	Messages <-chan Message
 
-	options Options
-	letters chan Letter
+	options  Options
+	messages chan Message
 
 	mu     sync.Mutex
 	busy   int
@@ -54,8 +54,8 @@ type Server struct {
 // Start starts a server, and stops it when the test ends.
 func Start(t testing.TB, o Options) *Server {
 	t.Helper()
-	s := &Server{options: o, letters: make(chan Letter, 16), busy: o.Busy}
-	s.Letters = s.letters
+	s := &Server{options: o, messages: make(chan Message, 16), busy: o.Busy}
+	s.Messages = s.messages
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -93,10 +93,10 @@ func (quiet) Printf(string, ...any) {}
 func (quiet) Println(...any)        {}
 
 type session struct {
-	server *Server
-	conn   *smtp.Conn
-	user   string
-	letter Letter
+	server  *Server
+	conn    *smtp.Conn
+	user    string
+	message Message
 }
 
 // AuthMechanisms implements [smtp.AuthSession].
@@ -117,7 +117,7 @@ func (s *session) Auth(string) (sasl.Server, error) {
 }
 
 // Reset implements [smtp.Session].
-func (s *session) Reset() { s.letter = Letter{} }
+func (s *session) Reset() { s.message = Message{} }
 
 // Logout implements [smtp.Session].
 func (s *session) Logout() error { return nil }
@@ -133,13 +133,13 @@ func (s *session) Mail(from string, _ *smtp.MailOptions) error {
 		s.server.busy--
 		return &smtp.SMTPError{Code: 451, EnhancedCode: smtp.EnhancedCode{4, 3, 2}, Message: "busy"}
 	}
-	s.letter.From = from
+	s.message.From = from
 	return nil
 }
 
 // Rcpt implements [smtp.Session].
 func (s *session) Rcpt(to string, _ *smtp.RcptOptions) error {
-	s.letter.To += to
+	s.message.To += to
 	return nil
 }
 
@@ -149,7 +149,7 @@ func (s *session) Data(r io.Reader) error {
 	if err != nil {
 		return err
 	}
-	if s.letter.Subject, err = new(mime.WordDecoder).DecodeHeader(m.Header.Get("Subject")); err != nil {
+	if s.message.Subject, err = new(mime.WordDecoder).DecodeHeader(m.Header.Get("Subject")); err != nil {
 		return err
 	}
 	body := m.Body
@@ -160,12 +160,12 @@ func (s *session) Data(r io.Reader) error {
 	if err != nil {
 		return err
 	}
-	s.letter.Text, s.letter.User = string(text), s.user
-	_, s.letter.TLS = s.conn.TLSConnectionState()
+	s.message.Text, s.message.User = string(text), s.user
+	_, s.message.TLS = s.conn.TLSConnectionState()
 	if s.server.options.Implicit {
-		s.letter.TLS = true
+		s.message.TLS = true
 	}
-	s.server.letters <- s.letter
+	s.server.messages <- s.message
 	return nil
 }
 

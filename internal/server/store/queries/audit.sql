@@ -27,10 +27,10 @@ DELETE FROM audit_records WHERE id = ANY (ARRAY(
 
 -- name: CountRecords :many
 -- Of each team: its audit records, the bytes of the records that come with changes, and
--- how many of these bytes have been settled.
+-- how many of these bytes the last RecountRecords counted.
 SELECT t.id AS team_id, COALESCE(a.n, 0)::bigint AS audit,
     (record_size('audit_records') * COALESCE(a.n, 0) + record_size('sandbox_runs') * COALESCE(r.n, 0) + record_size('template_tags') * COALESCE(g.n, 0))::bigint AS bytes,
-    COALESCE(u.swept_bytes, 0)::bigint AS settled
+    COALESCE(u.swept_bytes, 0)::bigint AS counted
 FROM teams t
 LEFT JOIN (SELECT team_id, count(*) AS n FROM audit_records GROUP BY team_id) a ON a.team_id = t.id
 LEFT JOIN (SELECT team_id, count(*) AS n FROM sandbox_runs GROUP BY team_id) r ON r.team_id = t.id
@@ -39,15 +39,15 @@ LEFT JOIN team_usage u ON u.team_id = t.id
 ORDER BY t.id;
 
 -- name: LockTeamUsage :exec
--- Held to the end of the transaction, by whoever settles what a team is charged for.
+-- Locks a row to the end of the transaction. RecountRecords needs it.
 INSERT INTO team_usage AS u (team_id, running, vcpus, memory_mib, disk_mib)
 SELECT id, 0, 0, 0, 0 FROM teams WHERE id = @team_id
 ON CONFLICT (team_id) DO UPDATE SET running = u.running;
 
--- name: SettleRecords :exec
--- Counts a team's records anew. One statement sees each record together with its charge,
--- or neither of them. LockTeamUsage comes before.
-WITH settled AS (
+-- name: RecountRecords :exec
+-- Counts a team's records again, and drops the charges. One statement sees each record together with its charge,
+-- or neither of them. Call LockTeamUsage first.
+WITH dropped AS (
     DELETE FROM record_charges WHERE record_charges.id = ANY (ARRAY(
         SELECT c.id FROM record_charges c WHERE c.team_id = @team_id ORDER BY c.id FOR UPDATE))
 )
@@ -58,6 +58,6 @@ FROM (SELECT record_size('audit_records') * (SELECT count(*) FROM audit_records 
 WHERE team_usage.team_id = @team_id;
 
 -- name: ForgetCharges :exec
--- Those of teams that are gone.
+-- Deletes the charges of teams that no longer exist.
 DELETE FROM record_charges WHERE record_charges.id = ANY (ARRAY(
     SELECT c.id FROM record_charges c WHERE NOT EXISTS (SELECT FROM teams WHERE teams.id = c.team_id) ORDER BY c.id FOR UPDATE));

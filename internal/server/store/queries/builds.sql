@@ -85,7 +85,7 @@ ON CONFLICT (build_id, number) DO UPDATE SET log = EXCLUDED.log;
 -- name: ListBuildSteps :many
 SELECT * FROM build_steps WHERE build_id = $1 ORDER BY number;
 
--- name: SettleBuilds :many
+-- name: MeasureBuildLogs :many
 -- Measures the logs of finished builds, in the order of their teams, whose usage is
 -- locked after them.
 UPDATE builds SET log_bytes = (SELECT COALESCE(sum(pg_column_size(st.log) + 100), 0) FROM build_steps st WHERE st.build_id = builds.id)

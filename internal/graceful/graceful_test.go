@@ -1,4 +1,4 @@
-package drain_test
+package graceful_test
 
 import (
 	"bufio"
@@ -13,7 +13,7 @@ import (
 	"time"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
-	"github.com/wrenn-dev/wrenn/internal/drain"
+	"github.com/wrenn-dev/wrenn/internal/graceful"
 )
 
 // gated is a listener that announces accepted connections and its end.
@@ -63,7 +63,7 @@ func TestFirstRequest(t *testing.T) {
 	defer stop()
 	ended := make(chan error, 1)
 	go func() {
-		ended <- drain.Serve(ctx, &http.Server{Handler: http.HandlerFunc(echo)}, g, nil, await.Hang)
+		ended <- graceful.Serve(ctx, &http.Server{Handler: http.HandlerFunc(echo)}, g, nil, await.Hang)
 	}()
 	c, err := net.Dial("tcp", l.Addr().String())
 	if err != nil {
@@ -102,7 +102,7 @@ func TestSilent(t *testing.T) {
 			close(begun)
 			<-r.Context().Done()
 		})}
-		ended <- drain.Serve(ctx, srv, l, nil, time.Millisecond)
+		ended <- graceful.Serve(ctx, srv, l, nil, time.Millisecond)
 	}()
 	for _, sends := range []string{"", "POST / HTTP/1.1\r\nHost: x\r\n", "GET / HTTP/1.1\r\nHost: x\r\n\r\n"} {
 		c, err := net.Dial("tcp", l.Addr().String())
@@ -123,7 +123,7 @@ func TestSilent(t *testing.T) {
 func TestFails(t *testing.T) {
 	l := listen(t)
 	_ = l.Close()
-	if err := drain.Serve(t.Context(), &http.Server{}, l, nil, await.Hang); !errors.Is(err, net.ErrClosed) {
+	if err := graceful.Serve(t.Context(), &http.Server{}, l, nil, await.Hang); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("got %v", err)
 	}
 }
@@ -146,7 +146,7 @@ func TestTakesOver(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan error, 1)
 		go func() {
-			ended <- drain.Serve(ctx, &http.Server{Handler: http.HandlerFunc(echo)}, next, nil, await.Hang)
+			ended <- graceful.Serve(ctx, &http.Server{Handler: http.HandlerFunc(echo)}, next, nil, await.Hang)
 		}()
 		return func() {
 			cancel()

@@ -17,16 +17,16 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// TestWatchOthers makes the checks of some of a team's open calls hang, fail and panic:
+// TestChecksAreIndependent makes the checks of some of a team's open calls hang, fail and panic:
 // the check that ends another call does not wait for them.
-func TestWatchOthers(t *testing.T) {
+func TestChecksAreIndependent(t *testing.T) {
 	url := pgtest.New(t)
 	st, err := store.Open(t.Context(), url)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer st.Close()
-	w := auth.NewWatch(st, slog.New(slog.DiscardHandler))
+	w := auth.NewAccessGuard(st, slog.New(slog.DiscardHandler))
 	who := auth.Principal{Team: uuid.New()}
 	ended := make(chan struct{})
 	for range 5 {
@@ -59,15 +59,15 @@ func TestWatchOthers(t *testing.T) {
 	<-run
 }
 
-// TestWatchLooksAgain makes a check fail, like one of a database that is too busy: the
+// TestFailedCheckIsRetried makes a check fail, like one of a database that is too busy: the
 // next check comes soon, not only with the next regular one.
-func TestWatchLooksAgain(t *testing.T) {
+func TestFailedCheckIsRetried(t *testing.T) {
 	st, err := store.Open(t.Context(), pgtest.New(t))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer st.Close()
-	w := auth.NewWatch(st, slog.New(slog.DiscardHandler))
+	w := auth.NewAccessGuard(st, slog.New(slog.DiscardHandler))
 	looks := 0
 	while, done := w.While(t.Context(), auth.Principal{Team: uuid.New()}, w.Mark(), func(ctx context.Context) error {
 		switch looks++; looks {

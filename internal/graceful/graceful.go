@@ -1,9 +1,9 @@
-// Package drain stops an HTTP server without dropping a request on a connection that the
+// Package graceful stops an HTTP server without dropping a request on a connection that the
 // server has accepted.
 //
 // [http.Server.Shutdown] closes an accepted connection whose first request has not
 // arrived yet, without a response.
-package drain
+package graceful
 
 import (
 	"context"
@@ -58,14 +58,14 @@ func Serve(ctx context.Context, srv *http.Server, l net.Listener, identity *tls.
 	if errors.Is(err, net.ErrClosed) && ctx.Err() != nil {
 		err = nil
 	}
-	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), within)
+	stopping, cancel := context.WithTimeout(context.WithoutCancel(ctx), within)
 	defer cancel()
-	f.wait(drain)
-	if srv.Shutdown(drain) != nil {
+	f.wait(stopping)
+	if srv.Shutdown(stopping) != nil {
 		_ = srv.Close() // ends streams that are still open
 	}
 	if w, ok := l.(waiter); ok {
-		_ = w.Wait(drain) // if it fails, it has closed their connections
+		_ = w.Wait(stopping) // if it fails, it has closed their connections
 	}
 	return err
 }

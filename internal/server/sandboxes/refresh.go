@@ -18,23 +18,23 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
-// settle asks the host for the state of a running or missing sandbox and stores it,
+// refresh asks the host for the state of a running or missing sandbox and stores it,
 // because the host may have changed it by itself. With wait, it polls while the host is
 // changing it.
-func (s *Service) settle(ctx context.Context, sandbox uuid.UUID, wait bool) error {
-	return s.settleFrom(ctx, sandbox, wait, Running, Missing)
+func (s *Service) refresh(ctx context.Context, sandbox uuid.UUID, wait bool) error {
+	return s.refreshFrom(ctx, sandbox, wait, Running, Missing)
 }
 
-func (s *Service) settleFrom(ctx context.Context, sandbox uuid.UUID, wait bool, from ...State) error {
-	_, err := s.turn(ctx, sandbox, settling, func() (db.Sandbox, error) {
-		ctx, cancel := context.WithTimeout(s.Work.Context(), settleWithin)
+func (s *Service) refreshFrom(ctx context.Context, sandbox uuid.UUID, wait bool, from ...State) error {
+	_, err := s.turn(ctx, sandbox, refreshing, func() (db.Sandbox, error) {
+		ctx, cancel := context.WithTimeout(s.Work.Context(), transitTimeout)
 		defer cancel()
 		var row db.Sandbox
 		err := s.until(ctx, sandbox, askEvery, func() (bool, error) {
-			var settled bool
+			var done bool
 			var err error
-			row, settled, err = s.look(ctx, sandbox, from)
-			return settled || !wait, err
+			row, done, err = s.look(ctx, sandbox, from)
+			return done || !wait, err
 		})
 		if err != nil && ctx.Err() != nil {
 			err = fault.New(fault.Conflict, "the sandbox is pausing or resuming")
@@ -47,9 +47,9 @@ func (s *Service) settleFrom(ctx context.Context, sandbox uuid.UUID, wait bool, 
 	return err
 }
 
-// look asks the host once and stores its answer. settled is false while the host is
+// look asks the host once and stores its answer. done is false while the host is
 // changing the state.
-func (s *Service) look(ctx context.Context, sandbox uuid.UUID, from []State) (row db.Sandbox, settled bool, err error) {
+func (s *Service) look(ctx context.Context, sandbox uuid.UUID, from []State) (row db.Sandbox, done bool, err error) {
 	if row, err = s.Lookup(ctx, sandbox); err != nil {
 		return row, false, err
 	}
