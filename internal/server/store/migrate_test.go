@@ -58,7 +58,7 @@ func migrated(t *testing.T, name string, fill func(exec func(query string, args 
 // member's verified address, and that others get nothing.
 func TestChannelsBeforeConfirmation(t *testing.T) {
 	team, other := uuid.New(), uuid.New()
-	pool := migrated(t, "channels", func(exec func(string, ...any)) {
+	pool := migrated(t, "channel_confirmation", func(exec func(string, ...any)) {
 		exec("INSERT INTO teams (id, name) VALUES ($1, 't'), ($2, 'o')", team, other)
 		for email, verified := range map[string]bool{"Ada@example.com": true, "new@example.com": false} {
 			u := uuid.New()

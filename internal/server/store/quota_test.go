@@ -335,7 +335,7 @@ func TestQuotaOfTimeouts(t *testing.T) {
 // forks, or will be paused at their timeout.
 func TestSavedBefore(t *testing.T) {
 	team := uuid.New()
-	pool := migrated(t, "saved", func(exec func(string, ...any)) {
+	pool := migrated(t, "saved_memory_quota", func(exec func(string, ...any)) {
 		exec("INSERT INTO teams (id, name) VALUES ($1, 't')", team)
 		for i, more := range []string{"'running', 'destroy', NULL", "'running', 'pause', NULL", "'paused', 'destroy', NULL", "'running', 'destroy', gen_random_uuid()", "'stopped', 'pause', NULL"} {
 			exec(`INSERT INTO sandboxes (id, team_id, template_id, template_name, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, state, on_timeout, forked_from)

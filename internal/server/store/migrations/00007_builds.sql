@@ -1,24 +1,24 @@
 -- +goose Up
 
 ALTER TABLE templates
-    -- layer: what the steps of a build have made so far. It has no name and is
-    -- nobody's to start from but a build's.
+    -- layer: the state after a step of a build. It has no name, and only builds start
+    -- from it.
     ADD COLUMN kind text NOT NULL DEFAULT 'template' CHECK (kind IN ('template', 'layer')),
     -- Counts the templates of one name.
     ADD COLUMN version integer NOT NULL DEFAULT 1,
     -- The build that makes or made it.
     ADD COLUMN build_id uuid,
-    -- Digest of all that a layer was made from.
+    -- Digest of everything that a layer was made from.
     ADD COLUMN layer_key bytea,
-    -- When a layer was last started from.
+    -- When a build last started from the layer.
     ADD COLUMN used_at timestamptz NOT NULL DEFAULT now();
 DROP INDEX templates_name;
--- The version of what is being removed is free.
+-- The version of a template that is being deleted is free.
 CREATE UNIQUE INDEX templates_version ON templates (team_id, name, version) WHERE kind = 'template' AND state <> 'deleting';
 CREATE INDEX templates_layer ON templates (team_id, layer_key) WHERE kind = 'layer';
 CREATE INDEX templates_build ON templates (build_id) WHERE build_id IS NOT NULL;
 
--- What a name means: name:tag is a template. A name alone is name:latest.
+-- name:tag is a template. A name alone means name:latest.
 CREATE TABLE template_tags (
     team_id     uuid NOT NULL REFERENCES teams ON DELETE CASCADE,
     name        text NOT NULL,
@@ -33,25 +33,25 @@ SELECT team_id, name, 'latest', id FROM templates WHERE state <> 'deleting';
 CREATE TABLE builds (
     id          uuid PRIMARY KEY,
     team_id     uuid NOT NULL REFERENCES teams ON DELETE CASCADE,
-    -- What the template is to be called.
+    -- The name of the template that it makes.
     name        text NOT NULL,
     tags        text[] NOT NULL,
     recipe      text NOT NULL,
-    -- The archive of the folder that it copies from; none: it copies nothing.
+    -- The archive of the folder that it copies from. NULL: it copies nothing.
     archive     text,
     options     jsonb NOT NULL,
     state       text NOT NULL CHECK (state IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')),
     total_steps integer NOT NULL,
     done_steps  integer NOT NULL DEFAULT 0,
     error       text NOT NULL DEFAULT '',
-    -- What came of it. No reference: the build is remembered when that is gone.
+    -- The resulting template. No reference, because the build's row outlives it.
     template_id uuid,
     version     integer,
-    -- The server that works on it, and until when it is believed to.
+    -- The server that works on it, and the end of that server's lease.
     worker      uuid,
     lease_until timestamptz,
     attempts    integer NOT NULL DEFAULT 0,
-    -- Somebody wants it to end.
+    -- Somebody has cancelled it.
     cancelling  boolean NOT NULL DEFAULT false,
     created_at  timestamptz NOT NULL,
     started_at  timestamptz,
@@ -69,7 +69,7 @@ CREATE TABLE build_steps (
     PRIMARY KEY (build_id, number)
 );
 
--- The folders that builds copy from, as archives that are named by their content.
+-- The archives of folders that builds copy from, named by their digest.
 CREATE TABLE build_archives (
     team_id    uuid NOT NULL REFERENCES teams ON DELETE CASCADE,
     digest     text NOT NULL,
@@ -87,7 +87,7 @@ CREATE TABLE build_archive_chunks (
     FOREIGN KEY (team_id, digest) REFERENCES build_archives ON DELETE CASCADE
 );
 
--- The build that a sandbox was made for, whose it is alone.
+-- The build that a sandbox belongs to. Nobody else can use the sandbox.
 ALTER TABLE sandboxes ADD COLUMN build_id uuid;
 CREATE INDEX sandboxes_build ON sandboxes (build_id) WHERE build_id IS NOT NULL;
 CREATE INDEX sandboxes_template_live ON sandboxes (template_id) WHERE state NOT IN ('stopped', 'error');

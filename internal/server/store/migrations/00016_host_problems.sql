@@ -1,7 +1,7 @@
 -- +goose Up
 
--- What is wrong with a host and its agent could not repair, as the agent said
--- last: a list of {kind, object, message, since}.
+-- The host's problems, which its agent could not repair, as last reported: a list of
+-- {kind, object, message, since}.
 ALTER TABLE hosts ADD problems jsonb NOT NULL DEFAULT '[]';
 
 -- +goose Down

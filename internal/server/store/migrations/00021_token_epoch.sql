@@ -1,17 +1,17 @@
 -- +goose Up
 
 ALTER TABLE sandboxes
-    -- Counts how often the sandbox's tokens were revoked. Tokens that were made
-    -- under a lower number open nothing.
+    -- Counts how often the sandbox's tokens were revoked. Tokens with a lower number are
+    -- invalid.
     ADD token_epoch integer NOT NULL DEFAULT 0;
 CREATE TRIGGER tell_access AFTER UPDATE OF token_epoch ON sandboxes FOR EACH ROW WHEN (OLD.token_epoch <> NEW.token_epoch) EXECUTE FUNCTION tell_access();
 
--- revoke_tokens revokes the tokens of all sandboxes of teams, which somebody who
--- may no longer use them could have kept.
+-- revoke_tokens revokes the tokens of all sandboxes of teams, because somebody who may
+-- no longer use them could have kept the tokens.
 -- +goose StatementBegin
 CREATE FUNCTION revoke_tokens(teams uuid[]) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
-    -- In one order, as whoever changes several does.
+    -- In the order in which every statement that changes several locks them.
     PERFORM FROM sandboxes WHERE team_id = ANY (teams) AND state NOT IN ('stopped', 'error') ORDER BY id FOR UPDATE;
     UPDATE sandboxes SET token_epoch = token_epoch + 1 WHERE team_id = ANY (teams) AND state NOT IN ('stopped', 'error');
 END $$;

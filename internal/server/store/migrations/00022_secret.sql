@@ -1,8 +1,8 @@
 -- +goose Up
 
--- The installation's secret, which all tokens and sealed rows are made with,
--- encrypted under one of the keys of WRENN_SECRET_KEY. A key can be replaced
--- without the secret, and so without anything that was made with it.
+-- The installation's secret, from which tokens and the encryption of rows are derived,
+-- encrypted under one of the keys of WRENN_SECRET_KEY. So a key can be replaced while
+-- the secret, and everything derived from it, stays.
 CREATE TABLE installation_secret (
     id     boolean PRIMARY KEY DEFAULT true CHECK (id),
     -- The key's id: the first 16 hexadecimal digits of its SHA-256.

@@ -2,18 +2,18 @@
 
 ALTER TABLE sandboxes
     DROP CONSTRAINT sandboxes_end_reason_check,
-    -- A sandbox that has lost its memory and is not used again ends for the reason of that.
+    -- A sandbox that lost its memory and is not used again ends with the reason of the loss.
     ADD CONSTRAINT sandboxes_end_reason_check CHECK (end_reason IN ('deleted', 'expired', 'exited', 'oom', 'crashed', 'restarted', 'killed', 'lost', 'failed')),
-    -- Who asked for its end, such as "user usr-…"; empty: nobody did, or it is not known.
+    -- Who ended it, such as "user usr-…". Empty: nobody, or unknown.
     ADD ended_by text NOT NULL DEFAULT '',
-    -- What is wrong with it beside its state: unresponsive, memory_lost; empty: nothing.
+    -- Its condition: unresponsive or memory_lost. Empty: none.
     ADD condition text NOT NULL DEFAULT '' CHECK (condition IN ('', 'unresponsive', 'memory_lost')),
     ADD condition_reason text NOT NULL DEFAULT '',
-    -- What more its host says, which can be the guest's own text.
+    -- The host's details, which can contain text of the guest.
     ADD condition_detail text NOT NULL DEFAULT '',
     ADD condition_since timestamptz;
 
--- Why a sandbox ended, in words for people. This is the only table of them.
+-- Why a sandbox ended, as a text for users. No other place has these texts.
 -- +goose StatementBegin
 CREATE FUNCTION end_words(reason text, ended_by text) RETURNS text LANGUAGE sql IMMUTABLE AS
 $$ SELECT CASE reason

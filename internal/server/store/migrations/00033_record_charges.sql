@@ -1,12 +1,12 @@
 -- +goose Up
 
--- Audit records, times that sandboxes ran, and tags count as stored from the moment at
--- which they are there. They come with changes of several teams' sandboxes, in any order,
--- so what they add is a row of its own, which waits for no lock. Whoever checks a quota
--- adds these rows up, and settles those of its team.
+-- Audit records, the times that sandboxes ran, and tags count as stored from the
+-- transaction that writes them. Such a transaction can change sandboxes of several teams
+-- in any order, so each charge is a row of its own, which waits for no lock. A check of a
+-- quota adds up the team's rows and moves them into its usage.
 CREATE TABLE record_charges (
     id      bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    -- No reference: it would lock the team.
+    -- No reference, because that would lock the team.
     team_id uuid NOT NULL,
     bytes   bigint NOT NULL
 );
@@ -15,7 +15,7 @@ CREATE INDEX record_charges_team ON record_charges (team_id) INCLUDE (bytes);
 CREATE FUNCTION unsettled_bytes(team uuid) RETURNS bigint LANGUAGE sql STABLE AS
 $$ SELECT COALESCE(sum(bytes), 0)::bigint FROM record_charges WHERE team_id = team $$;
 
--- What a record takes, with its entries in the indexes.
+-- The size of a record with its index entries.
 CREATE FUNCTION record_size(kind text) RETURNS bigint LANGUAGE sql IMMUTABLE AS
 $$ SELECT CASE kind WHEN 'audit_records' THEN 512 WHEN 'sandbox_runs' THEN 256 WHEN 'template_tags' THEN 256 END::bigint $$;
 
@@ -39,8 +39,8 @@ CREATE TRIGGER records_removed AFTER DELETE ON sandbox_runs REFERENCING OLD TABL
 CREATE TRIGGER records_added AFTER INSERT ON template_tags REFERENCING NEW TABLE AS added FOR EACH STATEMENT EXECUTE FUNCTION records_charge();
 CREATE TRIGGER records_removed AFTER DELETE ON template_tags REFERENCING OLD TABLE AS removed FOR EACH STATEMENT EXECUTE FUNCTION records_charge();
 
--- As before, and with the records that nobody has settled yet. Records are never refused
--- themselves, but whoever has no room left for them is refused everything that adds some.
+-- As before, plus the charges of records that are not in team_usage yet. Records
+-- themselves are never refused, but a team without room for them can add nothing else.
 -- +goose StatementBegin
 CREATE OR REPLACE FUNCTION charge_team(team uuid, add_running bigint, add_vcpus bigint, add_memory bigint, add_disk bigint, add_stored bigint, enforce boolean,
     add_bytes bigint DEFAULT 0, add_ended bigint DEFAULT 0, add_ended_bytes bigint DEFAULT 0) RETURNS void LANGUAGE plpgsql AS $$
@@ -49,12 +49,12 @@ DECLARE
     may   record;
     whose text := 'the team';
     owned uuid;
-    -- Nothing more is asked for, but whether there is room at all.
+    -- The request adds nothing, and only asks whether there is room at all.
     asks  boolean := GREATEST(add_running, add_vcpus, add_memory, add_disk, add_stored, add_bytes) <= 0;
     bytes bigint;
 BEGIN
     IF NOT enforce AND GREATEST(add_running, add_vcpus, add_memory, add_disk, add_stored, add_bytes, add_ended) <= 0 THEN
-        -- Where there is no row the team goes with all it had.
+        -- No row: the team is being deleted with everything that it had.
         UPDATE team_usage SET running = running + add_running, vcpus = vcpus + add_vcpus, memory_mib = memory_mib + add_memory,
             disk_mib = disk_mib + add_disk, stored_mib = stored_mib + add_stored,
             record_bytes = record_bytes + add_bytes, ended = ended + add_ended, ended_bytes = ended_bytes + add_ended_bytes WHERE team_id = team;
@@ -72,14 +72,14 @@ BEGIN
     IF NOT enforce THEN
         RETURN;
     END IF;
-    -- Only who has locked what the team has settles its charges.
+    -- Only the holder of the lock on the team's usage may move its charges there.
     WITH gone AS (DELETE FROM record_charges AS c WHERE c.team_id = team RETURNING c.bytes)
     SELECT sum(gone.bytes) INTO bytes FROM gone;
     IF bytes <> 0 THEN
         UPDATE team_usage AS u SET record_bytes = u.record_bytes + bytes, swept_bytes = u.swept_bytes + bytes WHERE u.team_id = team;
         has.record_bytes := has.record_bytes + bytes;
     END IF;
-    -- Whole MiB of records count with what is stored, when there is one more of them.
+    -- Records count as stored in whole MiB, once one more is full.
     add_stored := add_stored + records_mib(has.record_bytes) - records_mib(has.record_bytes - add_bytes);
     has.stored_mib := has.stored_mib + records_mib(has.record_bytes);
     PERFORM FROM teams WHERE id = team AND deleting_at IS NULL FOR SHARE;
@@ -91,7 +91,7 @@ BEGIN
         SELECT max_running, max_vcpus, max_memory_mib, max_disk_mib, max_stored_mib INTO may FROM platform_settings;
         owned := team_owner(team);
         IF owned IS NOT NULL THEN
-            -- Of two teams of one owner that are charged at once, one waits.
+            -- If two teams of one owner are charged at once, one waits.
             PERFORM pg_advisory_xact_lock(hashtextextended('wrenn.owner.' || owned, 0));
             SELECT COALESCE(sum(u.running), 0) AS running, COALESCE(sum(u.vcpus), 0) AS vcpus, COALESCE(sum(u.memory_mib), 0) AS memory_mib, COALESCE(sum(u.disk_mib), 0) AS disk_mib,
                 COALESCE(sum(COALESCE(u.stored_mib, 0) + records_mib(COALESCE(u.record_bytes, 0) + unsettled_bytes(m.team_id))), 0) AS stored_mib
@@ -134,7 +134,7 @@ DECLARE
     owned uuid;
 BEGIN
     IF NOT enforce AND GREATEST(add_running, add_vcpus, add_memory, add_disk, add_stored, add_bytes, add_ended) <= 0 THEN
-        -- Where there is no row the team goes with all it had.
+        -- No row: the team is being deleted with everything that it had.
         UPDATE team_usage SET running = running + add_running, vcpus = vcpus + add_vcpus, memory_mib = memory_mib + add_memory,
             disk_mib = disk_mib + add_disk, stored_mib = stored_mib + add_stored,
             record_bytes = record_bytes + add_bytes, ended = ended + add_ended, ended_bytes = ended_bytes + add_ended_bytes WHERE team_id = team;
@@ -152,7 +152,7 @@ BEGIN
     IF NOT enforce THEN
         RETURN;
     END IF;
-    -- Whole MiB of records count with what is stored, when there is one more of them.
+    -- Records count as stored in whole MiB, once one more is full.
     add_stored := add_stored + records_mib(has.record_bytes) - records_mib(has.record_bytes - add_bytes);
     has.stored_mib := has.stored_mib + records_mib(has.record_bytes);
     PERFORM FROM teams WHERE id = team AND deleting_at IS NULL FOR SHARE;
@@ -164,7 +164,7 @@ BEGIN
         SELECT max_running, max_vcpus, max_memory_mib, max_disk_mib, max_stored_mib INTO may FROM platform_settings;
         owned := team_owner(team);
         IF owned IS NOT NULL THEN
-            -- Of two teams of one owner that are charged at once, one waits.
+            -- If two teams of one owner are charged at once, one waits.
             PERFORM pg_advisory_xact_lock(hashtextextended('wrenn.owner.' || owned, 0));
             SELECT sum(u.running) AS running, sum(u.vcpus) AS vcpus, sum(u.memory_mib) AS memory_mib, sum(u.disk_mib) AS disk_mib, sum(u.stored_mib + records_mib(u.record_bytes)) AS stored_mib
             INTO has.running, has.vcpus, has.memory_mib, has.disk_mib, has.stored_mib

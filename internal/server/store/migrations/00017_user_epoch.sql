@@ -1,8 +1,8 @@
 -- +goose Up
 
 ALTER TABLE users
-    -- Counts how often the user was deactivated or ceased to be an admin. What
-    -- was opened under a lower number ends, even if the right was given back.
+    -- Counts how often the user was deactivated or stopped being an admin. Streams that
+    -- were opened under a lower number end, even if the user has the right again.
     ADD epoch integer NOT NULL DEFAULT 0;
 
 -- +goose StatementBegin

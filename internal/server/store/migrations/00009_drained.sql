@@ -1,14 +1,14 @@
 -- +goose Up
 
 ALTER TABLE sandboxes
-    -- It was paused because its host drains, not because anybody asked for that:
-    -- the next use resumes it, and the time after which it ends unused goes on.
+    -- The server paused it because its host drains. The next use resumes it, and its
+    -- timeout continues.
     ADD drained boolean NOT NULL DEFAULT false;
 
--- For those that are being deleted too, which templates_name leaves out.
+-- Includes templates that are being deleted, unlike templates_name.
 CREATE INDEX templates_team ON templates (team_id);
 
--- The first of them all is asked for.
+-- For finding the oldest run.
 CREATE INDEX sandbox_runs_started ON sandbox_runs (started_at);
 
 -- +goose Down

@@ -1,23 +1,24 @@
 -- +goose Up
 
--- The sets of a sandbox's states. To change one, replace its function: triggers and
--- queries call it. TestStates compares each with the table in sandboxes/state.go.
+-- Sets of sandboxes' states. To change one, replace its function, which triggers and
+-- queries call. TestStates compares each with the table in sandboxes/state.go.
 
--- It has not ended. Partial indexes have the same condition, which PostgreSQL finds here,
--- because it puts the function's body in place of its call.
+-- It has not ended. Partial indexes have the same condition, and PostgreSQL recognizes
+-- it, because it inlines the function.
 CREATE FUNCTION sandbox_is_live(state text) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT state NOT IN ('stopped', 'error') $$;
 -- It is being created.
 CREATE FUNCTION sandbox_is_starting(state text) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT state IN ('pending', 'starting') $$;
--- It counts for its host's memory and processors, and its team's.
+-- It counts for the memory and processors of its host and its team.
 CREATE FUNCTION sandbox_uses_host(state text) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT state NOT IN ('paused', 'stopped', 'error') $$;
--- Its time counts as its team's use.
+-- Its time counts as usage of its team.
 CREATE FUNCTION sandbox_is_billed(state text) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT state IN ('running', 'missing', 'pausing') $$;
--- Its memory is on disk, or on the way there or back.
+-- Its memory is on disk, or being saved or restored.
 CREATE FUNCTION sandbox_has_image(state text) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT state IN ('pausing', 'paused', 'resuming') $$;
--- A server works on it.
+-- A server is working on it.
 CREATE FUNCTION sandbox_in_transit(state text) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT state IN ('pending', 'starting', 'pausing', 'resuming', 'stopping') $$;
 
--- What quotas assume of what has no size yet. TestDefaultSizes compares them with Go's.
+-- The sizes that quotas assume for objects without one. TestDefaultSizes compares them
+-- with the constants in Go.
 CREATE FUNCTION default_disk_mib() RETURNS integer LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT 5120 $$;
 CREATE FUNCTION default_memory_mib() RETURNS integer LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT 512 $$;
 
@@ -69,17 +70,17 @@ BEGIN
         WHERE sandbox_id = NEW.id AND ended_at IS NULL RETURNING missing_at INTO at;
         PERFORM usage_changed(at);
     ELSIF runs AND OLD.state = 'missing' AND NEW.state <> 'missing' THEN
-        -- It ran all the while.
+        -- It ran all the time.
         SELECT missing_at INTO at FROM sandbox_runs WHERE sandbox_id = NEW.id AND ended_at IS NULL;
         UPDATE sandbox_runs SET missing_at = NULL WHERE sandbox_id = NEW.id AND ended_at IS NULL;
         PERFORM usage_changed(at);
     ELSIF ran AND NOT runs THEN
         SELECT * INTO run FROM sandbox_runs WHERE sandbox_id = OLD.id AND ended_at IS NULL;
         IF run.id IS NULL THEN
-            RETURN NULL; -- It began before runs were kept.
+            RETURN NULL; -- It began before runs were stored.
         END IF;
-        -- When it ended is what its host says; of one that did not come back, it
-        -- is when it was last heard of.
+        -- Use the end that the host reports, or, if the host did not come back, the
+        -- time of its last report.
         IF TG_OP <> 'DELETE' AND NEW.state = 'paused' AND NEW.paused_at IS NOT NULL THEN
             at := NEW.paused_at;
         ELSIF TG_OP <> 'DELETE' AND NEW.state = 'stopped' AND NEW.end_reason IN ('expired', 'exited') THEN
@@ -132,7 +133,7 @@ END $$;
 -- +goose StatementBegin
 CREATE OR REPLACE FUNCTION revoke_tokens(teams uuid[]) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
-    -- In one order, as whoever changes several does.
+    -- In the order in which every statement that changes several locks them.
     PERFORM FROM sandboxes WHERE team_id = ANY (teams) AND sandbox_is_live(state) ORDER BY id FOR UPDATE;
     UPDATE sandboxes SET token_epoch = token_epoch + 1 WHERE team_id = ANY (teams) AND sandbox_is_live(state);
 END $$;
@@ -203,17 +204,17 @@ BEGIN
         WHERE sandbox_id = NEW.id AND ended_at IS NULL RETURNING missing_at INTO at;
         PERFORM usage_changed(at);
     ELSIF runs AND OLD.state = 'missing' AND NEW.state <> 'missing' THEN
-        -- It ran all the while.
+        -- It ran all the time.
         SELECT missing_at INTO at FROM sandbox_runs WHERE sandbox_id = NEW.id AND ended_at IS NULL;
         UPDATE sandbox_runs SET missing_at = NULL WHERE sandbox_id = NEW.id AND ended_at IS NULL;
         PERFORM usage_changed(at);
     ELSIF ran AND NOT runs THEN
         SELECT * INTO run FROM sandbox_runs WHERE sandbox_id = OLD.id AND ended_at IS NULL;
         IF run.id IS NULL THEN
-            RETURN NULL; -- It began before runs were kept.
+            RETURN NULL; -- It began before runs were stored.
         END IF;
-        -- When it ended is what its host says; of one that did not come back, it
-        -- is when it was last heard of.
+        -- Use the end that the host reports, or, if the host did not come back, the
+        -- time of its last report.
         IF TG_OP <> 'DELETE' AND NEW.state = 'paused' AND NEW.paused_at IS NOT NULL THEN
             at := NEW.paused_at;
         ELSIF TG_OP <> 'DELETE' AND NEW.state = 'stopped' AND NEW.end_reason IN ('expired', 'exited') THEN
@@ -266,7 +267,7 @@ END $$;
 -- +goose StatementBegin
 CREATE OR REPLACE FUNCTION revoke_tokens(teams uuid[]) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
-    -- In one order, as whoever changes several does.
+    -- In the order in which every statement that changes several locks them.
     PERFORM FROM sandboxes WHERE team_id = ANY (teams) AND state NOT IN ('stopped', 'error') ORDER BY id FOR UPDATE;
     UPDATE sandboxes SET token_epoch = token_epoch + 1 WHERE team_id = ANY (teams) AND state NOT IN ('stopped', 'error');
 END $$;

@@ -1,6 +1,6 @@
 -- +goose Up
--- What is being removed, of which there is little at any time: the controller
--- looks for what no host has any more.
+-- Templates that are being deleted, of which there are few. The reconciler looks for
+-- those that no host has any more.
 CREATE INDEX templates_deleting ON templates (id) WHERE state = 'deleting';
 
 -- +goose Down

@@ -1,8 +1,8 @@
 -- +goose Up
 
 ALTER TABLE sandboxes
-    -- Its host has memory of it on disk: it was paused once, or began as a copy. What
-    -- a pause wrote stays when the sandbox is resumed, for the next one to build on.
+    -- Its host has its memory on disk, because it was paused once or is a fork. A pause's
+    -- files stay after the resume, and the next pause adds to them.
     ADD saved boolean NOT NULL DEFAULT false;
 UPDATE sandboxes SET saved = true WHERE state NOT IN ('stopped', 'error') AND (state IN ('paused', 'resuming') OR forked_from IS NOT NULL);
 
@@ -15,8 +15,8 @@ END $$;
 -- +goose StatementEnd
 CREATE TRIGGER sandboxes_saved BEFORE INSERT OR UPDATE OF state ON sandboxes FOR EACH ROW EXECUTE FUNCTION sandboxes_saved();
 
--- What is to be paused at its timeout has the room from the beginning: by then
--- nobody asks, and nothing can be refused without losing the sandbox.
+-- A sandbox that pauses at its timeout reserves the room from the beginning, because
+-- refusing that pause would lose the sandbox.
 -- +goose StatementBegin
 CREATE FUNCTION sandbox_stored(state text, on_timeout text, saved boolean, memory_mib integer) RETURNS integer LANGUAGE sql IMMUTABLE AS
 $$ SELECT CASE WHEN state NOT IN ('stopped', 'error') AND (saved OR on_timeout = 'pause' OR state IN ('pausing', 'paused', 'resuming')) THEN memory_mib ELSE 0 END $$;
@@ -35,9 +35,9 @@ BEGIN
                 sum(sandbox_running(state) * memory_mib) AS memory, sum(sandbox_disk(state, disk_mib)) AS disk, sum(sandbox_stored(state, on_timeout, saved, memory_mib)) AS stored
             FROM removed WHERE state NOT IN ('stopped', 'error') GROUP BY team_id ORDER BY team_id) t;
     ELSE
-        -- Only a resume and a pause are asked for, and what is to be paused at its
-        -- timeout has that reserved; what hosts did by themselves, or
-        -- because they drain, is not refused.
+        -- Only requested resumes and pauses can be refused, not what hosts did by
+        -- themselves or because they drain. Sandboxes that pause at their timeout
+        -- have the room reserved.
         PERFORM charge_team(t.team_id, t.running, t.vcpus, t.memory, t.disk, t.stored, t.asked) FROM (
             SELECT n.team_id, bool_or(o.state = 'paused' AND n.state = 'resuming' OR o.state = 'running' AND n.state = 'pausing' AND NOT n.drained) AS asked,
                 sum(sandbox_running(n.state) - sandbox_running(o.state)) AS running,
@@ -55,7 +55,7 @@ END $$;
 -- +goose StatementEnd
 DROP FUNCTION sandbox_stored(text, integer);
 
--- What there is already.
+-- What exists during the migration.
 UPDATE team_usage SET stored_mib = 0;
 INSERT INTO team_usage AS u (team_id, running, vcpus, memory_mib, disk_mib, stored_mib)
 SELECT team_id, 0, 0, 0, 0, sum(stored) FROM (
@@ -84,8 +84,8 @@ BEGIN
                 sum(sandbox_running(state) * memory_mib) AS memory, sum(sandbox_disk(state, disk_mib)) AS disk, sum(sandbox_stored(state, memory_mib)) AS stored
             FROM removed WHERE state NOT IN ('stopped', 'error') GROUP BY team_id ORDER BY team_id) t;
     ELSE
-        -- Only a resume and a pause are asked for; what hosts did by themselves, or
-        -- because they drain, is not refused.
+        -- Only requested resumes and pauses can be refused, not what hosts did by
+        -- themselves or because they drain.
         PERFORM charge_team(t.team_id, t.running, t.vcpus, t.memory, t.disk, t.stored, t.asked) FROM (
             SELECT n.team_id, bool_or(o.state = 'paused' AND n.state = 'resuming' OR o.state = 'running' AND n.state = 'pausing' AND NOT n.drained) AS asked,
                 sum(sandbox_running(n.state) - sandbox_running(o.state)) AS running,

@@ -1,7 +1,7 @@
 -- +goose Up
 
--- Servers hear on wrenn_access whose session, key, user or team may do less
--- than before, and look again at what goes on for them.
+-- wrenn_access notifies servers that a session, a key, a user or a team may do less
+-- than before, so that they check its open requests again.
 -- +goose StatementBegin
 CREATE FUNCTION tell_access() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN

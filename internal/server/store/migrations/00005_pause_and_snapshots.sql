@@ -1,29 +1,29 @@
 -- +goose Up
 
 ALTER TABLE sandboxes
-    -- What becomes of it when it was not used for its timeout.
+    -- What happens to a sandbox that was not used for its timeout.
     ADD COLUMN on_timeout text NOT NULL DEFAULT 'destroy' CHECK (on_timeout IN ('destroy', 'pause')),
-    -- Whether a request or a call lets it go on when it is paused.
+    -- Whether a request or a call resumes it if it is paused.
     ADD COLUMN auto_resume boolean NOT NULL DEFAULT false,
-    -- Since when it is paused.
+    -- When it was paused.
     ADD COLUMN paused_at timestamptz,
-    -- The sandbox that it is a copy of. No reference: it may outlive that one's row.
+    -- The sandbox that it was forked from. No reference, because it may outlive that row.
     ADD COLUMN forked_from uuid;
 
 ALTER TABLE templates
     DROP CONSTRAINT templates_team_id_name_key,
-    -- pending: being captured; deleting: to be removed from the hosts that have it.
+    -- pending: being captured; deleting: not yet removed from all hosts.
     ADD COLUMN state text NOT NULL DEFAULT 'ready' CHECK (state IN ('pending', 'ready', 'deleting')),
-    -- What its sandboxes have; 0: what they ask for.
+    -- The size of its sandboxes; 0: each creation chooses.
     ADD COLUMN vcpus integer NOT NULL DEFAULT 0,
     ADD COLUMN memory_mib integer NOT NULL DEFAULT 0,
-    -- The least that its sandboxes have.
+    -- The least disk size of its sandboxes.
     ADD COLUMN disk_mib integer NOT NULL DEFAULT 0,
     -- The sandbox that it was captured from.
     ADD COLUMN captured_from uuid,
     -- The server that captures or removes it.
     ADD COLUMN worker uuid;
--- The name of what is being removed is free.
+-- The name of a template that is being deleted is free.
 CREATE UNIQUE INDEX templates_name ON templates (team_id, name) WHERE state <> 'deleting';
 CREATE INDEX templates_unsettled ON templates (id) WHERE state <> 'ready';
 

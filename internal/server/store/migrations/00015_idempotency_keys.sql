@@ -1,8 +1,7 @@
 -- +goose Up
 
--- What a key made: a sandbox, or the copies of one, of which it is the first,
--- or a template. A template that could not be captured, or was deleted, takes
--- its key along.
+-- What the request with a key created: a sandbox, the first of several forks, or a
+-- template. A template that could not be captured, or was deleted, takes its key along.
 ALTER TABLE idempotency_keys
     ALTER sandbox_id DROP NOT NULL,
     ADD copies uuid[] NOT NULL DEFAULT '{}',

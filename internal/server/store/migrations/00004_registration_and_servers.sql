@@ -1,44 +1,44 @@
 -- +goose Up
 
 ALTER TABLE hosts
-    -- None until its agent registers, and again once it is deleted.
+    -- NULL until its agent registers, and after the host is deleted.
     ALTER url DROP NOT NULL,
     ADD name text NOT NULL DEFAULT '',
     ADD tags text[] NOT NULL DEFAULT '{}',
-    -- Its agent registers itself and sends heartbeats; else the server's own
-    -- configuration names it.
+    -- true: its agent registers itself and sends heartbeats. false: the server's
+    -- configuration names the host.
     ADD enrolled boolean NOT NULL DEFAULT false,
     -- It gets no new sandboxes.
     ADD draining boolean NOT NULL DEFAULT false,
-    -- Set: it is gone. The row stays for the sandboxes that were on it.
+    -- NULL: it exists. The row of a deleted host stays, for its sandboxes' rows.
     ADD deleted_at timestamptz,
-    -- SHA-256 of the token that its agent may register with, and until when.
+    -- SHA-256 of the token with which its agent may register, and the token's expiry.
     ADD registration_hash bytea,
     ADD registration_expires_at timestamptz,
-    -- SHA-256 of the refresh token that holds, and of the one before it. None:
-    -- not registered, or revoked.
+    -- SHA-256 of the valid refresh token, and of the one before it. NULL: not
+    -- registered, or revoked.
     ADD refresh_hash bytea,
     ADD previous_hash bytea,
-    -- Counts registrations and revocations; tokens of an earlier one are void.
+    -- Counts registrations and revocations. Tokens with a lower epoch are invalid.
     ADD epoch integer NOT NULL DEFAULT 0,
-    -- When the agent last said that it is there (last_seen_at: when it last answered).
+    -- The agent's last heartbeat (last_seen_at: its last answer to a call).
     ADD heartbeat_at timestamptz,
-    -- What sandboxes may have together; 0: not known.
+    -- Limits for all sandboxes together; 0: not known.
     ADD capacity_mib bigint NOT NULL DEFAULT 0,
     ADD slots integer NOT NULL DEFAULT 0,
     ADD network_block integer NOT NULL DEFAULT 0,
-    -- What is in use, as the agent said last.
+    -- Use, as the agent last reported it.
     ADD sandboxes integer NOT NULL DEFAULT 0,
     ADD used_memory_mib bigint NOT NULL DEFAULT 0,
     ADD used_vcpus integer NOT NULL DEFAULT 0,
     ADD disk_free_bytes bigint NOT NULL DEFAULT 0,
-    -- The server that listens to the host and compares it with the table.
+    -- The server that watches the host: it follows its events and reconciles it.
     ADD watcher uuid;
 CREATE UNIQUE INDEX hosts_registration ON hosts (registration_hash);
 CREATE UNIQUE INDEX hosts_refresh ON hosts (refresh_hash);
 CREATE INDEX hosts_previous ON hosts (previous_hash);
 
--- The leaves that hosts may show. What is not here is not trusted, whoever signed it.
+-- The valid leaf certificates of hosts. The server trusts no other, whoever signed it.
 CREATE TABLE host_certificates (
     -- Serial number, in hexadecimal.
     serial     text PRIMARY KEY,
@@ -48,8 +48,8 @@ CREATE TABLE host_certificates (
 );
 CREATE INDEX host_certificates_host ON host_certificates (host_id, created_at DESC);
 
--- The control plane's processes. One that was not seen for a while is dead,
--- and what it was at work on is anybody's.
+-- The control plane's processes. One that has not reported for a while is dead, and
+-- any other server may take over its work.
 CREATE TABLE servers (
     id      uuid PRIMARY KEY,
     seen_at timestamptz NOT NULL
@@ -57,10 +57,10 @@ CREATE TABLE servers (
 
 ALTER TABLE sandboxes
     DROP CONSTRAINT sandboxes_state_check,
-    -- missing: it ran when its host was last heard of.
+    -- missing: it ran when its host last reported.
     ADD CONSTRAINT sandboxes_state_check CHECK (state IN ('pending', 'starting', 'running', 'missing', 'pausing', 'paused', 'resuming', 'stopping', 'stopped', 'error')),
-    -- The server that is at work on a sandbox in transit. Kept by a trigger, so
-    -- that no statement can forget it.
+    -- The server that works on a sandbox in transit. A trigger sets it, so that no
+    -- statement can forget it.
     ADD worker uuid;
 -- +goose StatementBegin
 CREATE FUNCTION sandboxes_worker() RETURNS trigger LANGUAGE plpgsql AS $$

@@ -1,14 +1,14 @@
 -- +goose Up
 
--- Records that stay when what they speak of has ended count, too: rows of sandboxes
--- and builds, and builds' logs. A team keeps its newest ones.
+-- Rows of sandboxes and builds that have ended, and builds' logs, count too. A team
+-- keeps its newest ones.
 ALTER TABLE team_usage
     -- Of all rows of sandboxes and builds, with builds' logs.
     ADD record_bytes bigint NOT NULL DEFAULT 0,
     -- Sandboxes that have ended, and the bytes of their rows.
     ADD ended bigint NOT NULL DEFAULT 0,
     ADD ended_bytes bigint NOT NULL DEFAULT 0;
--- What the build's log takes, written once the build has ended; null: not yet.
+-- The size of the build's log. NULL until the build has ended.
 ALTER TABLE builds ADD log_bytes bigint;
 CREATE INDEX builds_unsettled ON builds (team_id, id) WHERE log_bytes IS NULL AND state NOT IN ('queued', 'running');
 CREATE INDEX sandboxes_team_ended ON sandboxes (team_id, ended_at, id) WHERE state IN ('stopped', 'error');
@@ -17,15 +17,16 @@ CREATE FUNCTION most_ended() RETURNS bigint LANGUAGE sql IMMUTABLE AS $$ SELECT 
 CREATE FUNCTION most_ended_bytes() RETURNS bigint LANGUAGE sql IMMUTABLE AS $$ SELECT 64::bigint << 20 $$;
 CREATE FUNCTION records_mib(bytes bigint) RETURNS bigint LANGUAGE sql IMMUTABLE AS $$ SELECT bytes / 1048576 $$;
 CREATE FUNCTION sandbox_ended(state text) RETURNS integer LANGUAGE sql IMMUTABLE AS $$ SELECT CASE WHEN state IN ('stopped', 'error') THEN 1 ELSE 0 END $$;
--- A row with its entries in the indexes, and its idempotency key.
+-- The size of a row with its index entries and its idempotency key.
 CREATE FUNCTION sandbox_bytes(metadata jsonb, error text) RETURNS bigint LANGUAGE sql IMMUTABLE AS
 $$ SELECT 2048::bigint + 2 * octet_length(metadata::text) + octet_length(error) $$;
--- The log of a build that has not ended counts as the most that it can take.
+-- The log of a build that has not ended counts with its maximum size.
 CREATE FUNCTION build_bytes(log_bytes bigint, recipe text) RETURNS bigint LANGUAGE sql IMMUTABLE AS
 $$ SELECT 2048::bigint + octet_length(recipe) + COALESCE(log_bytes, 16 << 20) $$;
 
--- Forgets a team's sandboxes that ended first: so many rows, or so many bytes. It waits
--- for no lock, because its caller has locked what the team has, which others lock last.
+-- Deletes the team's sandboxes that ended first, up to a number of rows and of bytes. It
+-- skips locked rows, because its caller has locked the team's usage, which must be locked
+-- last.
 -- +goose StatementBegin
 CREATE FUNCTION forget_ended(team uuid, excess bigint, excess_bytes bigint) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
@@ -45,7 +46,7 @@ END $$;
 -- +goose StatementEnd
 
 DROP FUNCTION charge_team(uuid, bigint, bigint, bigint, bigint, bigint, boolean);
--- As before, and with the bytes of records.
+-- As before, plus the bytes of records.
 -- +goose StatementBegin
 CREATE FUNCTION charge_team(team uuid, add_running bigint, add_vcpus bigint, add_memory bigint, add_disk bigint, add_stored bigint, enforce boolean,
     add_bytes bigint DEFAULT 0, add_ended bigint DEFAULT 0, add_ended_bytes bigint DEFAULT 0) RETURNS void LANGUAGE plpgsql AS $$
@@ -56,7 +57,7 @@ DECLARE
     owned uuid;
 BEGIN
     IF NOT enforce AND GREATEST(add_running, add_vcpus, add_memory, add_disk, add_stored, add_bytes, add_ended) <= 0 THEN
-        -- Where there is no row the team goes with all it had.
+        -- No row: the team is being deleted with everything that it had.
         UPDATE team_usage SET running = running + add_running, vcpus = vcpus + add_vcpus, memory_mib = memory_mib + add_memory,
             disk_mib = disk_mib + add_disk, stored_mib = stored_mib + add_stored,
             record_bytes = record_bytes + add_bytes, ended = ended + add_ended, ended_bytes = ended_bytes + add_ended_bytes WHERE team_id = team;
@@ -74,7 +75,7 @@ BEGIN
     IF NOT enforce THEN
         RETURN;
     END IF;
-    -- Whole MiB of records count with what is stored, when there is one more of them.
+    -- Records count as stored in whole MiB, once one more is full.
     add_stored := add_stored + records_mib(has.record_bytes) - records_mib(has.record_bytes - add_bytes);
     has.stored_mib := has.stored_mib + records_mib(has.record_bytes);
     PERFORM FROM teams WHERE id = team AND deleting_at IS NULL FOR SHARE;
@@ -86,7 +87,7 @@ BEGIN
         SELECT max_running, max_vcpus, max_memory_mib, max_disk_mib, max_stored_mib INTO may FROM platform_settings;
         owned := team_owner(team);
         IF owned IS NOT NULL THEN
-            -- Of two teams of one owner that are charged at once, one waits.
+            -- If two teams of one owner are charged at once, one waits.
             PERFORM pg_advisory_xact_lock(hashtextextended('wrenn.owner.' || owned, 0));
             SELECT sum(u.running) AS running, sum(u.vcpus) AS vcpus, sum(u.memory_mib) AS memory_mib, sum(u.disk_mib) AS disk_mib, sum(u.stored_mib + records_mib(u.record_bytes)) AS stored_mib
             INTO has.running, has.vcpus, has.memory_mib, has.disk_mib, has.stored_mib
@@ -124,9 +125,9 @@ BEGIN
                 sum(sandbox_bytes(metadata, error))::bigint AS bytes, sum(sandbox_ended(state)) AS ended, sum(sandbox_ended(state) * sandbox_bytes(metadata, error))::bigint AS ended_bytes
             FROM removed GROUP BY team_id ORDER BY team_id) t;
     ELSE
-        -- Only a resume and a pause are asked for, and what is to be paused at its
-        -- timeout has that reserved; what hosts did by themselves, or
-        -- because they drain, is not refused.
+        -- Only requested resumes and pauses can be refused, not what hosts did by
+        -- themselves or because they drain. Sandboxes that pause at their timeout
+        -- have the room reserved.
         PERFORM charge_team(t.team_id, t.running, t.vcpus, t.memory, t.disk, t.stored, t.asked, t.bytes, t.ended, t.ended_bytes) FROM (
             SELECT n.team_id, bool_or(o.state = 'paused' AND n.state = 'resuming' OR o.state = 'running' AND n.state = 'pausing' AND NOT n.drained) AS asked,
                 sum(sandbox_running(n.state) - sandbox_running(o.state)) AS running,
@@ -145,8 +146,8 @@ BEGIN
 END $$;
 -- +goose StatementEnd
 
--- Builds are charged when they are asked for, when their logs are measured, and when
--- they are forgotten. That is not when they end: their ends lock templates afterwards.
+-- Builds are charged when they are created, when their logs are measured, and when they
+-- are deleted, but not when they end, because the end of a build then locks templates.
 -- +goose StatementBegin
 CREATE FUNCTION builds_charge() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -169,7 +170,7 @@ CREATE TRIGGER builds_added AFTER INSERT ON builds REFERENCING NEW TABLE AS adde
 CREATE TRIGGER builds_changed AFTER UPDATE ON builds REFERENCING OLD TABLE AS removed NEW TABLE AS added FOR EACH STATEMENT EXECUTE FUNCTION builds_charge();
 CREATE TRIGGER builds_removed AFTER DELETE ON builds REFERENCING OLD TABLE AS removed FOR EACH STATEMENT EXECUTE FUNCTION builds_charge();
 
--- Tags that somebody asked for are bounded. Of "latest" there is one for each name.
+-- The number of requested tags is limited. Each name also has one tag "latest".
 CREATE FUNCTION most_tags() RETURNS bigint LANGUAGE sql IMMUTABLE AS $$ SELECT 10000::bigint $$;
 -- +goose StatementBegin
 CREATE FUNCTION tags_bounded() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -183,7 +184,7 @@ END $$;
 -- +goose StatementEnd
 CREATE TRIGGER tags_bounded AFTER INSERT ON template_tags REFERENCING NEW TABLE AS added FOR EACH STATEMENT EXECUTE FUNCTION tags_bounded();
 
--- What there is already.
+-- What exists during the migration.
 INSERT INTO team_usage AS u (team_id, running, vcpus, memory_mib, disk_mib, record_bytes, ended, ended_bytes)
 SELECT team_id, 0, 0, 0, 0, sum(bytes), sum(ended), sum(ended * bytes) FROM (
     SELECT team_id, sandbox_bytes(metadata, error) AS bytes, sandbox_ended(state) AS ended FROM sandboxes
@@ -207,7 +208,7 @@ DECLARE
     owned uuid;
 BEGIN
     IF NOT enforce AND GREATEST(add_running, add_vcpus, add_memory, add_disk, add_stored) <= 0 THEN
-        -- Where there is no row the team goes with all it had.
+        -- No row: the team is being deleted with everything that it had.
         UPDATE team_usage SET running = running + add_running, vcpus = vcpus + add_vcpus, memory_mib = memory_mib + add_memory,
             disk_mib = disk_mib + add_disk, stored_mib = stored_mib + add_stored WHERE team_id = team;
         RETURN;
@@ -228,7 +229,7 @@ BEGIN
         SELECT max_running, max_vcpus, max_memory_mib, max_disk_mib, max_stored_mib INTO may FROM platform_settings;
         owned := team_owner(team);
         IF owned IS NOT NULL THEN
-            -- Of two teams of one owner that are charged at once, one waits.
+            -- If two teams of one owner are charged at once, one waits.
             PERFORM pg_advisory_xact_lock(hashtextextended('wrenn.owner.' || owned, 0));
             SELECT sum(u.running) AS running, sum(u.vcpus) AS vcpus, sum(u.memory_mib) AS memory_mib, sum(u.disk_mib) AS disk_mib, sum(u.stored_mib) AS stored_mib
             INTO has.running, has.vcpus, has.memory_mib, has.disk_mib, has.stored_mib
@@ -264,9 +265,9 @@ BEGIN
                 sum(sandbox_running(state) * memory_mib) AS memory, sum(sandbox_disk(state, disk_mib)) AS disk, sum(sandbox_stored(state, on_timeout, saved, memory_mib)) AS stored
             FROM removed WHERE state NOT IN ('stopped', 'error') GROUP BY team_id ORDER BY team_id) t;
     ELSE
-        -- Only a resume and a pause are asked for, and what is to be paused at its
-        -- timeout has that reserved; what hosts did by themselves, or
-        -- because they drain, is not refused.
+        -- Only requested resumes and pauses can be refused, not what hosts did by
+        -- themselves or because they drain. Sandboxes that pause at their timeout
+        -- have the room reserved.
         PERFORM charge_team(t.team_id, t.running, t.vcpus, t.memory, t.disk, t.stored, t.asked) FROM (
             SELECT n.team_id, bool_or(o.state = 'paused' AND n.state = 'resuming' OR o.state = 'running' AND n.state = 'pausing' AND NOT n.drained) AS asked,
                 sum(sandbox_running(n.state) - sandbox_running(o.state)) AS running,

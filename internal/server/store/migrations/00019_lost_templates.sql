@@ -1,14 +1,14 @@
 -- +goose Up
 
--- The built-in template, which every host makes. Hosts confirm that they have
--- it, as they do with any other: none is there because a host says so.
+-- The built-in template, which every host makes. A host's report can confirm that the
+-- host has it, but no report adds a template.
 INSERT INTO templates (id, team_id, name, size_bytes, created_at)
 VALUES ('00000000-0000-0000-0000-000000000000', '00000000-0000-0000-0000-000000000000', 'minimal', 0, now()) ON CONFLICT DO NOTHING;
 INSERT INTO template_tags (team_id, name, tag, template_id)
 SELECT team_id, name, 'latest', id FROM templates WHERE id = '00000000-0000-0000-0000-000000000000' ON CONFLICT DO NOTHING;
 
--- Templates that a host had and lost, as they were: an operator can repair files
--- that the agent could not read.
+-- The rows of templates that a host lost. The template returns if an operator repairs
+-- the files that the agent could not read.
 CREATE TABLE lost_templates (
     host_id     uuid NOT NULL REFERENCES hosts ON DELETE CASCADE,
     template_id uuid NOT NULL,
@@ -19,14 +19,14 @@ CREATE TABLE lost_templates (
 );
 CREATE INDEX lost_templates_team ON lost_templates (team_id);
 
--- template_found writes that a host has a template again, and says whether it
--- had lost it. Whoever has its version by now keeps that.
+-- template_found records that a host has a template again, and returns whether the host
+-- had lost it. If another template has its version by now, it gets a new one.
 -- +goose StatementBegin
 CREATE FUNCTION template_found(host uuid, template uuid) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     was templates;
 BEGIN
-    -- A column that is newer than what was kept is as the built-in template's.
+    -- Columns that are newer than the kept row have the built-in template's values.
     DELETE FROM lost_templates WHERE host_id = host AND template_id = template
     RETURNING (jsonb_populate_record((SELECT base FROM templates AS base WHERE base.id = '00000000-0000-0000-0000-000000000000'), lost_templates.kept)).* INTO was;
     IF NOT FOUND THEN
@@ -38,7 +38,7 @@ BEGIN
         was.version := (SELECT max(version) + 1 FROM templates WHERE team_id = was.team_id AND name = was.name AND kind = was.kind);
         INSERT INTO templates SELECT was.*;
     END IF;
-    -- A built version without any tag would be removed.
+    -- Without a tag, a built version would be deleted.
     IF was.kind = 'template' THEN
         INSERT INTO template_tags (team_id, name, tag, template_id) VALUES (was.team_id, was.name, 'latest', template) ON CONFLICT DO NOTHING;
     END IF;

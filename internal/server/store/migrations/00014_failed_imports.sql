@@ -1,7 +1,7 @@
 -- +goose Up
 
--- Why the last import of a name has failed, for who did not wait for its answer.
--- There is none once an import of that name has succeeded.
+-- Why the last import of a name failed, for clients that did not wait for the response.
+-- A successful import of the name deletes the row.
 CREATE TABLE failed_imports (
     team_id   uuid NOT NULL REFERENCES teams ON DELETE CASCADE,
     name      text NOT NULL,

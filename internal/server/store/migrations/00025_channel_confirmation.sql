@@ -1,15 +1,15 @@
 -- +goose Up
 
--- Nothing but the letter that asks is sent to an address before its recipient
--- has confirmed it.
+-- Before its recipient has confirmed it, an address gets nothing but the mail that asks
+-- for that.
 ALTER TABLE channels
-    -- Of mail alone. Null: not yet.
+    -- For mail channels only. NULL: not confirmed yet.
     ADD confirmed_at timestamptz,
-    -- The SHA-256 of the token that the last letter had, and until when it is good.
+    -- SHA-256 of the token in the last mail, and the token's expiry.
     ADD confirm_hash bytea,
     ADD confirm_until timestamptz;
 CREATE UNIQUE INDEX channels_confirm ON channels (confirm_hash);
--- An address that a member has verified as theirs stays confirmed.
+-- Addresses that a member has verified are confirmed.
 UPDATE channels SET confirmed_at = now()
 WHERE kind = 'email' AND EXISTS (
     SELECT FROM team_members JOIN users ON users.id = user_id

@@ -1,6 +1,6 @@
 -- +goose Up
--- Refused requests of one actor and action in one minute are one record, which
--- the first of them wrote: count says how many, bucket which they are.
+-- Refused requests with the same actor, action and code in one minute share the record
+-- of the first: count says how many they are, bucket identifies the record.
 ALTER TABLE audit_records ADD COLUMN count bigint NOT NULL DEFAULT 1, ADD COLUMN bucket text;
 CREATE UNIQUE INDEX audit_records_bucket ON audit_records (bucket) WHERE bucket IS NOT NULL;
 

@@ -1,19 +1,19 @@
 -- +goose Up
 
--- Usage. A run is the time for which a sandbox holds its host's processors and
--- memory: while it is running, missing or pausing. A trigger keeps this table,
--- so that a change of state and its run are one transaction, whoever writes it.
+-- Usage. A run is a time in which a sandbox uses its host's processors and memory:
+-- while it is running, missing or pausing. A trigger updates this table, so that every
+-- change of a state and its run are one transaction.
 CREATE TABLE sandbox_runs (
     id         bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    -- No references: what was used stays used.
+    -- No references, because usage outlives its team and sandbox.
     sandbox_id uuid NOT NULL,
     team_id    uuid NOT NULL,
     vcpus      integer NOT NULL,
     memory_mib integer NOT NULL,
-    -- The sandbox began with it; else it was resumed.
+    -- true: the run began with a creation. false: with a resume.
     first      boolean NOT NULL,
     started_at timestamptz NOT NULL,
-    -- Since when nothing was heard of its host; none: it is heard of.
+    -- When its host last reported, if the host is unreachable. NULL: it is reachable.
     missing_at timestamptz,
     ended_at   timestamptz CHECK (ended_at >= started_at)
 );
@@ -21,7 +21,7 @@ CREATE UNIQUE INDEX sandbox_runs_open ON sandbox_runs (sandbox_id) WHERE ended_a
 CREATE INDEX sandbox_runs_team ON sandbox_runs (team_id, ended_at);
 CREATE INDEX sandbox_runs_ended ON sandbox_runs (ended_at);
 
--- What teams used on days (UTC) that are over.
+-- Usage of teams on past days (UTC).
 CREATE TABLE usage_days (
     team_id            uuid NOT NULL,
     day                date NOT NULL,
@@ -31,15 +31,15 @@ CREATE TABLE usage_days (
     PRIMARY KEY (team_id, day)
 );
 CREATE INDEX usage_days_day ON usage_days (day, team_id);
--- The days that usage_days has. One that a later word on an earlier time
--- changes is taken out, and computed again.
+-- The days in usage_days. A late report about a day removes the day, so that it is
+-- computed again.
 CREATE TABLE usage_rollups (
     day date PRIMARY KEY
 );
 
--- utc_day is when a day begins, in UTC.
+-- utc_day returns the beginning of a day in UTC.
 CREATE FUNCTION utc_day(day date) RETURNS timestamptz LANGUAGE sql IMMUTABLE AS $$ SELECT day::timestamp AT TIME ZONE 'UTC' $$;
--- seconds_of_day is what a run has of a day. One without an end goes on.
+-- seconds_of_day returns how many seconds of a day a run has. NULL: it has not ended.
 CREATE FUNCTION seconds_of_day(day date, started timestamptz, ended timestamptz) RETURNS numeric LANGUAGE sql STABLE AS
     $$ SELECT GREATEST(0, EXTRACT(EPOCH FROM LEAST(COALESCE(ended, now()), utc_day(day + 1)) - GREATEST(started, utc_day(day)))) $$;
 
@@ -50,10 +50,10 @@ DECLARE
     first_day date := (since AT TIME ZONE 'UTC')::date;
 BEGIN
     IF first_day < today THEN
-        -- Whoever computes days holds it alone: either they see this change, or
-        -- this sees their day.
+        -- Whoever computes days holds this lock exclusively. So either they see this
+        -- change, or this statement sees their day.
         PERFORM pg_advisory_xact_lock_shared(hashtext('wrenn.usage'));
-        -- Runs of longer ago may have been forgotten.
+        -- Older runs may have been deleted.
         DELETE FROM usage_rollups WHERE day >= GREATEST(first_day, today - 30);
     END IF;
 END $$;
@@ -79,17 +79,17 @@ BEGIN
         WHERE sandbox_id = NEW.id AND ended_at IS NULL RETURNING missing_at INTO at;
         PERFORM usage_changed(at);
     ELSIF runs AND OLD.state = 'missing' AND NEW.state <> 'missing' THEN
-        -- It ran all the while.
+        -- It ran all the time.
         SELECT missing_at INTO at FROM sandbox_runs WHERE sandbox_id = NEW.id AND ended_at IS NULL;
         UPDATE sandbox_runs SET missing_at = NULL WHERE sandbox_id = NEW.id AND ended_at IS NULL;
         PERFORM usage_changed(at);
     ELSIF ran AND NOT runs THEN
         SELECT * INTO run FROM sandbox_runs WHERE sandbox_id = OLD.id AND ended_at IS NULL;
         IF run.id IS NULL THEN
-            RETURN NULL; -- It began before runs were kept.
+            RETURN NULL; -- It began before runs were stored.
         END IF;
-        -- When it ended is what its host says; of one that did not come back, it
-        -- is when it was last heard of.
+        -- Use the end that the host reports, or, if the host did not come back, the
+        -- time of its last report.
         IF TG_OP <> 'DELETE' AND NEW.state = 'paused' AND NEW.paused_at IS NOT NULL THEN
             at := NEW.paused_at;
         ELSIF TG_OP <> 'DELETE' AND NEW.state = 'stopped' AND NEW.end_reason IN ('expired', 'exited') THEN
@@ -106,30 +106,30 @@ END $$;
 -- +goose StatementEnd
 CREATE TRIGGER sandboxes_run AFTER INSERT OR UPDATE OF state OR DELETE ON sandboxes
     FOR EACH ROW EXECUTE FUNCTION sandboxes_run();
--- What runs already.
+-- The sandboxes that run during the migration.
 INSERT INTO sandbox_runs (sandbox_id, team_id, vcpus, memory_mib, first, started_at)
 SELECT id, team_id, vcpus, memory_mib, paused_at IS NULL, COALESCE(started_at, created_at) FROM sandboxes WHERE state IN ('running', 'missing', 'pausing');
 
--- Audit: who changed what, and what changed by itself. Never updated.
+-- Audit records: who changed what, and what changed without a request. Never updated.
 CREATE TABLE audit_records (
     id          uuid PRIMARY KEY,
     at          timestamptz NOT NULL,
-    -- Whose record it is; none: the platform's alone. No references: records
-    -- outlive what they speak of.
+    -- The team whose record it is. NULL: only the platform's. No references, because
+    -- records outlive their objects.
     team_id     uuid,
     actor       text NOT NULL CHECK (actor IN ('user', 'key', 'host', 'platform', 'anonymous')),
     actor_id    uuid,
-    -- The user, or who made the key.
+    -- The user, or the creator of the key.
     user_id     uuid,
-    -- The operation of the API, or what happened ("sandbox.expired").
+    -- The API operation, or the event ("sandbox.expired").
     action      text NOT NULL,
     object      text NOT NULL,
-    -- In its wire form, or its name.
+    -- The object's id in its wire form, or its name.
     object_id   text NOT NULL,
     address     text NOT NULL,
     request_id  text NOT NULL,
     result      text NOT NULL CHECK (result IN ('ok', 'refused', 'failed')),
-    -- The error's code, where it was not ok.
+    -- The error's code, if the request failed.
     code        text NOT NULL
 );
 CREATE INDEX audit_records_team ON audit_records (team_id, at DESC, id DESC);
@@ -142,14 +142,14 @@ CREATE TABLE channels (
     name            text NOT NULL,
     kind            text NOT NULL CHECK (kind IN ('webhook', 'slack', 'discord', 'email')),
     events          text[] NOT NULL,
-    -- Where it goes, as people are shown it: without what is secret of it.
+    -- Where it goes, without secrets, as clients see it.
     target          text NOT NULL,
-    -- Where it goes and what it is signed with, encrypted.
+    -- The target and the secret that signs messages, encrypted.
     sealed          bytea NOT NULL,
     enabled         boolean NOT NULL DEFAULT true,
-    -- Why it was disabled, where nobody did.
+    -- Why the server disabled it.
     disabled_reason text NOT NULL DEFAULT '',
-    -- Since when nothing was delivered though it was tried.
+    -- When deliveries began to fail.
     failing_since   timestamptz,
     created_at      timestamptz NOT NULL DEFAULT now()
 );
@@ -159,16 +159,16 @@ CREATE TABLE deliveries (
     id          uuid PRIMARY KEY,
     channel_id  uuid NOT NULL REFERENCES channels ON DELETE CASCADE,
     event       text NOT NULL,
-    -- What is told: the fields of the message.
+    -- The fields of the message.
     body        jsonb NOT NULL,
     state       text NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'delivered', 'failed')),
     created_at  timestamptz NOT NULL DEFAULT now(),
     attempts    integer NOT NULL DEFAULT 0,
-    -- When it is tried next, if it is pending. Whoever tries it moves it on first,
-    -- so that it is tried again when they die.
+    -- The next attempt of a pending delivery. A server postpones it before it tries,
+    -- so that another attempt follows if the server dies.
     next_at     timestamptz NOT NULL DEFAULT now(),
-    -- The last attempt: when, how long it took, the HTTP status (0: none), and
-    -- what went wrong.
+    -- The last attempt: its time, its duration, the HTTP status (0: none) and the
+    -- error.
     tried_at    timestamptz,
     took_ms     bigint NOT NULL DEFAULT 0,
     status      integer NOT NULL DEFAULT 0,
@@ -178,9 +178,8 @@ CREATE INDEX deliveries_due ON deliveries (next_at) WHERE state = 'pending';
 CREATE INDEX deliveries_channel ON deliveries (channel_id, created_at DESC, id DESC);
 CREATE INDEX deliveries_age ON deliveries (created_at);
 
--- notify_channels has an event told to those of a team's channels that want it;
--- team null: to all that do. It is part of the transaction in which the event
--- happens.
+-- notify_channels adds deliveries of an event to the team's channels that subscribe to
+-- it, or, if team is NULL, to all channels that do. It runs in the event's transaction.
 -- +goose StatementBegin
 CREATE FUNCTION notify_channels(team uuid, what text, said jsonb) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
@@ -192,8 +191,8 @@ BEGIN
 END $$;
 -- +goose StatementEnd
 
--- What happens to sandboxes: told to their team's channels, and recorded where
--- nobody asked for it.
+-- Events of sandboxes notify their team's channels. Those that nobody requested are
+-- also recorded.
 -- +goose StatementBegin
 CREATE FUNCTION sandboxes_told() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
@@ -232,7 +231,7 @@ END $$;
 CREATE TRIGGER sandboxes_told AFTER UPDATE OF state ON sandboxes
     FOR EACH ROW EXECUTE FUNCTION sandboxes_told();
 
--- And to hosts: told to the channels that its admins made for that.
+-- Events of hosts notify the channels of the platform's admins.
 -- +goose StatementBegin
 CREATE FUNCTION hosts_told() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -248,7 +247,7 @@ END $$;
 CREATE TRIGGER hosts_told AFTER UPDATE OF status ON hosts
     FOR EACH ROW EXECUTE FUNCTION hosts_told();
 
--- And that builds end.
+-- The end of a build notifies channels.
 -- +goose StatementBegin
 CREATE FUNCTION builds_told() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -262,8 +261,8 @@ END $$;
 CREATE TRIGGER builds_told AFTER UPDATE OF state ON builds
     FOR EACH ROW EXECUTE FUNCTION builds_told();
 
--- What one server at a time does, such as rolling up and pruning: whose turn it
--- is, and until when.
+-- Leases for work that one server at a time does, such as summing up and pruning: the
+-- server, and the lease's end.
 CREATE TABLE leases (
     name   text PRIMARY KEY,
     server uuid NOT NULL,

@@ -1,6 +1,6 @@
 -- +goose Up
 
--- What outlives a request is counted before it is written: templates, snapshots,
+-- Data that outlives a request counts before it is written: templates, snapshots,
 -- builds' layers, the memory of paused sandboxes, and builds' archives.
 ALTER TABLE platform_settings ADD max_stored_mib bigint DEFAULT 204800 CHECK (max_stored_mib >= 0);
 ALTER TABLE team_quotas ADD max_stored_mib bigint CHECK (max_stored_mib >= 0);
@@ -9,7 +9,7 @@ ALTER TABLE team_usage ADD stored_mib bigint NOT NULL DEFAULT 0;
 -- +goose StatementBegin
 CREATE FUNCTION mib(bytes bigint) RETURNS bigint LANGUAGE sql IMMUTABLE AS $$ SELECT (bytes + 1048575) / 1048576 $$;
 -- +goose StatementEnd
--- A template that is being made counts as the most that it can take.
+-- A template that is being made counts with its maximum size.
 -- +goose StatementBegin
 CREATE FUNCTION template_stored(state text, size_bytes bigint, disk_mib integer, memory_mib integer) RETURNS bigint LANGUAGE sql IMMUTABLE AS
 $$ SELECT CASE WHEN state = 'pending' THEN COALESCE(NULLIF(disk_mib, 0), 5120)::bigint + COALESCE(NULLIF(memory_mib, 0), 512) ELSE mib(size_bytes) END $$;
@@ -19,19 +19,19 @@ CREATE FUNCTION sandbox_stored(state text, memory_mib integer) RETURNS integer L
 $$ SELECT CASE WHEN state IN ('pausing', 'paused', 'resuming') THEN memory_mib ELSE 0 END $$;
 -- +goose StatementEnd
 
--- The owner of a team, on whom what it has counts: of several who has been it
--- for longest. Null: nobody, as of the platform's own.
+-- The user for whom a team's usage counts: the owner who has been one for longest.
+-- NULL: nobody, as for the platform's team.
 -- +goose StatementBegin
 CREATE FUNCTION team_owner(team uuid) RETURNS uuid LANGUAGE sql STABLE AS
 $$ SELECT user_id FROM team_members WHERE team_id = team AND role = 'owner' ORDER BY created_at, user_id LIMIT 1 $$;
 -- +goose StatementEnd
 
 DROP FUNCTION charge_team(uuid, bigint, bigint, bigint, bigint, boolean);
--- Adds to what a team has. With enforce, more than its quota is an error with
--- SQLSTATE WQ001, and anything for a team that is being deleted one with WQ002;
--- the messages are for the caller. What happened already is never refused. The
--- platform's quota holds for a team, and for all teams of one owner together
--- that have no quota of their own.
+-- Adds to a team's usage. With enforce, it fails with SQLSTATE WQ001 if the quota is
+-- exceeded, and with WQ002 if the team is being deleted; the messages are for the
+-- caller. Without enforce it records what has already happened. The
+-- platform's quota applies to a team, and to all teams of one owner together that have
+-- no quota of their own.
 -- +goose StatementBegin
 CREATE FUNCTION charge_team(team uuid, add_running bigint, add_vcpus bigint, add_memory bigint, add_disk bigint, add_stored bigint, enforce boolean) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
@@ -41,7 +41,7 @@ DECLARE
     owned uuid;
 BEGIN
     IF NOT enforce AND GREATEST(add_running, add_vcpus, add_memory, add_disk, add_stored) <= 0 THEN
-        -- Where there is no row the team goes with all it had.
+        -- No row: the team is being deleted with everything that it had.
         UPDATE team_usage SET running = running + add_running, vcpus = vcpus + add_vcpus, memory_mib = memory_mib + add_memory,
             disk_mib = disk_mib + add_disk, stored_mib = stored_mib + add_stored WHERE team_id = team;
         RETURN;
@@ -62,7 +62,7 @@ BEGIN
         SELECT max_running, max_vcpus, max_memory_mib, max_disk_mib, max_stored_mib INTO may FROM platform_settings;
         owned := team_owner(team);
         IF owned IS NOT NULL THEN
-            -- Of two teams of one owner that are charged at once, one waits.
+            -- If two teams of one owner are charged at once, one waits.
             PERFORM pg_advisory_xact_lock(hashtextextended('wrenn.owner.' || owned, 0));
             SELECT sum(u.running) AS running, sum(u.vcpus) AS vcpus, sum(u.memory_mib) AS memory_mib, sum(u.disk_mib) AS disk_mib, sum(u.stored_mib) AS stored_mib
             INTO has.running, has.vcpus, has.memory_mib, has.disk_mib, has.stored_mib
@@ -99,8 +99,8 @@ BEGIN
                 sum(sandbox_running(state) * memory_mib) AS memory, sum(sandbox_disk(state, disk_mib)) AS disk, sum(sandbox_stored(state, memory_mib)) AS stored
             FROM removed WHERE state NOT IN ('stopped', 'error') GROUP BY team_id ORDER BY team_id) t;
     ELSE
-        -- Only a resume and a pause are asked for; what hosts did by themselves, or
-        -- because they drain, is not refused.
+        -- Only requested resumes and pauses can be refused, not what hosts did by
+        -- themselves or because they drain.
         PERFORM charge_team(t.team_id, t.running, t.vcpus, t.memory, t.disk, t.stored, t.asked) FROM (
             SELECT n.team_id, bool_or(o.state = 'paused' AND n.state = 'resuming' OR o.state = 'running' AND n.state = 'pausing' AND NOT n.drained) AS asked,
                 sum(sandbox_running(n.state) - sandbox_running(o.state)) AS running,
@@ -117,8 +117,8 @@ BEGIN
 END $$;
 -- +goose StatementEnd
 
--- Templates and archives, in the same way. What is there when its row comes, as
--- a template that a host has again, is not refused.
+-- The same for templates and archives. A row for existing data, such as a template that
+-- a host has again, is not refused.
 -- +goose StatementBegin
 CREATE FUNCTION templates_charge() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -164,7 +164,7 @@ CREATE TRIGGER archives_added AFTER INSERT ON build_archives REFERENCING NEW TAB
 CREATE TRIGGER archives_changed AFTER UPDATE ON build_archives REFERENCING OLD TABLE AS removed NEW TABLE AS added FOR EACH STATEMENT EXECUTE FUNCTION archives_charge();
 CREATE TRIGGER archives_removed AFTER DELETE ON build_archives REFERENCING OLD TABLE AS removed FOR EACH STATEMENT EXECUTE FUNCTION archives_charge();
 
--- What there is already.
+-- What exists during the migration.
 INSERT INTO team_usage AS u (team_id, running, vcpus, memory_mib, disk_mib, stored_mib)
 SELECT team_id, 0, 0, 0, 0, sum(stored) FROM (
     SELECT team_id, template_stored(state, size_bytes, disk_mib, memory_mib) AS stored FROM templates

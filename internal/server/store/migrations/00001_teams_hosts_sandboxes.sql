@@ -8,7 +8,7 @@ CREATE TABLE users (
     admin         boolean NOT NULL DEFAULT false,
     created_at    timestamptz NOT NULL DEFAULT now()
 );
--- One account an address, however it is written.
+-- One account per address, whatever its case.
 CREATE UNIQUE INDEX users_email ON users (lower(email));
 
 CREATE TABLE teams (
@@ -16,7 +16,7 @@ CREATE TABLE teams (
     name       text NOT NULL,
     created_at timestamptz NOT NULL DEFAULT now()
 );
--- The platform itself: owner of what every team sees.
+-- The platform itself, which owns the templates that every team sees.
 INSERT INTO teams (id, name) VALUES ('00000000-0000-0000-0000-000000000000', 'platform');
 
 CREATE TABLE team_members (
@@ -31,12 +31,12 @@ CREATE INDEX team_members_user ON team_members (user_id);
 CREATE TABLE api_keys (
     id           uuid PRIMARY KEY,
     team_id      uuid NOT NULL REFERENCES teams ON DELETE CASCADE,
-    -- Who made it; keys outlive their makers.
+    -- Its creator. The key outlives the user.
     user_id      uuid REFERENCES users ON DELETE SET NULL,
     name         text NOT NULL,
     -- Its first characters, to tell keys apart in a list.
     prefix       text NOT NULL,
-    -- SHA-256 of the key, which is random and long: no salt needed.
+    -- SHA-256 of the key. A salt is not needed, because the key is long and random.
     hash         bytea NOT NULL,
     created_at   timestamptz NOT NULL DEFAULT now(),
     last_used_at timestamptz
@@ -46,7 +46,7 @@ CREATE INDEX api_keys_team ON api_keys (team_id, created_at DESC, id DESC);
 
 CREATE TABLE hosts (
     id           uuid PRIMARY KEY,
-    -- Where its agent listens: "unix:/path" or "http://host:port".
+    -- The address of its agent: "unix:/path" or "http://host:port".
     url          text NOT NULL UNIQUE,
     status       text NOT NULL CHECK (status IN ('pending', 'online', 'unreachable', 'draining', 'offline')),
     version      text NOT NULL DEFAULT '',
@@ -97,7 +97,7 @@ CREATE TABLE sandboxes (
     start_ms        bigint
 );
 CREATE INDEX sandboxes_team ON sandboxes (team_id, created_at DESC, id DESC);
--- Ended sandboxes pile up; lists and the reconciler mostly ask for the others.
+-- Most rows are of ended sandboxes, but lists and the reconciler mostly read the others.
 CREATE INDEX sandboxes_team_live ON sandboxes (team_id, created_at DESC, id DESC)
     WHERE state NOT IN ('stopped', 'error');
 CREATE INDEX sandboxes_host_live ON sandboxes (host_id, state)
@@ -107,7 +107,7 @@ CREATE INDEX sandboxes_metadata ON sandboxes USING gin (metadata jsonb_path_ops)
 CREATE TABLE idempotency_keys (
     team_id      uuid NOT NULL REFERENCES teams ON DELETE CASCADE,
     key          text NOT NULL,
-    -- SHA-256 of what was asked for.
+    -- SHA-256 of the request.
     request_hash bytea NOT NULL,
     sandbox_id   uuid NOT NULL REFERENCES sandboxes ON DELETE CASCADE,
     created_at   timestamptz NOT NULL DEFAULT now(),

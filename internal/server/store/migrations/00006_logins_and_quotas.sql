@@ -1,21 +1,21 @@
 -- +goose Up
 
 ALTER TABLE users
-    -- None: this user logs in through another service alone.
+    -- NULL: this user logs in only through another service.
     ALTER password_hash DROP NOT NULL,
     ADD active boolean NOT NULL DEFAULT true,
-    -- When they showed that the address is theirs; before that they cannot log in.
+    -- When they verified their address. Before that they cannot log in.
     ADD verified_at timestamptz;
 UPDATE users SET verified_at = created_at;
 CREATE INDEX users_unverified ON users (created_at) WHERE verified_at IS NULL;
 CREATE INDEX users_admins ON users (id) WHERE admin AND active AND verified_at IS NOT NULL;
--- Prefixes, in whatever language the database sorts.
+-- For searches by prefix, whatever the database's collation.
 CREATE INDEX users_email_prefix ON users (lower(email) text_pattern_ops);
 
--- Who a user is at another service.
+-- Users' accounts at other services.
 CREATE TABLE identities (
     provider   text NOT NULL,
-    -- The other service's own id of the user, which unlike a name never changes hands.
+    -- The service's own id of the account. Unlike a name, nobody else ever gets it.
     subject    text NOT NULL,
     user_id    uuid NOT NULL REFERENCES users ON DELETE CASCADE,
     created_at timestamptz NOT NULL DEFAULT now(),
@@ -23,16 +23,16 @@ CREATE TABLE identities (
 );
 CREATE UNIQUE INDEX identities_user ON identities (user_id, provider);
 
--- One row for each login, however often its refresh token was changed.
+-- One row per login, however often its refresh token was replaced.
 CREATE TABLE sessions (
     id            uuid PRIMARY KEY,
     user_id       uuid NOT NULL REFERENCES users ON DELETE CASCADE,
-    -- SHA-256 of the refresh token that holds, and of the one before it.
+    -- SHA-256 of the valid refresh token, and of the one before it.
     refresh_hash  bytea NOT NULL,
     previous_hash bytea,
     rotated_at    timestamptz NOT NULL DEFAULT now(),
     created_at    timestamptz NOT NULL DEFAULT now(),
-    -- Moves with every use of the refresh token, up to a bound.
+    -- Each use of the refresh token extends it, up to a limit.
     expires_at    timestamptz NOT NULL,
     user_agent    text NOT NULL,
     address       text NOT NULL
@@ -52,25 +52,25 @@ CREATE INDEX mail_tokens_user ON mail_tokens (user_id, purpose);
 CREATE INDEX mail_tokens_expiry ON mail_tokens (expires_at);
 
 ALTER TABLE teams
-    -- Set: nobody sees it any more, and what it owns is being removed.
+    -- NULL: it exists. Nobody sees a team that is being deleted, with what it owns.
     ADD deleting_at timestamptz;
 CREATE INDEX teams_age ON teams (created_at, id);
 CREATE INDEX teams_deleting ON teams (deleting_at) WHERE deleting_at IS NOT NULL;
 
 ALTER TABLE api_keys
-    -- Of "sandboxes", "templates", "read-only", "platform"; none: everything that
-    -- a team's key may do.
+    -- A set of "sandboxes", "templates", "read-only" and "platform". Empty: everything
+    -- that a team's key may do.
     ADD scopes text[] NOT NULL DEFAULT '{}' CHECK (scopes <@ '{sandboxes,templates,read-only,platform}'),
     ADD expires_at timestamptz;
 CREATE INDEX api_keys_user ON api_keys (user_id);
--- The key that an installation began with is its owner's.
+-- The installation's first key belongs to its operator.
 UPDATE api_keys SET scopes = '{platform}' WHERE name = 'first' AND EXISTS (SELECT FROM users WHERE id = user_id AND admin);
 
--- The platform's one row of settings. A bound that is NULL is none.
+-- The platform's settings, in one row. NULL means no limit.
 CREATE TABLE platform_settings (
     id             boolean PRIMARY KEY DEFAULT true CHECK (id),
     signup_open    boolean NOT NULL DEFAULT false,
-    -- What a team may have that has no quota of its own.
+    -- The quota of teams without one of their own.
     max_running    integer DEFAULT 20 CHECK (max_running >= 0),
     max_vcpus      integer DEFAULT 40 CHECK (max_vcpus >= 0),
     max_memory_mib bigint DEFAULT 40960 CHECK (max_memory_mib >= 0),
@@ -86,12 +86,12 @@ CREATE TABLE team_quotas (
     max_memory_mib bigint CHECK (max_memory_mib >= 0),
     max_disk_mib   bigint CHECK (max_disk_mib >= 0)
 );
--- Teams that had no bounds keep having none.
+-- Existing teams had no limits, and keep that.
 INSERT INTO team_quotas (team_id) SELECT id FROM teams;
 
--- What a team has now. The triggers below keep it, whoever changes sandboxes,
--- in the transaction that changes them: the row is also the lock under which
--- the bounds are checked.
+-- What a team uses now. The triggers below update it in the transaction that changes
+-- sandboxes, whatever the statement. The row is also the lock under which quotas are
+-- checked.
 CREATE TABLE team_usage (
     team_id    uuid PRIMARY KEY REFERENCES teams ON DELETE CASCADE,
     running    integer NOT NULL,
@@ -100,9 +100,9 @@ CREATE TABLE team_usage (
     disk_mib   bigint NOT NULL
 );
 
--- What a sandbox counts for: nothing once it has ended, its disk alone while
--- it is paused, else everything. A disk whose size only the host knows yet
--- counts as the usual size.
+-- What a sandbox counts: nothing once it has ended, only its disk while it is paused,
+-- otherwise everything. A disk whose size only the host knows yet counts with the
+-- default size.
 -- +goose StatementBegin
 CREATE FUNCTION sandbox_running(state text) RETURNS integer LANGUAGE sql IMMUTABLE AS
 $$ SELECT CASE WHEN state IN ('paused', 'stopped', 'error') THEN 0 ELSE 1 END $$;
@@ -116,9 +116,9 @@ INSERT INTO team_usage
 SELECT team_id, sum(sandbox_running(state)), sum(sandbox_running(state) * vcpus), sum(sandbox_running(state) * memory_mib), sum(sandbox_disk(state, disk_mib))
 FROM sandboxes GROUP BY team_id;
 
--- Adds to what a team has. With enforce, more than its quota is an error with
--- SQLSTATE WQ001, and anything for a team that is being deleted one with WQ002;
--- the messages are for the caller. What happened already is never refused.
+-- Adds to a team's usage. With enforce, it fails with SQLSTATE WQ001 if the quota is
+-- exceeded, and with WQ002 if the team is being deleted; the messages are for the
+-- caller. Without enforce it records what has already happened.
 -- +goose StatementBegin
 CREATE FUNCTION charge_team(team uuid, add_running bigint, add_vcpus bigint, add_memory bigint, add_disk bigint, enforce boolean) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
@@ -152,8 +152,8 @@ BEGIN
 END $$;
 -- +goose StatementEnd
 
--- Once a statement, teams in order, so that statements that change many
--- sandboxes do not wait for one another in a circle.
+-- Runs once per statement and charges teams in order, so that statements that change
+-- many sandboxes do not deadlock.
 -- +goose StatementBegin
 CREATE FUNCTION sandboxes_charge() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -168,7 +168,7 @@ BEGIN
                 sum(sandbox_running(state) * memory_mib) AS memory, sum(sandbox_disk(state, disk_mib)) AS disk
             FROM removed WHERE state NOT IN ('stopped', 'error') GROUP BY team_id ORDER BY team_id) t;
     ELSE
-        -- Only a resume is asked for; what hosts did by themselves has happened.
+        -- Only a resume can be refused; other changes have already happened on hosts.
         PERFORM charge_team(t.team_id, t.running, t.vcpus, t.memory, t.disk, t.asked) FROM (
             SELECT n.team_id, bool_or(o.state = 'paused' AND n.state = 'resuming') AS asked, sum(sandbox_running(n.state) - sandbox_running(o.state)) AS running,
                 sum(sandbox_running(n.state) * n.vcpus - sandbox_running(o.state) * o.vcpus) AS vcpus,
@@ -189,7 +189,7 @@ CREATE TRIGGER sandboxes_changed AFTER UPDATE ON sandboxes
 CREATE TRIGGER sandboxes_removed AFTER DELETE ON sandboxes
     REFERENCING OLD TABLE AS removed FOR EACH STATEMENT EXECUTE FUNCTION sandboxes_charge();
 
--- For the platform's admins, who see every team's.
+-- For the platform's admins, who see the sandboxes of every team.
 CREATE INDEX sandboxes_age ON sandboxes (created_at DESC, id DESC);
 
 -- +goose Down
