@@ -213,3 +213,89 @@ func TestUnreadStreamsTakeMemory(t *testing.T) {
 	}
 	p.call("GET", "/short", nil, port...).want(200)
 }
+
+// TestRowsTakeMemory calls every operation that reads while other requests use up the
+// memory for requests. An operation whose rows are long is refused and releases what it
+// took; one whose rows are short is served.
+func TestRowsTakeMemory(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	w := p.world()
+	memory := server.Memory(p.server)
+	const all = 256 << 20
+	fill := func() (empty func()) {
+		var held []*budget.Held
+		for i := range budget.Share {
+			h := memory.Hold(fmt.Sprint("somebody ", i))
+			if err := h.Grow(all / budget.Share); err != nil {
+				t.Fatal(err)
+			}
+			held = append(held, h)
+		}
+		return func() {
+			for _, h := range held {
+				h.Release()
+			}
+		}
+	}
+	people := callers()
+	reads := func(f func(o operation, c caller, n int)) {
+		for n, o := range operations(t) {
+			for _, c := range people {
+				if o.method == http.MethodGet && !o.changing() && !c.dead && o.expected(c, targets[0]) == 0 {
+					f(o, c, n)
+					break
+				}
+			}
+		}
+	}
+	want := make(map[string]int)
+	reads(func(o operation, c caller, n int) {
+		if r := w.send(o, c, targets[0], n); len(r.Body) <= budget.Free { // not a long page
+			want[o.String()] = r.Status
+		}
+	})
+	empty := fill()
+	reads(func(o operation, c caller, n int) {
+		if status := want[o.String()]; status == 0 {
+			return
+		} else if r := w.send(o, c, targets[0], n); r.Status != status {
+			t.Errorf("%s, with short rows: %d %s, want %d", o, r.Status, r.Body, status)
+		}
+	})
+	if len(want) < 30 {
+		t.Errorf("only %d operations read", len(want))
+	}
+
+	of := w.teams[ours]
+	w.sql("UPDATE sandboxes SET metadata = (SELECT jsonb_object_agg('k' || n, repeat('x', 500)) FROM generate_series(1, 60) n) WHERE id = $1", of.sandbox)
+	w.sql("UPDATE builds SET recipe = repeat('x', 100000) WHERE id = $1", of.build)
+	w.sql(`INSERT INTO build_steps SELECT $1, n, jsonb_build_object('number', n, 'phase', 'recipe', 'text', 'RUN', 'state', 'succeeded', 'output', repeat(E'\x01', 10000)) FROM generate_series(1, 10) n`, of.build)
+	w.sql(`INSERT INTO deliveries (id, channel_id, event, body, state) SELECT gen_random_uuid(), $1, 'test', jsonb_build_object('k', repeat('x', 1000)), 'failed' FROM generate_series(1, 50) n`, of.channel)
+	w.sql(`INSERT INTO audit_records (id, at, team_id, actor, action, object, object_id, address, request_id, result, code)
+		SELECT gen_random_uuid(), now(), $1, 'platform', repeat('x', 200), '', '', '', '', 'ok', '' FROM generate_series(1, 100) n`, of.id)
+	long := map[string]bool{
+		"listSandboxes": true, "getSandbox": true, "getBuild": true, "followBuild": true, "listDeliveries": true, "listAudit": true,
+		"listBuilds": false, // has no recipes
+	}
+	check := func(when string, refused bool) {
+		t.Helper()
+		reads(func(o operation, c caller, n int) {
+			is, checked := long[o.OperationID]
+			if !checked {
+				return
+			}
+			status := http.StatusOK
+			if is && refused {
+				status = http.StatusTooManyRequests
+			}
+			if r := w.send(o, c, targets[0], n); r.Status != status || status != http.StatusOK && r.Header.Get("Retry-After") == "" {
+				t.Errorf("%s, %s: %d %.200s", when, o, r.Status, r.Body)
+			}
+		})
+	}
+	check("without memory", true)
+	empty()
+	check("with memory", false)
+	p.eventually("the requests' memory is released", func() bool { return memory.Used() == 0 })
+}

@@ -790,7 +790,7 @@ func (q *Queries) ListBuildSteps(ctx context.Context, buildID uuid.UUID) ([]Buil
 }
 
 const listBuilds = `-- name: ListBuilds :many
-SELECT id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes, trace FROM builds
+SELECT id, team_id, name, version, tags, state, error, total_steps, done_steps, attempts, template_id, created_at, started_at, ended_at FROM builds
 WHERE team_id = $1 AND (created_at, id) < ($2::timestamptz, $3::uuid)
 ORDER BY created_at DESC, id DESC
 LIMIT $4
@@ -803,7 +803,25 @@ type ListBuildsParams struct {
 	MaxRows  int32
 }
 
-func (q *Queries) ListBuilds(ctx context.Context, arg ListBuildsParams) ([]Build, error) {
+type ListBuildsRow struct {
+	ID         uuid.UUID
+	TeamID     uuid.UUID
+	Name       string
+	Version    *int32
+	Tags       []string
+	State      string
+	Error      string
+	TotalSteps int32
+	DoneSteps  int32
+	Attempts   int32
+	TemplateID *uuid.UUID
+	CreatedAt  time.Time
+	StartedAt  *time.Time
+	EndedAt    *time.Time
+}
+
+// Without the recipes, which can be long.
+func (q *Queries) ListBuilds(ctx context.Context, arg ListBuildsParams) ([]ListBuildsRow, error) {
 	rows, err := q.db.Query(ctx, listBuilds,
 		arg.TeamID,
 		arg.BeforeAt,
@@ -814,33 +832,24 @@ func (q *Queries) ListBuilds(ctx context.Context, arg ListBuildsParams) ([]Build
 		return nil, err
 	}
 	defer rows.Close()
-	var items []Build
+	var items []ListBuildsRow
 	for rows.Next() {
-		var i Build
+		var i ListBuildsRow
 		if err := rows.Scan(
 			&i.ID,
 			&i.TeamID,
 			&i.Name,
+			&i.Version,
 			&i.Tags,
-			&i.Recipe,
-			&i.Archive,
-			&i.Options,
 			&i.State,
+			&i.Error,
 			&i.TotalSteps,
 			&i.DoneSteps,
-			&i.Error,
-			&i.TemplateID,
-			&i.Version,
-			&i.Worker,
-			&i.LeaseUntil,
 			&i.Attempts,
-			&i.Cancelling,
+			&i.TemplateID,
 			&i.CreatedAt,
 			&i.StartedAt,
 			&i.EndedAt,
-			&i.Registry,
-			&i.LogBytes,
-			&i.Trace,
 		); err != nil {
 			return nil, err
 		}

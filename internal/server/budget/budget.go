@@ -93,18 +93,28 @@ func (b *Budget) Used() int64 {
 
 // Hold returns an empty account for a request of an owner. The caller must call
 // [Held.Release].
-func (b *Budget) Hold(owner string) *Held { return &Held{budget: b, owner: owner} }
+func (b *Budget) Hold(owner string) *Held { return &Held{budget: b, owner: owner, rows: Free} }
 
-// Held is what one request holds. It is not safe for concurrent use.
+// Held is what one request holds. It is safe for concurrent use.
 type Held struct {
 	budget *Budget
 	owner  string
-	bytes  int64
+
+	mu    sync.Mutex
+	bytes int64
+	rows  int // bytes of rows that take nothing, because they are free or taken for
 }
 
 // Grow takes n more bytes; call it before you use them. If the budget lacks them, it
 // takes none and fails with fault.RateLimited.
 func (h *Held) Grow(n int64) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.grow(n)
+}
+
+// grow is Grow for a caller that holds h.mu.
+func (h *Held) grow(n int64) error {
 	if n == 0 {
 		return nil
 	}
@@ -118,6 +128,26 @@ func (h *Held) Grow(n int64) error {
 // GrowFor takes cost bytes for each of n bytes except the first [Free], as [Held.Reader]
 // does.
 func (h *Held) GrowFor(n int, cost int64) error { return h.Grow(cost * int64(max(0, n-Free))) }
+
+// rowCost is the memory per byte of a row: as the database sends it, decoded, and twice in
+// the response, whose buffer grows by doubling.
+const rowCost = 4
+
+// GrowForRow takes the memory of a row of n bytes that the database sends, in steps. The
+// first [Free] bytes of the request's rows take nothing.
+func (h *Held) GrowForRow(n int) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if n > h.rows {
+		more := (n - h.rows + step - 1) / step * step
+		if err := h.grow(rowCost * int64(more)); err != nil {
+			return err
+		}
+		h.rows += more
+	}
+	h.rows -= n
+	return nil
+}
 
 // refuse returns a fault.RateLimited with a Retry-After.
 func refuse(format string, args ...any) error {
@@ -148,10 +178,12 @@ func (b *Budget) give(owner string, n int64) {
 	}
 }
 
-// Release returns everything. It can be called twice.
+// Release returns everything. The account can be used again.
 func (h *Held) Release() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	h.budget.give(h.owner, h.bytes)
-	h.bytes = 0
+	h.bytes, h.rows = 0, Free
 }
 
 // Reader returns a reader of r that takes cost bytes of the budget for each byte except

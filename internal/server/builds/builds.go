@@ -233,8 +233,8 @@ func (s *Service) Steps(ctx context.Context, build uuid.UUID) ([]Step, error) {
 	return steps, nil
 }
 
-// List returns a page of a team's builds, newest first, and the cursor of the next page
-// ("" on the last).
+// List returns a page of a team's builds without their recipes, newest first, and the
+// cursor of the next page ("" on the last).
 func (s *Service) List(ctx context.Context, team uuid.UUID, cursor string, limit int) ([]db.Build, string, error) {
 	at, before, err := page.Newest(cursor)
 	if err != nil {
@@ -244,8 +244,15 @@ func (s *Service) List(ctx context.Context, team uuid.UUID, cursor string, limit
 	if err != nil {
 		return nil, "", fmt.Errorf("list builds: %w", err)
 	}
-	rows, next := page.Cut(rows, limit, func(b db.Build) string { return page.Time(b.CreatedAt, b.ID) })
-	return rows, next, nil
+	rows, next := page.Cut(rows, limit, func(b db.ListBuildsRow) string { return page.Time(b.CreatedAt, b.ID) })
+	list := make([]db.Build, len(rows))
+	for i, r := range rows {
+		list[i] = db.Build{
+			ID: r.ID, TeamID: r.TeamID, Name: r.Name, Version: r.Version, Tags: r.Tags, State: r.State, Error: r.Error, TotalSteps: r.TotalSteps, DoneSteps: r.DoneSteps,
+			Attempts: r.Attempts, TemplateID: r.TemplateID, CreatedAt: r.CreatedAt, StartedAt: r.StartedAt, EndedAt: r.EndedAt,
+		}
+	}
+	return list, next, nil
 }
 
 // Cancel cancels a build. A queued build has ended when Cancel returns. A running build

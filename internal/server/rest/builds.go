@@ -195,8 +195,10 @@ func (a *API) followBuild(w http.ResponseWriter, r *http.Request, team uuid.UUID
 		_, err = fmt.Fprintf(w, "data: %s\n\n", b)
 		return err
 	}
-	sent := map[int]*builds.Step{} // what the client has of each step
+	sent := map[int]*sentStep{} // what the client has of each step
+	held := observed(r).held
 	err = a.Builds.Follow(r.Context(), team, u, func(row db.Build, steps []builds.Step) error {
+		defer held.Release() // the rows that Follow has read for this call
 		if !begun {
 			w.Header().Set("Content-Type", "text/event-stream")
 			w.Header().Set("Cache-Control", "no-store")
@@ -228,15 +230,21 @@ func (a *API) followBuild(w http.ResponseWriter, r *http.Request, team uuid.UUID
 	}
 }
 
+// sentStep is what a client has of a step: its state, and how many bytes of its output.
+type sentStep struct {
+	state  string
+	output int
+}
+
 // sendStep sends the news of a step to the client.
-func sendStep(sent map[int]*builds.Step, s builds.Step, say func(rest.BuildEvent) error) error {
+func sendStep(sent map[int]*sentStep, s builds.Step, say func(rest.BuildEvent) error) error {
 	before := sent[s.Number]
-	if before == nil || len(s.Output) < len(before.Output) { // the first time, or after a new attempt
-		before = &builds.Step{Number: s.Number, State: "pending"}
+	if before == nil || len(s.Output) < before.output { // the first time, or after a new attempt
+		before = &sentStep{state: "pending"}
 		sent[s.Number] = before
 	}
 	event := func() error {
-		before.State = s.State
+		before.state = s.State
 		bare := stepOf(s)
 		bare.Output, bare.Tail = "", nil
 		return say(rest.BuildEvent{Type: rest.Step, Step: &bare})
@@ -247,16 +255,16 @@ func sendStep(sent map[int]*builds.Step, s builds.Step, say func(rest.BuildEvent
 		}
 		return say(rest.BuildEvent{Type: rest.Output, Number: some(int32(s.Number)), Data: &data})
 	}
-	if s.State != before.State && s.State == "running" {
+	if s.State != before.state && s.State == "running" {
 		if err := event(); err != nil {
 			return err
 		}
 	}
-	if err := output(s.Output[len(before.Output):]); err != nil {
+	if err := output(s.Output[before.output:]); err != nil {
 		return err
 	}
-	before.Output = s.Output
-	if s.State == before.State {
+	before.output = len(s.Output)
+	if s.State == before.state {
 		return nil
 	}
 	if s.Truncated {

@@ -32,6 +32,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/platform"
 	"github.com/wrenn-dev/wrenn/internal/server/ratelimit"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/teams"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
 	"github.com/wrenn-dev/wrenn/internal/server/usage"
@@ -199,7 +200,8 @@ func isJSON(content openapi3.Content) bool {
 
 // limit bounds the caller's requests in flight, and the size of bodies that are not
 // streamed. It opens the request's memory account, for the team's owner or for the
-// address of a caller without a team.
+// address of a caller without a team. Rows that the request reads from the database count
+// for it.
 func (a *API) limit(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		who := caller(r)
@@ -218,6 +220,7 @@ func (a *API) limit(next http.Handler) http.Handler {
 		o := observed(r)
 		o.held = a.Memory.Hold(owner)
 		defer o.held.Release()
+		r = r.WithContext(store.Metered(r.Context(), o.held.GrowForRow))
 		op := routed(r).op
 		if streams(op) {
 			patience.Stream(r)

@@ -95,7 +95,7 @@ func Open(ctx context.Context, url string) (*Store, error) {
 		pool.Close()
 		return nil, fmt.Errorf("connect to database: %w", err)
 	}
-	return &Store{Queries: db.New(pool), Vital: db.New(kept), Server: server, pool: pool, kept: kept}, nil
+	return &Store{Queries: db.New(metered{pool}), Vital: db.New(kept), Server: server, pool: pool, kept: kept}, nil
 }
 
 func migrate(ctx context.Context, pool *pgxpool.Pool) error {
@@ -169,7 +169,7 @@ func (s *Store) Ping(ctx context.Context) error { return s.pool.Ping(ctx) }
 
 // InTx runs f in a transaction and commits it if f returns nil.
 func (s *Store) InTx(ctx context.Context, f func(*db.Queries) error) error {
-	return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error { return f(s.WithTx(tx)) })
+	return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error { return f(db.New(metered{tx})) })
 }
 
 // Listen calls heard with each message on a NOTIFY channel until ctx is done. The

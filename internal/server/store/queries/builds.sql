@@ -12,7 +12,8 @@ SELECT * FROM builds WHERE id = $1;
 SELECT * FROM builds WHERE id = $1 AND team_id = $2;
 
 -- name: ListBuilds :many
-SELECT * FROM builds
+-- Without the recipes, which can be long.
+SELECT id, team_id, name, version, tags, state, error, total_steps, done_steps, attempts, template_id, created_at, started_at, ended_at FROM builds
 WHERE team_id = @team_id AND (created_at, id) < (@before_at::timestamptz, @before_id::uuid)
 ORDER BY created_at DESC, id DESC
 LIMIT @max_rows;
