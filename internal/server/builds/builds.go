@@ -90,8 +90,8 @@ type Service struct {
 	keeping chan struct{}
 
 	mu sync.Mutex
-	// waiting has a channel per followed build. It is closed at the next change.
-	waiting map[uuid.UUID]chan struct{}
+	// waiting has the builds that somebody follows.
+	waiting map[uuid.UUID]*followed
 }
 
 // New returns a service. [Service.Run] executes the builds.
@@ -100,7 +100,13 @@ func New(c Config) *Service {
 	// Copy the options before the other client is used, because that changes them.
 	options := *c.Redis.Options()
 	options.PoolSize, options.MaxRetries = c.Workers, -1
-	return &Service{Config: c, queue: redis.NewClient(&options), keeping: make(chan struct{}, 2), waiting: make(map[uuid.UUID]chan struct{})}
+	return &Service{Config: c, queue: redis.NewClient(&options), keeping: make(chan struct{}, 2), waiting: make(map[uuid.UUID]*followed)}
+}
+
+// followed is a build that somebody follows. changed is closed at its next change.
+type followed struct {
+	changed chan struct{}
+	by      int
 }
 
 // Request describes a build to start.
@@ -306,22 +312,30 @@ func (s *Service) changed(ctx context.Context, build uuid.UUID) {
 func (s *Service) heard(build uuid.UUID) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if c, ok := s.waiting[build]; ok {
-		close(c)
+	if f, ok := s.waiting[build]; ok {
+		close(f.changed)
 		delete(s.waiting, build)
 	}
 }
 
-// change returns a channel that is closed when something changes about the build.
-func (s *Service) change(build uuid.UUID) <-chan struct{} {
+// follow returns a channel that is closed when something changes about the build. The
+// caller must call stop.
+func (s *Service) follow(build uuid.UUID) (changed <-chan struct{}, stop func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	c, ok := s.waiting[build]
+	f, ok := s.waiting[build]
 	if !ok {
-		c = make(chan struct{})
-		s.waiting[build] = c
+		f = &followed{changed: make(chan struct{})}
+		s.waiting[build] = f
 	}
-	return c
+	f.by++
+	return f.changed, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if f.by--; f.by == 0 && s.waiting[build] == f {
+			delete(s.waiting, build)
+		}
+	}
 }
 
 // listen receives other servers' changes. The client reconnects by itself, and followers
@@ -353,29 +367,36 @@ const lookAgain = 2 * time.Second
 // until the build has ended, see fails or ctx is done.
 func (s *Service) Follow(ctx context.Context, team, build uuid.UUID, see func(db.Build, []Step) error) error {
 	for {
-		change := s.change(build)
-		row, err := s.Get(ctx, team, build)
-		if err != nil {
+		change, stop := s.follow(build)
+		ended, err := s.look(ctx, team, build, see)
+		if !ended && err == nil {
+			look := time.NewTimer(lookAgain)
+			select {
+			case <-change:
+			case <-look.C:
+			case <-ctx.Done():
+				err = ctx.Err()
+			}
+			look.Stop()
+		}
+		stop()
+		if ended || err != nil {
 			return err
-		}
-		steps, err := s.Steps(ctx, build)
-		if err != nil {
-			return err
-		}
-		if err := see(row, steps); err != nil || State(row.State).Ended() {
-			return err
-		}
-		look := time.NewTimer(lookAgain)
-		select {
-		case <-change:
-		case <-look.C:
-		case <-ctx.Done():
-		}
-		look.Stop()
-		if ctx.Err() != nil {
-			return ctx.Err()
 		}
 	}
+}
+
+// look calls see once for [Service.Follow].
+func (s *Service) look(ctx context.Context, team, build uuid.UUID, see func(db.Build, []Step) error) (ended bool, err error) {
+	row, err := s.Get(ctx, team, build)
+	if err != nil {
+		return false, err
+	}
+	steps, err := s.Steps(ctx, build)
+	if err != nil {
+		return false, err
+	}
+	return State(row.State).Ended(), see(row, steps)
 }
 
 // persistTimeout bounds the attempts to write a result.

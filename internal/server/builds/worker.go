@@ -192,28 +192,30 @@ func (s *Service) attempt(ctx context.Context, row db.Build) {
 // lease is lost.
 func (s *Service) renewLease(ctx context.Context, row db.Build, off context.CancelCauseFunc) {
 	until := time.Now().Add(s.Lease)
-	for {
-		change := s.change(row.ID)
+	for lost := false; !lost && ctx.Err() == nil; {
+		change, stop := s.follow(row.ID)
 		cancelling, err := s.Store.Vital.RenewBuild(ctx, db.RenewBuildParams{ID: row.ID, Worker: &s.Store.Server, Attempts: row.Attempts, Lease: s.Lease.Seconds()})
 		switch {
 		case ctx.Err() != nil:
-			return
-		case err == nil && cancelling:
-			off(errCancelled)
-			until = time.Now().Add(s.Lease)
 		case err == nil:
+			if cancelling {
+				off(errCancelled)
+			}
 			until = time.Now().Add(s.Lease)
 		case errors.Is(err, store.ErrNoRows), time.Now().After(until):
 			off(errLost)
-			return
+			lost = true
 		}
-		t := time.NewTimer(s.Lease / 4)
-		select {
-		case <-change:
-		case <-t.C:
-		case <-ctx.Done():
+		if !lost {
+			t := time.NewTimer(s.Lease / 4)
+			select {
+			case <-change:
+			case <-t.C:
+			case <-ctx.Done():
+			}
+			t.Stop()
 		}
-		t.Stop()
+		stop()
 	}
 }
 
