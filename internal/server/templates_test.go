@@ -3,6 +3,8 @@ package server_test
 import (
 	"slices"
 	"testing"
+
+	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
 func TestTags(t *testing.T) {
@@ -57,4 +59,27 @@ func TestTags(t *testing.T) {
 	p.call("GET", "/v1/templates/one@1", nil).fails(404, "not_found")
 	p.call("DELETE", "/v1/templates/two:latest", nil).want(204)
 	p.call("GET", "/v1/templates/two", nil).fails(404, "not_found")
+}
+
+// TestTagsOfFullTeam checks that a team without room for more can move its tags, which
+// may even release old versions, but not add any.
+func TestTagsOfFullTeam(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	key := []string{"X-API-Key", p.newTeam()}
+	sandbox := p.call("POST", "/v1/sandboxes", map[string]any{}, key...).want(201).object()
+	p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandbox["id"], "name": "one"}, key...).want(201)
+	p.call("PUT", "/v1/templates/one/tags/stable", nil, key...).want(200)
+	team, err := id.Parse(id.Team, sandbox["team_id"].(string))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.sql("INSERT INTO templates (id, team_id, name, version, size_bytes, created_at, disk_mib) SELECT gen_random_uuid(), team_id, name, 2, 1, now(), 1 FROM templates WHERE team_id = $1", team)
+	p.sql("INSERT INTO host_templates (host_id, template_id) SELECT (SELECT min(host_id::text)::uuid FROM host_templates), id FROM templates WHERE team_id = $1 AND version = 2", team)
+	p.sql("INSERT INTO team_quotas (team_id, max_stored_mib) VALUES ($1, 0) ON CONFLICT (team_id) DO UPDATE SET max_stored_mib = 0", team)
+	p.call("PUT", "/v1/templates/one@2/tags/fresh", nil, key...).fails(403, "quota_exceeded")
+	p.call("PUT", "/v1/templates/one@2/tags/stable", nil, key...).want(200)
+	if got := p.call("GET", "/v1/templates/one:stable", nil, key...).want(200).object()["version"]; got != 2. {
+		t.Errorf("the moved tag means version %v", got)
+	}
 }

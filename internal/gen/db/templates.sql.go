@@ -352,6 +352,23 @@ func (q *Queries) GetTemplate(ctx context.Context, id uuid.UUID) (Template, erro
 	return i, err
 }
 
+const hasTag = `-- name: HasTag :one
+SELECT EXISTS (SELECT FROM templates t JOIN template_tags g ON g.team_id = t.team_id AND g.name = t.name WHERE t.id = $1 AND g.tag = $2)
+`
+
+type HasTagParams struct {
+	ID  uuid.UUID
+	Tag string
+}
+
+// Whether a template's name has a tag.
+func (q *Queries) HasTag(ctx context.Context, arg HasTagParams) (bool, error) {
+	row := q.db.QueryRow(ctx, hasTag, arg.ID, arg.Tag)
+	var exists bool
+	err := row.Scan(&exists)
+	return exists, err
+}
+
 const hostHasTemplate = `-- name: HostHasTemplate :one
 SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker, templates.kind, templates.version, templates.build_id, templates.layer_key, templates.used_at, templates.limits FROM templates JOIN host_templates ON template_id = templates.id WHERE templates.id = $1 AND host_templates.host_id = $2
 `

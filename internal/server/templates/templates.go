@@ -261,7 +261,8 @@ func (s *Catalog) Own(ctx context.Context, team uuid.UUID, ref string) (db.Templ
 	return row, err
 }
 
-// SetTag moves a tag to a team's template.
+// SetTag moves a tag to a team's template. A new tag counts as stored, an existing one
+// does not count again.
 func (s *Catalog) SetTag(ctx context.Context, team uuid.UUID, ref, tag string) (Listed, error) {
 	row, err := s.Own(ctx, team, ref)
 	if err != nil {
@@ -272,7 +273,11 @@ func (s *Catalog) SetTag(ctx context.Context, team uuid.UUID, ref, tag string) (
 		if err := q.LockLimit(ctx, db.LockLimitParams{What: "tags", TeamID: team}); err != nil {
 			return err
 		}
-		if n, err = q.SetTag(ctx, db.SetTagParams{ID: row.ID, Tag: tag}); err != nil {
+		exists, err := q.HasTag(ctx, db.HasTagParams{ID: row.ID, Tag: tag})
+		if err != nil {
+			return err
+		}
+		if n, err = q.SetTag(ctx, db.SetTagParams{ID: row.ID, Tag: tag}); err != nil || exists {
 			return err
 		}
 		return q.CheckRoom(ctx, team)

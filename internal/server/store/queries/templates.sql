@@ -157,6 +157,10 @@ INSERT INTO template_tags (team_id, name, tag, template_id)
 SELECT team_id, name, @tag, id FROM templates WHERE id = @id AND state <> 'deleting'
 ON CONFLICT (team_id, name, tag) DO UPDATE SET template_id = EXCLUDED.template_id;
 
+-- name: HasTag :one
+-- Whether a template's name has a tag.
+SELECT EXISTS (SELECT FROM templates t JOIN template_tags g ON g.team_id = t.team_id AND g.name = t.name WHERE t.id = @id AND g.tag = @tag);
+
 -- name: CheckRoom :exec
 -- Fails if a team, or its owner, has more stored than it may.
 SELECT charge_team(@team_id, 0, 0, 0, 0, 0, true);
