@@ -14,12 +14,13 @@ import (
 
 const countRecords = `-- name: CountRecords :many
 SELECT t.id AS team_id, COALESCE(a.n, 0)::bigint AS audit,
-    (record_size('audit_records') * COALESCE(a.n, 0) + record_size('sandbox_runs') * COALESCE(r.n, 0) + record_size('template_tags') * COALESCE(g.n, 0))::bigint AS bytes,
+    (record_size('audit_records') * COALESCE(a.n, 0) + record_size('sandbox_runs') * COALESCE(r.n, 0) + record_size('template_tags') * COALESCE(g.n, 0) + COALESCE(d.bytes, 0))::bigint AS bytes,
     COALESCE(u.swept_bytes, 0)::bigint AS counted
 FROM teams t
 LEFT JOIN (SELECT team_id, count(*) AS n FROM audit_records GROUP BY team_id) a ON a.team_id = t.id
 LEFT JOIN (SELECT team_id, count(*) AS n FROM sandbox_runs GROUP BY team_id) r ON r.team_id = t.id
 LEFT JOIN (SELECT team_id, count(*) AS n FROM template_tags GROUP BY team_id) g ON g.team_id = t.id
+LEFT JOIN (SELECT team_id, sum(bytes) AS bytes FROM deliveries GROUP BY team_id) d ON d.team_id = t.id
 LEFT JOIN team_usage u ON u.team_id = t.id
 ORDER BY t.id
 `
@@ -300,7 +301,8 @@ WITH dropped AS (
 UPDATE team_usage SET record_bytes = record_bytes - swept_bytes + counted.bytes, swept_bytes = counted.bytes
 FROM (SELECT record_size('audit_records') * (SELECT count(*) FROM audit_records a WHERE a.team_id = $1)
     + record_size('sandbox_runs') * (SELECT count(*) FROM sandbox_runs r WHERE r.team_id = $1)
-    + record_size('template_tags') * (SELECT count(*) FROM template_tags g WHERE g.team_id = $1) AS bytes) AS counted
+    + record_size('template_tags') * (SELECT count(*) FROM template_tags g WHERE g.team_id = $1)
+    + (SELECT COALESCE(sum(d.bytes), 0) FROM channels c JOIN deliveries d ON d.channel_id = c.id WHERE c.team_id = $1) AS bytes) AS counted
 WHERE team_usage.team_id = $1
 `
 

@@ -118,6 +118,8 @@ type Delivery struct {
 	TookMs    int64
 	Status    int32
 	Error     string
+	TeamID    uuid.UUID
+	Bytes     int64
 }
 
 type FailedImport struct {

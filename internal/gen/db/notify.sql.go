@@ -89,7 +89,7 @@ WHERE id = (
     SELECT d.id FROM deliveries d JOIN channels c ON c.id = d.channel_id
     WHERE d.state = 'pending' AND d.next_at <= now() AND c.id <> ALL ($2::uuid[]) AND c.team_id <> ALL ($3::uuid[])
     ORDER BY d.next_at LIMIT 1 FOR UPDATE OF d SKIP LOCKED)
-RETURNING id, channel_id, event, body, state, created_at, attempts, next_at, tried_at, took_ms, status, error
+RETURNING id, channel_id, event, body, state, created_at, attempts, next_at, tried_at, took_ms, status, error, team_id, bytes
 `
 
 type ClaimDeliveryParams struct {
@@ -116,6 +116,8 @@ func (q *Queries) ClaimDelivery(ctx context.Context, arg ClaimDeliveryParams) (D
 		&i.TookMs,
 		&i.Status,
 		&i.Error,
+		&i.TeamID,
+		&i.Bytes,
 	)
 	return i, err
 }
@@ -351,7 +353,7 @@ func (q *Queries) InsertChannel(ctx context.Context, arg InsertChannelParams) (C
 }
 
 const insertDelivery = `-- name: InsertDelivery :one
-INSERT INTO deliveries (id, channel_id, event, body, attempts, tried_at, state) VALUES ($1, $2, $3, $4, 1, now(), 'failed') RETURNING id, channel_id, event, body, state, created_at, attempts, next_at, tried_at, took_ms, status, error
+INSERT INTO deliveries (id, channel_id, event, body, attempts, tried_at, state) VALUES ($1, $2, $3, $4, 1, now(), 'failed') RETURNING id, channel_id, event, body, state, created_at, attempts, next_at, tried_at, took_ms, status, error, team_id, bytes
 `
 
 type InsertDeliveryParams struct {
@@ -383,6 +385,8 @@ func (q *Queries) InsertDelivery(ctx context.Context, arg InsertDeliveryParams) 
 		&i.TookMs,
 		&i.Status,
 		&i.Error,
+		&i.TeamID,
+		&i.Bytes,
 	)
 	return i, err
 }
@@ -427,7 +431,7 @@ func (q *Queries) ListChannels(ctx context.Context, teamID uuid.UUID) ([]Channel
 }
 
 const listDeliveries = `-- name: ListDeliveries :many
-SELECT id, channel_id, event, body, state, created_at, attempts, next_at, tried_at, took_ms, status, error FROM deliveries WHERE channel_id = $1 AND (created_at, id) < ($2::timestamptz, $3::uuid)
+SELECT id, channel_id, event, body, state, created_at, attempts, next_at, tried_at, took_ms, status, error, team_id, bytes FROM deliveries WHERE channel_id = $1 AND (created_at, id) < ($2::timestamptz, $3::uuid)
 ORDER BY created_at DESC, id DESC LIMIT $4
 `
 
@@ -465,6 +469,8 @@ func (q *Queries) ListDeliveries(ctx context.Context, arg ListDeliveriesParams) 
 			&i.TookMs,
 			&i.Status,
 			&i.Error,
+			&i.TeamID,
+			&i.Bytes,
 		); err != nil {
 			return nil, err
 		}

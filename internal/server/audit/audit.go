@@ -268,10 +268,10 @@ func (l *Log) sweep(ctx context.Context) error {
 	return l.Recount(ctx, mostOfTeam)
 }
 
-// Recount counts each team's records: audit records, runs of sandboxes and tags. Triggers
-// have already charged the teams when they wrote the records. Recount replaces these charges
-// by one per team and corrects it. It deletes a team's oldest audit records if there are more
-// than most.
+// Recount counts each team's records: audit records, runs of sandboxes, tags and
+// deliveries. Triggers have already charged the teams when they wrote the records. Recount
+// replaces these charges by one per team and corrects it. It deletes a team's oldest audit
+// records if there are more than most.
 func (l *Log) Recount(ctx context.Context, most int64) error {
 	teams, err := l.store.CountRecords(ctx)
 	if err != nil {

@@ -16,8 +16,8 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// TestCharge checks that audit records, sandboxes' run times and tags are charged to a
-// team and its owner at once, and that a team keeps its newest audit records.
+// TestCharge checks that audit records, sandboxes' run times, tags and deliveries are
+// charged to a team and its owner at once, and that a team keeps its newest audit records.
 func TestCharge(t *testing.T) {
 	ctx, url := t.Context(), pgtest.New(t)
 	s, err := store.Open(context.Background(), url)
@@ -51,6 +51,8 @@ func TestCharge(t *testing.T) {
 	exec("INSERT INTO sandbox_runs (sandbox_id, team_id, vcpus, memory_mib, first, started_at, ended_at) SELECT gen_random_uuid(), $1, 1, 1, true, now(), now() FROM generate_series(1, 4) n", teams[0])
 	exec("INSERT INTO templates (id, team_id, name, size_bytes, created_at) VALUES (gen_random_uuid(), $1, 't', 1, now())", teams[0])
 	exec("INSERT INTO template_tags SELECT team_id, 't', n::text, id FROM templates, generate_series(1, 4) n WHERE team_id = $1", teams[0])
+	exec("INSERT INTO channels (id, team_id, name, kind, events, target, sealed) SELECT gen_random_uuid(), $1, 'c', 'slack', '{e}', 'x', '' FROM generate_series(1, 2) n", teams[0])
+	exec("SELECT notify_channels($1, 'e', jsonb_build_object('k', repeat('x', 1000)))", teams[0])
 	l := New(s, time.Hour, slog.New(slog.DiscardHandler))
 	recount := func(most int64) {
 		t.Helper()
@@ -62,7 +64,7 @@ func TestCharge(t *testing.T) {
 		t.Helper()
 		return number("SELECT COALESCE((SELECT record_bytes FROM team_usage WHERE team_id = $1), 0) + unsettled_bytes($1)", team)
 	}
-	const others = 8 * 256
+	const others = 8*256 + 2*(512+1009)
 	charges := func(when string, of ...int64) {
 		t.Helper()
 		for i, team := range teams {
@@ -108,6 +110,7 @@ func TestCharge(t *testing.T) {
 	exec("DELETE FROM audit_records")
 	exec("DELETE FROM sandbox_runs")
 	exec("DELETE FROM template_tags")
+	exec("DELETE FROM channels")
 	charges("all are gone", 0, made)
 	recount(1000)
 	charges("all are gone, and recounted", 0, made)

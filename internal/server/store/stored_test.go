@@ -19,7 +19,7 @@ var kept = map[string]string{
 	"audit_records":    recorded, // 1,000,000 of a team, 90 days; refusals are one row for each actor, action and minute
 	"build_steps":      "the bytes that builds counts; 1000 of a build, with 4 MiB of output and their ends",
 	"channels":         "50 of a team",
-	"deliveries":       "500 of a channel, for 7 days",
+	"deliveries":       recorded, // 500 of a channel, for 7 days
 	"failed_imports":   "20 of a team",
 	"idempotency_keys": "one for each sandbox or template, which are bounded; forgotten in a day",
 	"identities":       "one for each provider of a user",
