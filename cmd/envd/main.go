@@ -21,12 +21,13 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/envd/boot"
 	"github.com/wrenn-dev/wrenn/internal/envd/machine"
 	"github.com/wrenn-dev/wrenn/internal/envd/modprobe"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
 func main() {
 	boot.Main()
 	modprobe.Main()
-	listen := flag.String("listen", ":"+strconv.Itoa(envd.Port), "address to listen on: host:port or unix:/path")
+	listen := flag.String("listen", ":"+strconv.Itoa(hostwire.GuestPort), "address to listen on: host:port or unix:/path")
 	user := flag.String("user", "user", "user for requests that name none")
 	group := flag.String("cgroup", defaultCgroup(), "cgroup2 directory for users' processes; empty for none")
 	device := flag.String("interface", "eth0", "network interface at whose address to publish services that listen on loopback; empty for none")

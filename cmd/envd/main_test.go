@@ -15,9 +15,9 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
-	"github.com/wrenn-dev/wrenn/internal/envd"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
@@ -79,7 +79,7 @@ func TestProgram(t *testing.T) {
 	start := func(script string) *connect.ServerStreamForClient[pb.StartResponse] {
 		t.Helper()
 		req := connect.NewRequest(&pb.StartRequest{Process: &pb.ProcessConfig{Cmd: "sh", Args: []string{"-c", script}}})
-		req.Header().Set(envd.TokenHeader, "token")
+		req.Header().Set(hostwire.AccessToken, "token")
 		s, err := processconnect.NewProcessClient(client, base).Start(ctx, req)
 		if err != nil || !s.Receive() {
 			t.Fatalf("start: %v, %v", err, s.Err())
@@ -94,7 +94,7 @@ func TestProgram(t *testing.T) {
 		t.Errorf("a process sees %q", &out)
 	}
 	req, _ := http.NewRequestWithContext(ctx, "GET", base+"/metrics", nil)
-	req.Header.Set(envd.TokenHeader, "token")
+	req.Header.Set(hostwire.AccessToken, "token")
 	if res, err = client.Do(req); err != nil {
 		t.Fatal(err)
 	}

@@ -100,14 +100,10 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 	}
 	var state *sandbox.StateError
 	if errors.As(err, &state) {
-		ce.Meta().Set(stateHeader, string(state.State))
+		ce.Meta().Set(hostwire.SandboxState, string(state.State))
 	}
 	return ce
 }
-
-// stateHeader names the response header that has the sandbox's state if a call failed
-// because the sandbox was not running.
-const stateHeader = "Wrenn-Sandbox-State"
 
 func invalid(format string, args ...any) error {
 	return connect.NewError(connect.CodeInvalidArgument, told.New(format, args...))

@@ -76,8 +76,8 @@ func TestErrorsAreForClients(t *testing.T) {
 			if !errors.As(err, &ce) || ce.Code() != tt.code || ce.Message() != tt.want || ce.Meta().Get(hostwire.ErrorReason) != tt.why {
 				t.Errorf("%v, want %v: %s", err, tt.code, tt.want)
 			}
-			if ce != nil && (ce.Meta().Get(stateHeader) != "") != (tt.name == "state") {
-				t.Errorf("the state is %q: the control plane calls again if there is one", ce.Meta().Get(stateHeader))
+			if ce != nil && (ce.Meta().Get(hostwire.SandboxState) != "") != (tt.name == "state") {
+				t.Errorf("the state is %q: the control plane calls again if there is one", ce.Meta().Get(hostwire.SandboxState))
 			}
 			if strings.Contains(fmt.Sprint(err), "/var/lib") {
 				t.Errorf("the host's folders are in %v", err)

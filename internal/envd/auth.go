@@ -14,11 +14,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/envd/account"
 	"github.com/wrenn-dev/wrenn/internal/envd/fault"
 	"github.com/wrenn-dev/wrenn/internal/filesign"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/patience"
 )
-
-// TokenHeader is the request header with the sandbox's access token.
-const TokenHeader = "X-Access-Token"
 
 // sameSecret compares in a time that depends neither on where the two differ nor on the
 // secret's length.
@@ -39,7 +37,7 @@ func (s *Server) guard(next http.Handler) http.Handler {
 			fault.Write(w, http.StatusServiceUnavailable, connect.CodeUnavailable, "the sandbox is not ready yet")
 			return
 		}
-		if given := r.Header.Get(TokenHeader); given != "" {
+		if given := r.Header.Get(hostwire.AccessToken); given != "" {
 			if !sameSecret(given, token) {
 				unauthenticated(w, "the access token is wrong")
 				return
@@ -72,7 +70,7 @@ func (s *Server) identify(next http.Handler) http.Handler {
 			refuse(w, r, unknownUser(name))
 			return
 		}
-		if name == "" && r.Header.Get(TokenHeader) != "" {
+		if name == "" && r.Header.Get(hostwire.AccessToken) != "" {
 			name, _, _ = r.BasicAuth()
 		}
 		byDefault := name == ""

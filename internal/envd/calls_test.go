@@ -12,6 +12,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/gen/filesystem"
 	"github.com/wrenn-dev/wrenn/internal/gen/filesystem/filesystemconnect"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/requestid"
 )
 
@@ -32,7 +33,7 @@ func TestFailedCallsAreLogged(t *testing.T) {
 	resp.Body.Close()
 	stat := func(path string) error {
 		req := connect.NewRequest(&filesystem.StatRequest{Path: path})
-		req.Header().Set(TokenHeader, testToken)
+		req.Header().Set(hostwire.AccessToken, testToken)
 		req.Header().Set(requestid.Header, "ext-1")
 		_, err := filesystemconnect.NewFilesystemClient(http.DefaultClient, web.URL).Stat(t.Context(), req)
 		return err

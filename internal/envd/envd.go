@@ -23,11 +23,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/envd/metrics"
 	"github.com/wrenn-dev/wrenn/internal/envd/ports"
 	"github.com/wrenn-dev/wrenn/internal/envd/process"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
-
-// Port is the port on which the daemon listens in a guest.
-const Port = 49983
 
 // Config configures the daemon. Only DefaultUser is required.
 type Config struct {
@@ -120,7 +118,7 @@ func New(cfg Config) (*Server, error) {
 	}})
 	s.filesystem = filesystem.New()
 	if cfg.Address.IsValid() {
-		s.ports = ports.New(ports.Config{Address: cfg.Address, Except: []uint16{Port}, Log: log})
+		s.ports = ports.New(ports.Config{Address: cfg.Address, Except: []uint16{hostwire.GuestPort}, Log: log})
 	}
 
 	// These requests run with the rights of a user.

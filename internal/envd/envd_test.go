@@ -33,6 +33,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/gen/filesystem/filesystemconnect"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
@@ -207,7 +208,7 @@ func (g *guest) do(method, path, token string, body io.Reader, header map[string
 		g.t.Fatal(err)
 	}
 	if token != "" {
-		req.Header.Set(TokenHeader, token)
+		req.Header.Set(hostwire.AccessToken, token)
 	}
 	for k, v := range header {
 		req.Header.Set(k, v)
@@ -227,7 +228,7 @@ func (g *guest) do(method, path, token string, body io.Reader, header map[string
 // as returns a Connect request with the token, for a user ("" means the default).
 func as[T any](user string, msg *T) *connect.Request[T] {
 	req := connect.NewRequest(msg)
-	req.Header().Set(TokenHeader, testToken)
+	req.Header().Set(hostwire.AccessToken, testToken)
 	if user != "" {
 		h := http.Request{Header: http.Header{}}
 		h.SetBasicAuth(user, "")

@@ -26,6 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
 func at(path string, more ...string) string {
@@ -391,7 +392,7 @@ func TestUploadBroken(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		fmt.Fprintf(c, "POST /files%s HTTP/1.1\r\nHost: x\r\n%s: %s\r\nContent-Length: 1000000\r\n\r\nhalf", at(target), TokenHeader, testToken)
+		fmt.Fprintf(c, "POST /files%s HTTP/1.1\r\nHost: x\r\n%s: %s\r\nContent-Length: 1000000\r\n\r\nhalf", at(target), hostwire.AccessToken, testToken)
 		await.Until(t, "temporary file", func() bool {
 			m, _ := filepath.Glob(g.dir + "/.wrenn-upload-*")
 			return len(m) == 1
@@ -455,7 +456,7 @@ func TestFilesMemory(t *testing.T) {
 	runtime.ReadMemStats(&before)
 	for name, client := range map[string]*http.Client{"h1": g.plain, "h2": g.client} {
 		req, _ := http.NewRequestWithContext(t.Context(), "POST", g.url+"/files"+at(g.dir+"/"+name), io.LimitReader(&repeat{block: block}, size))
-		req.Header.Set(TokenHeader, testToken)
+		req.Header.Set(hostwire.AccessToken, testToken)
 		res, err := client.Do(req)
 		if err != nil {
 			t.Fatal(err)
@@ -465,7 +466,7 @@ func TestFilesMemory(t *testing.T) {
 			t.Fatalf("%s: %s", name, res.Status)
 		}
 		req, _ = http.NewRequestWithContext(t.Context(), "GET", g.url+"/files"+at(g.dir+"/"+name), nil)
-		req.Header.Set(TokenHeader, testToken)
+		req.Header.Set(hostwire.AccessToken, testToken)
 		req.Header.Set("Accept-Encoding", "identity")
 		if res, err = client.Do(req); err != nil {
 			t.Fatal(err)
@@ -581,7 +582,7 @@ func TestArchive(t *testing.T) {
 	// An unreadable file in the middle breaks the response off.
 	g.file("tree/sub/secret", "s", 0o600)
 	req, _ := http.NewRequestWithContext(t.Context(), "GET", g.url+"/archive"+at(g.dir+"/tree"), nil)
-	req.Header.Set(TokenHeader, testToken)
+	req.Header.Set(hostwire.AccessToken, testToken)
 	res, err := g.plain.Do(req)
 	if err == nil {
 		_, err = io.Copy(io.Discard, res.Body)
@@ -691,7 +692,7 @@ func TestDownloadAbandoned(t *testing.T) {
 		for _, client := range []*http.Client{g.plain, g.client} {
 			ctx, cancel := context.WithCancel(t.Context())
 			req, _ := http.NewRequestWithContext(ctx, "GET", g.url+path+at(g.dir+"/big"), nil)
-			req.Header.Set(TokenHeader, testToken)
+			req.Header.Set(hostwire.AccessToken, testToken)
 			res, err := client.Do(req)
 			if err != nil {
 				t.Fatal(err)

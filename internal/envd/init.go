@@ -15,6 +15,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/envd/account"
 	"github.com/wrenn-dev/wrenn/internal/envd/fault"
 	"github.com/wrenn-dev/wrenn/internal/envd/machine"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
 // initRequest is /init's body. Absent fields change nothing, and unknown ones are ignored.
@@ -90,7 +91,7 @@ func (req *initRequest) check(first bool) error {
 func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 	allowed := func() bool {
 		token := s.current().token
-		if token == "" || sameSecret(r.Header.Get(TokenHeader), token) {
+		if token == "" || sameSecret(r.Header.Get(hostwire.AccessToken), token) {
 			return true
 		}
 		unauthenticated(w, "the access token is missing or wrong")

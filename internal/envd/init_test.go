@@ -17,6 +17,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
@@ -64,7 +65,7 @@ func post(s *Server, token, body string) *httptest.ResponseRecorder {
 	w := httptest.NewRecorder()
 	r := httptest.NewRequest(http.MethodPost, "/init", strings.NewReader(body))
 	if token != "" {
-		r.Header.Set(TokenHeader, token)
+		r.Header.Set(hostwire.AccessToken, token)
 	}
 	s.Handler().ServeHTTP(w, r)
 	return w
@@ -194,7 +195,7 @@ func TestInitShedsConnections(t *testing.T) {
 		var res *http.Response
 		await.Until(t, "/init", func() bool {
 			req, _ := http.NewRequestWithContext(t.Context(), "POST", base+"/init", strings.NewReader(`{"accessToken":"`+testToken+`"}`))
-			req.Header.Set(TokenHeader, testToken)
+			req.Header.Set(hostwire.AccessToken, testToken)
 			var err error
 			if res, err = c.Do(req); err != nil {
 				return false

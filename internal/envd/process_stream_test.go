@@ -19,6 +19,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
 func TestProcessInput(t *testing.T) {
@@ -29,7 +30,7 @@ func TestProcessInput(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := g.process.StreamInput(ctx)
-	s.RequestHeader().Set(TokenHeader, testToken)
+	s.RequestHeader().Set(hostwire.AccessToken, testToken)
 	_ = s.Send(&pb.StreamInputRequest{Event: &pb.StreamInputRequest_Start{Start: &pb.StreamInputRequest_StartEvent{Process: byTag("cat")}}})
 	want := "a\x00\xff"
 	for i := range 100 {
@@ -81,7 +82,7 @@ func TestProcessInput(t *testing.T) {
 		wantCode(t, fmt.Sprint("selector ", sel), err, want)
 	}
 	s = g.process.StreamInput(ctx)
-	s.RequestHeader().Set(TokenHeader, testToken)
+	s.RequestHeader().Set(hostwire.AccessToken, testToken)
 	_ = s.Send(&pb.StreamInputRequest{Event: &pb.StreamInputRequest_Data{Data: &pb.StreamInputRequest_DataEvent{Input: stdin("x")}}})
 	_, err = s.CloseAndReceive()
 	wantCode(t, "data before start", err, connect.CodeInvalidArgument)
@@ -294,7 +295,7 @@ func TestProcessBackpressure(t *testing.T) {
 		}
 		body := `{"process":{"cmd":"yes"},"tag":"yes"}`
 		frame := append([]byte{0, 0, 0, 0, byte(len(body))}, body...)
-		fmt.Fprintf(c, "POST /process.Process/Start HTTP/1.1\r\nHost: x\r\nContent-Type: application/connect+json\r\nConnect-Protocol-Version: 1\r\n%s: %s\r\nContent-Length: %d\r\n\r\n%s", TokenHeader, testToken, len(frame), frame)
+		fmt.Fprintf(c, "POST /process.Process/Start HTTP/1.1\r\nHost: x\r\nContent-Type: application/connect+json\r\nConnect-Protocol-Version: 1\r\n%s: %s\r\nContent-Length: %d\r\n\r\n%s", hostwire.AccessToken, testToken, len(frame), frame)
 		if _, err := io.ReadFull(c, make([]byte, 1000)); err != nil {
 			t.Fatal(err)
 		}

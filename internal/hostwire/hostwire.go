@@ -1,6 +1,42 @@
 // Package hostwire states the conventions between server, agent and guest daemon that are
-// not in the definitions of the RPCs: headers and reasons of errors.
+// not in the definitions of the RPCs: the guest daemon's port, headers and reasons of
+// errors.
 package hostwire
+
+import "net/http"
+
+// GuestPort is the guest daemon's TCP port in every sandbox. A request to it needs the
+// sandbox's access token.
+const GuestPort = 49983
+
+// AccessToken is the header of requests to [GuestPort] with the sandbox's access token.
+const AccessToken = "X-Access-Token"
+
+// Private begins the names of headers between server and agent. Both remove such headers
+// from the requests of clients, and the agent from the responses of guests.
+const Private = "X-Wrenn-"
+
+// Authorization is a request header with the client's own Authorization header, which the
+// agent passes to the guest. Authorization itself has the agent's token.
+const Authorization = Private + "Authorization"
+
+// Error is the response header that marks the agent's own errors. Its value is the
+// error's code, which is the state of a sandbox that does not run.
+const Error = Private + "Error"
+
+// SandboxState is the key in an error's metadata for the state of a sandbox that does not
+// run.
+const SandboxState = "Wrenn-Sandbox-State"
+
+// RefusedState returns the state of the sandbox if the agent refused a request because
+// the sandbox does not run, and "" otherwise. The guest has not received a refused request,
+// so the server can resume the sandbox and send the request again.
+func RefusedState(resp *http.Response) string {
+	if resp.StatusCode != http.StatusServiceUnavailable {
+		return ""
+	}
+	return resp.Header.Get(Error)
+}
 
 // DefaultDiskMiB is the default size of a template's file system, and so of a sandbox's
 // disk. The database has it as default_disk_mib().
@@ -12,7 +48,7 @@ const ErrorReason = "Wrenn-Error-Reason"
 
 // RequestID is a request header with the id of the client's request to which the call
 // belongs, if there is one.
-const RequestID = "X-Wrenn-Request-Id"
+const RequestID = Private + "Request-Id"
 
 // CaptureLimit is the [ErrorReason] for a sandbox that cannot be captured again, because
 // its disk has too many layers.
@@ -35,8 +71,8 @@ const (
 
 // Trace is a request header with the span to which the call belongs, as a W3C
 // traceparent, if the trace is recorded.
-const Trace = "X-Wrenn-Trace"
+const Trace = Private + "Trace"
 
 // Timing is a header with which the agent asks the guest daemon how long it took until
 // it began to respond. The response has the header with "dur=" and milliseconds.
-const Timing = "X-Wrenn-Timing"
+const Timing = Private + "Timing"

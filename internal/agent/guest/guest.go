@@ -28,11 +28,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// Port is the guest daemon's TCP port.
-const Port = 49983
-
 const (
-	tokenHeader   = "X-Access-Token"
 	timeoutHeader = "Process-Timeout"
 	holdHeader    = "Process-Hold-Start"
 
@@ -61,7 +57,7 @@ type Client struct {
 // New makes a client for the guest at addr. token is the guest's present access token. A
 // restored guest has that of its template's capture, or none, until [Client.Init].
 func New(addr netip.Addr, token string) *Client {
-	target := netip.AddrPortFrom(addr, Port).String()
+	target := netip.AddrPortFrom(addr, hostwire.GuestPort).String()
 	// HTTP/1.1 with a connection per request: over HTTP/2, all requests share a flow
 	// control window, so a process that does not read its input would stop all of them.
 	t := &upstream.Transport{
@@ -90,7 +86,7 @@ func New(addr netip.Addr, token string) *Client {
 type authorized struct{ c *Client }
 
 func (a authorized) Do(r *http.Request) (*http.Response, error) {
-	r.Header.Set(tokenHeader, *a.c.token.Load())
+	r.Header.Set(hostwire.AccessToken, *a.c.token.Load())
 	return a.c.http.Do(r)
 }
 
@@ -370,7 +366,7 @@ func (c *Client) send(ctx context.Context, method, path string, q url.Values, bo
 		}
 		req.Header.Set("Content-Type", "application/octet-stream")
 	}
-	req.Header.Set(tokenHeader, *c.token.Load())
+	req.Header.Set(hostwire.AccessToken, *c.token.Load())
 	if header != nil {
 		header(req.Header)
 	}

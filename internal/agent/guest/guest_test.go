@@ -113,7 +113,7 @@ func start(t *testing.T) *Client {
 	}
 	pid := os.Getpid()
 	addr := netip.AddrFrom4([4]byte{127, byte(100 + pid>>8&63), byte(pid), byte(lastAddr.Add(1))})
-	cmd := exec.Command(bin, "-listen", netip.AddrPortFrom(addr, Port).String(), "-cgroup", "", "-interface", "", "-user", "root")
+	cmd := exec.Command(bin, "-listen", netip.AddrPortFrom(addr, hostwire.GuestPort).String(), "-cgroup", "", "-interface", "", "-user", "root")
 	cmd.Stderr = t.Output()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {

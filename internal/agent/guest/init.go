@@ -15,6 +15,7 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/wrenn-dev/wrenn/internal/backoff"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/text"
 )
 
@@ -102,7 +103,7 @@ func (c *Client) init(ctx context.Context, token string, m *initMessage) (r Repo
 	}
 	req.ContentLength = m.size
 	req.Header.Set("Content-Type", "application/json")
-	req.Header.Set(tokenHeader, token)
+	req.Header.Set(hostwire.AccessToken, token)
 	resp, err := c.http.Do(req)
 	if err != nil {
 		return r, 0, lost(ctx, err)

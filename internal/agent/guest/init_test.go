@@ -23,13 +23,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
 // fake starts a guest daemon with the test's handler, at its own loopback address.
 func fake(t *testing.T, h http.HandlerFunc) (*Client, *httptest.Server) {
 	t.Helper()
 	addr := netip.AddrFrom4([4]byte{127, byte(100 + os.Getpid()>>8&63), byte(os.Getpid()), byte(lastAddr.Add(1))})
-	l, err := net.Listen("tcp", netip.AddrPortFrom(addr, Port).String())
+	l, err := net.Listen("tcp", netip.AddrPortFrom(addr, hostwire.GuestPort).String())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -123,8 +124,8 @@ func TestInitAgainWhenTheAnswerIsLost(t *testing.T) {
 		if err := json.Unmarshal(body, &m); err != nil {
 			t.Errorf("%v in %s", err, body)
 		}
-		tokens = append(tokens, r.Header.Get(tokenHeader))
-		if r.Header.Get(tokenHeader) != token {
+		tokens = append(tokens, r.Header.Get(hostwire.AccessToken))
+		if r.Header.Get(hostwire.AccessToken) != token {
 			w.WriteHeader(http.StatusUnauthorized)
 			return
 		}

@@ -20,9 +20,9 @@ import (
 	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
 	"github.com/wrenn-dev/wrenn/internal/duplex"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/requestid"
 	"github.com/wrenn-dev/wrenn/internal/tracing"
@@ -31,18 +31,6 @@ import (
 
 // Prefix is the prefix of the proxy's paths, which are "/proxy/{sandbox_id}/{port}/…".
 const Prefix = "/proxy/"
-
-const (
-	// private is the prefix of headers between the agent and the control plane. The proxy
-	// removes them from guests' requests and responses.
-	private = "X-Wrenn-"
-	// authorization has the client's Authorization header, which the agent's token
-	// replaces on the way here.
-	authorization = private + "Authorization"
-	// ErrorHeader marks the agent's own error responses. Its value is the error's code,
-	// which is the state for a sandbox that does not run.
-	ErrorHeader = private + "Error"
-)
 
 // forwarded are the headers in which earlier proxies describe the client.
 var forwarded = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "Forwarded"}
@@ -117,7 +105,7 @@ func parse(r *http.Request) (target, error) {
 			return t, badRequest("sandbox id, port and the slash after them must not be escaped")
 		}
 	}
-	if t.port == guest.Port && reserved(t.path) {
+	if t.port == hostwire.GuestPort && reserved(t.path) {
 		return t, &problem{http.StatusNotFound, "not_found", "no such path"}
 	}
 	return t, nil
@@ -185,12 +173,12 @@ func rewrite(pr *httputil.ProxyRequest, t target, address string) {
 			h[name] = v
 		}
 	}
-	own := h[authorization]
+	own := h[hostwire.Authorization]
 	withoutPrivate(h)
 	if own != nil {
 		h["Authorization"] = own
 	}
-	if t.port == guest.Port {
+	if t.port == hostwire.GuestPort {
 		requestid.Pass(pr.In.Context(), h, requestid.Header)
 	}
 	if _, ok := h["User-Agent"]; !ok {
@@ -201,7 +189,7 @@ func rewrite(pr *httputil.ProxyRequest, t target, address string) {
 // withoutPrivate removes private headers.
 func withoutPrivate(h http.Header) {
 	for name := range h {
-		if strings.HasPrefix(name, private) {
+		if strings.HasPrefix(name, hostwire.Private) {
 			delete(h, name)
 		}
 	}
@@ -272,7 +260,7 @@ func Answer(w http.ResponseWriter, status int, code, message string) {
 	h.Set("Content-Type", "application/json")
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Cache-Control", "no-store")
-	h.Set(ErrorHeader, code)
+	h.Set(hostwire.Error, code)
 	w.WriteHeader(status)
 	type body struct {
 		Code    string `json:"code"`

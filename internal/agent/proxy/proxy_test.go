@@ -25,9 +25,9 @@ import (
 	"github.com/coder/websocket"
 	"github.com/google/uuid"
 
-	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
 	"github.com/wrenn-dev/wrenn/internal/await"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/linger"
 	"github.com/wrenn-dev/wrenn/internal/linger/lingertest"
@@ -103,7 +103,7 @@ func (o *one) get(t *testing.T, path string) (int, string) {
 	var e struct {
 		Error struct{ Code, Message string }
 	}
-	if err := json.NewDecoder(resp.Body).Decode(&e); err != nil || e.Error.Code != resp.Header.Get(ErrorHeader) {
+	if err := json.NewDecoder(resp.Body).Decode(&e); err != nil || e.Error.Code != resp.Header.Get(hostwire.Error) {
 		t.Errorf("%s: %v, not an error of the agent's: %v", path, resp.Status, err)
 	}
 	return resp.StatusCode, e.Error.Message
@@ -127,7 +127,7 @@ func (o *one) send(ctx context.Context, t *testing.T, method string, port int, b
 
 func TestBadTargets(t *testing.T) {
 	o := start(t)
-	listen(t, guest.Port, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+	listen(t, hostwire.GuestPort, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 		t.Errorf("%s reached the guest daemon", r.URL)
 	}))
 	for path, want := range map[string]int{
@@ -135,8 +135,8 @@ func TestBadTargets(t *testing.T) {
 		Prefix: 400, Prefix + "cl-short/80/": 400, Prefix + strings.ToUpper(id.Format(id.Sandbox, o.sandbox)) + "/80/": 400,
 		strings.Replace(o.path(80, "/%2f"), "cl-", "%63l-", 1): 400, o.path(80, "%2fx"): 400,
 		Prefix + id.Format(id.Sandbox, uuid.New()) + "/80/": 404,
-		o.path(guest.Port, "/init"):                         404, o.path(guest.Port, "//init"): 404, o.path(guest.Port, "/%69nit"): 404, o.path(guest.Port, "/x/../init/"): 404,
-		o.path(guest.Port, "/freeze"): 404, o.path(guest.Port, "/./thaw"): 404, o.path(guest.Port, "/INIT"): 404, o.path(guest.Port, "/%2finit"): 404,
+		o.path(hostwire.GuestPort, "/init"):                 404, o.path(hostwire.GuestPort, "//init"): 404, o.path(hostwire.GuestPort, "/%69nit"): 404, o.path(hostwire.GuestPort, "/x/../init/"): 404,
+		o.path(hostwire.GuestPort, "/freeze"): 404, o.path(hostwire.GuestPort, "/./thaw"): 404, o.path(hostwire.GuestPort, "/INIT"): 404, o.path(hostwire.GuestPort, "/%2finit"): 404,
 		o.path(1, "/"): 502,
 	} {
 		if got, message := o.get(t, path); got != want || message == "" {
@@ -218,7 +218,7 @@ func TestRequestArrivesAsItWas(t *testing.T) {
 	o := start(t)
 	port := listen(t, 0, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
-		w.Header().Set(ErrorHeader, "forged")
+		w.Header().Set(hostwire.Error, "forged")
 		w.Header().Set("X-Own", "kept")
 		w.WriteHeader(http.StatusTeapot)
 		fmt.Fprintf(w, "%s %s host=%s auth=%s agent=%q for=%s secret=%q enc=%q body=%s", r.Method, r.RequestURI, r.Host, r.Header.Get("Authorization"),
@@ -229,7 +229,7 @@ func TestRequestArrivesAsItWas(t *testing.T) {
 		t.Fatal(err)
 	}
 	req.Host = "8000-x.localhost:8000"
-	req.Header.Set(authorization, "Basic dXNlcjo=")
+	req.Header.Set(hostwire.Authorization, "Basic dXNlcjo=")
 	req.Header.Set("X-Wrenn-Secret", "s")
 	req.Header.Set("X-Forwarded-For", "192.0.2.1")
 	req.Header.Set("User-Agent", "")
@@ -241,7 +241,7 @@ func TestRequestArrivesAsItWas(t *testing.T) {
 	defer resp.Body.Close()
 	got, _ := io.ReadAll(resp.Body)
 	want := `POST /a%2fb//c/../d?q=%zz;&x=1 host=8000-x.localhost:8000 auth=Basic dXNlcjo= agent="" for=192.0.2.1 secret="" enc="identity" body=hello`
-	if string(got) != want || resp.StatusCode != http.StatusTeapot || resp.Header.Get("X-Own") != "kept" || resp.Header.Get(ErrorHeader) != "" {
+	if string(got) != want || resp.StatusCode != http.StatusTeapot || resp.Header.Get("X-Own") != "kept" || resp.Header.Get(hostwire.Error) != "" {
 		t.Errorf("got %s\n%s\nwant\n%s\n%v", resp.Status, got, want, resp.Header)
 	}
 }
@@ -251,7 +251,7 @@ func TestRequestArrivesAsItWas(t *testing.T) {
 func TestRequestID(t *testing.T) {
 	o := start(t)
 	saw := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.Header.Get(requestid.Header)) })
-	for port, want := range map[int]string{listen(t, guest.Port, saw): "ext-1", listen(t, 0, saw): "client's"} {
+	for port, want := range map[int]string{listen(t, hostwire.GuestPort, saw): "ext-1", listen(t, 0, saw): "client's"} {
 		r := httptest.NewRequestWithContext(requestid.With(t.Context(), "ext-1"), http.MethodGet, o.path(port, "/"), nil)
 		r.Header.Set(requestid.Header, "client's")
 		w := httptest.NewRecorder()
@@ -267,9 +267,9 @@ func TestRequestID(t *testing.T) {
 func TestGuestsSayNothingPrivate(t *testing.T) {
 	o := start(t)
 	port := listen(t, 0, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set(ErrorHeader, "paused")
+		w.Header().Set(hostwire.Error, "paused")
 		w.WriteHeader(http.StatusEarlyHints)
-		w.Header().Set("Trailer", ErrorHeader)
+		w.Header().Set("Trailer", hostwire.Error)
 		_, _ = io.WriteString(w, "body")
 	}))
 	var private []string
@@ -545,8 +545,8 @@ func refused(t *testing.T, o *one, port int, method, body string, moment <-chan 
 	if again {
 		status, code = http.StatusServiceUnavailable, "paused"
 	}
-	if resp.StatusCode != status || resp.Header.Get(ErrorHeader) != code || !again && !strings.Contains(string(b), "may have taken effect") {
-		t.Errorf("%s %s %q, want %d %s", resp.Status, resp.Header.Get(ErrorHeader), b, status, code)
+	if resp.StatusCode != status || resp.Header.Get(hostwire.Error) != code || !again && !strings.Contains(string(b), "may have taken effect") {
+		t.Errorf("%s %s %q, want %d %s", resp.Status, resp.Header.Get(hostwire.Error), b, status, code)
 	}
 }
 

@@ -21,10 +21,10 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/disk"
-	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
 	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
 // These tests check the order of events and what failures leave behind. Machines and
@@ -83,7 +83,7 @@ func claimNet(t testing.TB) byte {
 	const first, last = 128, 254
 	for range last - first + 1 {
 		n := byte(first + nets.Add(1)%(last-first+1))
-		l, err := net.Listen("tcp", fmt.Sprintf("127.%d.255.254:%d", n, guest.Port))
+		l, err := net.Listen("tcp", fmt.Sprintf("127.%d.255.254:%d", n, hostwire.GuestPort))
 		if errors.Is(err, syscall.EADDRINUSE) {
 			continue
 		}
@@ -241,7 +241,7 @@ func (w *world) Start(ctx context.Context, s vmm.Spec) (vmm.VM, error) {
 
 // run starts a machine, stopped, with the memory data on top of base.
 func (w *world) run(s vmm.Spec, kind string, data, base []byte) (*worldVM, error) {
-	l, err := net.Listen("tcp", net.JoinHostPort(s.NetNS, fmt.Sprint(guest.Port)))
+	l, err := net.Listen("tcp", net.JoinHostPort(s.NetNS, fmt.Sprint(hostwire.GuestPort)))
 	if err != nil {
 		return nil, err
 	}

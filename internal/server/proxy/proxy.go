@@ -35,13 +35,6 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// envdPort is envd's port, which needs the sandbox's access token.
-const envdPort = 49983
-
-// ForwardAuthorization carries a request's Authorization header to the agent, because
-// Authorization itself carries the agent's token.
-const ForwardAuthorization = "X-Wrenn-Authorization"
-
 // Config configures a [Proxy].
 type Config struct {
 	// Domain is the domain of sandboxes' host names, for example "localhost".
@@ -107,7 +100,7 @@ func (p *Proxy) Match(host string) bool {
 func (p *Proxy) isPreflight(r *http.Request) bool {
 	label, ok := label(netaddr.Hostname(r.Host), p.Domain)
 	port, _, _ := strings.Cut(label, "-")
-	return ok && port == strconv.Itoa(envdPort) && r.Method == http.MethodOptions &&
+	return ok && port == strconv.Itoa(hostwire.GuestPort) && r.Method == http.MethodOptions &&
 		r.Header.Get("Access-Control-Request-Method") != "" && filesign.Signed(r.URL)
 }
 
@@ -324,17 +317,17 @@ func (p *Proxy) resolve(r *http.Request) (destination, error) {
 // authorize checks a request's credentials.
 func (p *Proxy) authorize(r *http.Request, sandbox uuid.UUID, port int) (caller, error) {
 	var none caller
-	if port == envdPort {
+	if port == hostwire.GuestPort {
 		if strings.HasPrefix(strings.ToLower(r.URL.Path), "/init") {
 			return none, fault.New(fault.NotFound, "no such path")
 		}
-		token := r.Header.Get("X-Access-Token")
+		token := r.Header.Get(hostwire.AccessToken)
 		signed := token == "" && filesign.Signed(r.URL)
 		epoch, ok := p.Tokens.AccessEpoch(sandbox, token)
 		if signed || ok {
 			return caller{signed: signed, epoch: epoch}, nil
 		}
-		return none, fault.New(fault.Unauthenticated, "port %d needs the sandbox's access token in X-Access-Token", envdPort)
+		return none, fault.New(fault.Unauthenticated, "port %d needs the sandbox's access token in X-Access-Token", hostwire.GuestPort)
 	}
 	if token := r.Header.Get("X-Traffic-Token"); token != "" {
 		if epoch, ok := p.Tokens.TrafficEpoch(sandbox, token); ok {
@@ -404,7 +397,7 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 	prefix := "/proxy/" + id.Format(id.Sandbox, d.sandbox) + "/" + strconv.Itoa(d.port)
 	filter := filterPort(netaddr.Hostname(r.Host))
 	var finish func(*http.Response)
-	if d.port == envdPort {
+	if d.port == hostwire.GuestPort {
 		filter = filterDaemon
 		finish = confine
 		if d.signed {
@@ -438,7 +431,7 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 				}
 			}
 			for name := range h {
-				if strings.HasPrefix(name, "X-Wrenn-") {
+				if strings.HasPrefix(name, hostwire.Private) {
 					h.Del(name)
 				}
 			}
@@ -447,14 +440,14 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 			h.Del("X-API-Key")
 			h.Del("X-Traffic-Token")
 			dropOurCookies(h)
-			if d.port == envdPort {
+			if d.port == hostwire.GuestPort {
 				h.Del("Cookie")
-				if h.Get("X-Access-Token") != "" {
-					h.Set("X-Access-Token", p.Tokens.Guest(d.sandbox))
+				if h.Get(hostwire.AccessToken) != "" {
+					h.Set(hostwire.AccessToken, p.Tokens.Guest(d.sandbox))
 				}
 			}
 			if own, ok := h["Authorization"]; ok {
-				h[ForwardAuthorization] = own
+				h[hostwire.Authorization] = own
 			}
 		},
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
@@ -479,13 +472,6 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 	rp.ServeHTTP(w, r)
 }
 
-// errorHeader marks responses of the agent itself. The agent removes it from responses of
-// guests.
-const errorHeader = "X-Wrenn-Error"
-
-// tries is how often a request is sent if its sandbox is paused at the same time.
-const tries = 3
-
 // waker sends a request to a sandbox's host. If the host refuses it because the sandbox
 // is paused, waker resumes the sandbox and sends the request again.
 type waker struct {
@@ -504,12 +490,7 @@ func (k *waker) RoundTrip(req *http.Request) (*http.Response, error) {
 		if err != nil {
 			return nil, err
 		}
-		refused := false
-		switch sandboxes.State(resp.Header.Get(errorHeader)) {
-		case sandboxes.Pausing, sandboxes.Paused, sandboxes.Resuming:
-			refused = resp.StatusCode == http.StatusServiceUnavailable
-		default: // The sandbox responded, or cannot be resumed.
-		}
+		state, refused := sandboxes.RefusedAs(resp)
 		if !refused {
 			k.forwarded.Inc()
 			tracing.Of(req.Context()).SetInt("http.response.status_code", resp.StatusCode)
@@ -517,8 +498,8 @@ func (k *waker) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 		resp.Body.Close()
 		again := req.Body == nil || req.Body == http.NoBody || k.body != nil
-		if try == tries || !again {
-			return nil, fault.New(fault.Conflict, "the sandbox is %s", resp.Header.Get(errorHeader))
+		if try == sandboxes.Tries || !again {
+			return nil, fault.New(fault.Conflict, "the sandbox is %s", state)
 		}
 		if _, k.to.host, err = k.Sandboxes.Refused(req.Context(), k.to.team, k.to.sandbox); err != nil {
 			return nil, err

@@ -14,6 +14,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
@@ -32,9 +33,6 @@ const (
 	// itself, because a host reports no event for a failed pause.
 	askEvery = 250 * time.Millisecond
 )
-
-// stateHeader is the header of a refused call with the state of the sandbox.
-const stateHeader = "Wrenn-Sandbox-State"
 
 // wait returns ErrMoved when a sandbox in transit may have reached another state. It
 // waits for this server's turn without a limit, and shares the result if the target is
@@ -261,5 +259,5 @@ func (s *Service) turnLost(doing string, err error, log *slog.Logger) error {
 // refusedState reports whether a host refused a call because of the sandbox's state.
 func refusedState(err error) bool {
 	var e *connect.Error
-	return errors.As(err, &e) && e.Code() == connect.CodeFailedPrecondition && e.Meta().Get(stateHeader) != ""
+	return errors.As(err, &e) && e.Code() == connect.CodeFailedPrecondition && e.Meta().Get(hostwire.SandboxState) != ""
 }

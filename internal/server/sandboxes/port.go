@@ -8,13 +8,22 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
-// refusal is a header of responses of the agent itself, never of a guest's. If the
-// sandbox does not run, its value is the state.
-const refusal = "X-Wrenn-Error"
+// RefusedAs reports whether a host refused a request to a port because of the sandbox's
+// state, which [Service.Refused] can change.
+func RefusedAs(resp *http.Response) (State, bool) {
+	state := State(hostwire.RefusedState(resp))
+	switch state {
+	case Pausing, Paused, Resuming:
+		return state, true
+	default: // The sandbox responded, or cannot be resumed.
+		return "", false
+	}
+}
 
 // Port sends a request, with a JSON body if body is not nil, to a port of a team's
 // sandbox. It resumes a paused sandbox. The response, whatever its status, is the
@@ -38,15 +47,13 @@ func (s *Service) Port(ctx context.Context, team, sandbox uuid.UUID, port int, m
 			}
 			return nil, fault.Because(failed, fault.HostUnreachable, "the sandbox's host does not respond")
 		}
-		said := resp.Header.Get(refusal)
-		switch State(said) {
-		case Pausing, Paused, Resuming:
-		default:
+		state, refused := RefusedAs(resp)
+		if !refused {
 			return resp, nil
 		}
 		resp.Body.Close()
-		if try == tries {
-			return nil, fault.New(fault.Conflict, "the sandbox is %s", said)
+		if try == Tries {
+			return nil, fault.New(fault.Conflict, "the sandbox is %s", state)
 		}
 		if _, host, err = s.Refused(ctx, team, sandbox); err != nil {
 			return nil, err

@@ -48,8 +48,9 @@ func (s *Service) Refused(ctx context.Context, team, sandbox uuid.UUID) (db.Sand
 	return s.Wake(ctx, team, sandbox)
 }
 
-// tries is how often a call is attempted if its sandbox is paused at the same time.
-const tries = 3
+// Tries is how often a call or a request is attempted if its sandbox is paused at the same
+// time.
+const Tries = 3
 
 // place is where a team's sandbox runs.
 type place struct{ team, host uuid.UUID }
@@ -84,7 +85,7 @@ func (s *Service) call(ctx context.Context, team, sandbox uuid.UUID, f func(*hos
 	for try := 1; err == nil; try++ {
 		err = f(host)
 		switch {
-		case try == tries:
+		case try == Tries:
 			return hosts.Fault(err)
 		case refusedState(err):
 			sure = true
