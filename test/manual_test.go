@@ -45,10 +45,16 @@ func (i *installation) follow(t *testing.T, dir, script string) {
 	}
 }
 
+// of replaces /var/lib/wrenn in commands with an installation's own directory.
+func of(dir, script string) string {
+	parent := filepath.Dir(dir)
+	return strings.NewReplacer("/var/lib/wrenn", dir, "/var/lib wrenn", parent+" "+filepath.Base(dir), "-C /var/lib\n", "-C "+parent+"\n").Replace(script)
+}
+
 // try runs commands like follow, and returns their output.
 func (i *installation) try(t *testing.T, script string, env ...string) (string, error) {
 	t.Helper()
-	script = strings.NewReplacer("/var/lib/wrenn", i.dir, "/var/lib wrenn", filepath.Dir(i.dir)+" "+filepath.Base(i.dir), "-C /var/lib\n", "-C "+filepath.Dir(i.dir)+"\n").Replace(script)
+	script = of(i.dir, script)
 	cmd := exec.CommandContext(t.Context(), "bash", "-euo", "pipefail", "-c", script)
 	cmd.Env = append(append(os.Environ(), "PATH="+filepath.Dir(i.wrenn)+":"+os.Getenv("PATH"), "WRENN_DIR="+i.dir, "WRENN_URL="+i.creds.URL, "WRENN_API_KEY="+i.creds.APIKey), env...)
 	out, err := cmd.CombinedOutput()
