@@ -1227,7 +1227,8 @@ func (q *Queries) SandboxResuming(ctx context.Context, id uuid.UUID) (Sandbox, e
 }
 
 const sandboxRevived = `-- name: SandboxRevived :one
-UPDATE sandboxes SET state = 'paused', paused_at = $1::timestamptz, drained = false, expires_at = NULL, end_reason = NULL, error = '', ended_at = NULL
+UPDATE sandboxes SET state = 'paused', paused_at = $1::timestamptz, drained = false, expires_at = NULL, end_reason = NULL, error = '', ended_at = NULL,
+    token_epoch = token_epoch + 1
 WHERE id = $2 AND host_id = $3 AND state = 'stopped' AND end_reason IN ('exited', 'lost') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because
 `
 
@@ -1237,7 +1238,8 @@ type SandboxRevivedParams struct {
 	HostID   *uuid.UUID
 }
 
-// Its host had ended or lost it and now has it paused.
+// Its host had ended or lost it and now has it paused. Revocations leave out sandboxes that
+// have ended, so its old tokens end here.
 func (q *Queries) SandboxRevived(ctx context.Context, arg SandboxRevivedParams) (Sandbox, error) {
 	row := q.db.QueryRow(ctx, sandboxRevived, arg.PausedAt, arg.ID, arg.HostID)
 	var i Sandbox

@@ -324,8 +324,8 @@ func TestCompareTemplates(t *testing.T) {
 }
 
 // TestRevive checks that a sandbox that its host had lost or ended, and that is paused
-// there again because somebody repaired its files, is paused. One that a client ended is
-// destroyed.
+// there again because somebody repaired its files, is paused and has new tokens. One that a
+// client ended is destroyed.
 func TestRevive(t *testing.T) {
 	b := newBench(t, time.Minute)
 	all := make(map[string]uuid.UUID)
@@ -343,7 +343,7 @@ func TestRevive(t *testing.T) {
 	b.look(first.Add(lostAfter))
 	for _, reason := range []string{"exited", "lost"} {
 		row, err := b.Store.GetSandbox(t.Context(), all[reason])
-		if err != nil || row.State != string(sandboxes.Paused) || row.PausedAt == nil || row.EndedAt != nil || row.EndReason != nil || row.Error != "" || !b.agent.there(row.ID) {
+		if err != nil || row.State != string(sandboxes.Paused) || row.PausedAt == nil || row.EndedAt != nil || row.EndReason != nil || row.Error != "" || row.TokenEpoch != 1 || !b.agent.there(row.ID) {
 			t.Errorf("the sandbox in state %s is %+v, %v", reason, row, err)
 		}
 	}

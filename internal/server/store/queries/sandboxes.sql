@@ -153,8 +153,10 @@ UPDATE sandboxes SET state = 'stopped', end_reason = @end_reason::text, error = 
 WHERE id = @id AND host_id = @host_id AND sandbox_is_live(state) AND NOT sandbox_is_starting(state) AND state <> 'stopping' RETURNING *;
 
 -- name: SandboxRevived :one
--- Its host had ended or lost it and now has it paused.
-UPDATE sandboxes SET state = 'paused', paused_at = @paused_at::timestamptz, drained = false, expires_at = NULL, end_reason = NULL, error = '', ended_at = NULL
+-- Its host had ended or lost it and now has it paused. Revocations leave out sandboxes that
+-- have ended, so its old tokens end here.
+UPDATE sandboxes SET state = 'paused', paused_at = @paused_at::timestamptz, drained = false, expires_at = NULL, end_reason = NULL, error = '', ended_at = NULL,
+    token_epoch = token_epoch + 1
 WHERE id = @id AND host_id = @host_id AND state = 'stopped' AND end_reason IN ('exited', 'lost') RETURNING *;
 
 -- name: SandboxExpires :one
