@@ -14,6 +14,8 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/vishvananda/netlink"
+
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/flock"
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -310,8 +312,8 @@ func enableForwarding() (changed bool, err error) {
 }
 
 // noteForwarding records the links of a machine that does not forward IPv4, because it must
-// not forward between them later either. Links that other software makes afterwards are
-// that software's business.
+// not forward between them later either. It adds those that appeared since and that
+// outward names.
 func noteForwarding() error {
 	all, err := lockBlocks()
 	if err != nil {
@@ -322,23 +324,43 @@ func noteForwarding() error {
 	if err != nil {
 		return fmt.Errorf("read %s: %w", ipForward, err)
 	}
-	if strings.TrimSpace(string(now)) != "0" {
+	_, missing := os.Stat(layout.Forwarding())
+	recorded := missing == nil
+	if !recorded && strings.TrimSpace(string(now)) != "0" {
 		return nil
 	}
-	if _, err := os.Stat(layout.Forwarding()); err == nil {
-		return nil // recorded before; somebody turned it off since
+	names, err := linksBefore()
+	if err != nil {
+		return err
 	}
-	links, err := net.Interfaces()
+	links, err := netlink.LinkList()
 	if err != nil {
 		return fmt.Errorf("list links: %w", err)
 	}
-	var names []string
+	known := len(names)
 	for _, l := range links {
-		if l.Flags&net.FlagLoopback == 0 && !strings.HasPrefix(l.Name, linkPrefix) {
-			names = append(names, l.Name)
+		a := l.Attrs()
+		if a.Flags&net.FlagLoopback == 0 && !strings.HasPrefix(a.Name, linkPrefix) && !slices.Contains(names, a.Name) && (!recorded || outward(l)) {
+			names = append(names, a.Name)
 		}
 	}
+	if recorded && len(names) == known {
+		return nil
+	}
 	return writeLinksBefore(names)
+}
+
+// outward reports whether a link is hardware, is made from hardware, or is a VPN. Links of
+// other kinds, such as bridges and veths, are made by software that forwards between them
+// and others, such as container engines.
+func outward(l netlink.Link) bool {
+	switch l := l.(type) {
+	case *netlink.Device, *netlink.Vlan, *netlink.Bond, *netlink.Wireguard:
+		return true
+	case *netlink.Tuntap:
+		return l.Mode == netlink.TUNTAP_MODE_TUN
+	}
+	return l.Type() == "ppp"
 }
 
 func writeLinksBefore(names []string) error {

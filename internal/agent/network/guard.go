@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -47,6 +48,7 @@ type guard struct {
 // look says what may have changed and needs a check.
 type look struct {
 	rules, names, settings, allLinks bool
+	others                           bool         // links of other software
 	links                            map[int]bool // by index
 }
 
@@ -147,11 +149,11 @@ func (g *guard) receive(c *mdnetlink.Conn, hear func([]mdnetlink.Message)) {
 
 func (g *guard) hearRules([]mdnetlink.Message) { g.notice(func(l *look) { l.rules = true }) }
 
-// hearRoutes notices changes of the pool's links and of settings for all links. It ignores
-// other links.
+// hearRoutes notices changes of the pool's links and of settings for all links, and that
+// there may be new other links.
 func (g *guard) hearRoutes(messages []mdnetlink.Message) {
 	if messages == nil {
-		g.notice(func(l *look) { l.allLinks, l.settings = true, true })
+		g.notice(func(l *look) { l.allLinks, l.settings, l.others = true, true, true })
 	}
 	for _, m := range messages {
 		index, ok := subject(m)
@@ -166,6 +168,8 @@ func (g *guard) hearRoutes(messages []mdnetlink.Message) {
 				}
 				l.links[index] = true
 			})
+		case m.Header.Type == unix.RTM_NEWLINK && !strings.HasPrefix(nameOf(m), linkPrefix):
+			g.notice(func(l *look) { l.others = true })
 		}
 	}
 }
@@ -202,11 +206,28 @@ func subject(m mdnetlink.Message) (index int, ok bool) {
 	return index, ok && d.Err() == nil
 }
 
+// nameOf returns the name in a message about a link.
+func nameOf(m mdnetlink.Message) string {
+	if len(m.Data) < unix.SizeofIfInfomsg {
+		return ""
+	}
+	d, err := mdnetlink.NewAttributeDecoder(m.Data[unix.SizeofIfInfomsg:])
+	if err != nil {
+		return ""
+	}
+	for d.Next() {
+		if d.Type() == unix.IFLA_IFNAME {
+			return d.String()
+		}
+	}
+	return ""
+}
+
 // run makes the pool check and repair whenever something was noticed.
 func (g *guard) run() {
 	tick := time.NewTicker(lookAnyway)
 	defer tick.Stop()
-	all := look{rules: true, names: true, settings: true, allLinks: true}
+	all := look{rules: true, names: true, settings: true, allLinks: true, others: true}
 	next := all
 	for {
 		g.pool.mend(next)
@@ -243,7 +264,7 @@ func (p *Pool) mend(l look) {
 	if l.rules {
 		p.judge(problem.Firewall, "rules", p.mendRules())
 	}
-	if l.settings {
+	if l.settings || l.others {
 		p.judge(problem.Forwarding, "", p.mendForwarding())
 	}
 	if l.names {

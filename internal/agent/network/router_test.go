@@ -1,12 +1,14 @@
 package network
 
 import (
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -56,7 +58,8 @@ func neighbour(t *testing.T, name string, host, own netip.Prefix) (do func(func(
 }
 
 // TestIsNoRouter checks that a machine that forwarded for nobody forwards only for guests
-// while an agent runs. Links that appear later are not the agent's concern.
+// while an agent runs, also to a VPN that appears later. Later links of software that
+// forwards, such as a container engine's veths, are not the agent's concern.
 func TestIsNoRouter(t *testing.T) {
 	needRoot(t)
 	sameAfter(t)
@@ -87,6 +90,84 @@ func TestIsNoRouter(t *testing.T) {
 	err := left(func() error { _, err := call(hang, "tcp4", "192.0.2.10:7000"); return err })
 	if err != nil {
 		t.Error("to a link that appeared later:", err)
+	}
+
+	vpn := newTun(t, "vpn", netip.MustParsePrefix("192.0.2.13/30"))
+	await.Until(t, "the rules know the VPN", func() bool {
+		rules, err := fingerprint(hostTable(p.block.number))
+		return err == nil && strings.Contains(rules, fmt.Sprintf(" %x00", "vpn"))
+	})
+	far := net.UDPAddrFromAddrPort(netip.MustParseAddrPort("192.0.2.14:7000"))
+	send := func() error {
+		c, err := net.DialUDP("udp4", nil, far)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		_, err = c.Write([]byte("x"))
+		return err
+	}
+	must(t, left(send))
+	must(t, left(func() error { _, err := call(hang, "tcp4", "192.0.2.10:7000"); return err })) // on the same way
+	must(t, send())
+	b := make([]byte, 1<<10)
+	for {
+		n, err := vpn.Read(b)
+		must(t, err)
+		if n < 20 || b[0]>>4 != 4 {
+			continue
+		}
+		if from := netip.AddrFrom4([4]byte(b[12:])); from == netip.MustParseAddr("192.0.2.13") {
+			break
+		} else {
+			t.Error("the machine routes into the VPN from", from)
+		}
+	}
+}
+
+// newTun makes a link like a VPN's, whose packets are what the file has.
+func newTun(t *testing.T, name string, host netip.Prefix) *os.File {
+	t.Helper()
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	must(t, err)
+	f := os.NewFile(uintptr(fd), name)
+	t.Cleanup(func() { f.Close() })
+	r, err := unix.NewIfreq(name)
+	must(t, err)
+	r.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
+	must(t, unix.IoctlIfreq(fd, unix.TUNSETIFF, r))
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	must(t, err)
+	defer h.Close()
+	link, err := h.LinkByName(name)
+	must(t, err)
+	must(t, h.AddrAdd(link, &netlink.Addr{IPNet: &net.IPNet{IP: host.Addr().AsSlice(), Mask: net.CIDRMask(host.Bits(), 32)}}))
+	must(t, h.LinkSetUp(link))
+	return f
+}
+
+// TestOutward checks which links of other software must not be forwarded between.
+func TestOutward(t *testing.T) {
+	for _, tt := range []struct {
+		link netlink.Link
+		want bool
+	}{
+		{&netlink.Device{}, true},
+		{&netlink.Vlan{}, true},
+		{&netlink.Bond{}, true},
+		{&netlink.Wireguard{}, true},
+		{&netlink.Tuntap{Mode: netlink.TUNTAP_MODE_TUN}, true},
+		{&netlink.GenericLink{LinkType: "ppp"}, true},
+		{&netlink.Tuntap{Mode: netlink.TUNTAP_MODE_TAP}, false},
+		{&netlink.Bridge{}, false},
+		{&netlink.Veth{}, false},
+		{&netlink.Vxlan{}, false},
+		{&netlink.Dummy{}, false},
+		{&netlink.GenericLink{LinkType: "tomorrow"}, false},
+	} {
+		if got := outward(tt.link); got != tt.want {
+			t.Errorf("%s: %v", tt.link.Type(), got)
+		}
 	}
 }
 
