@@ -3,6 +3,7 @@ package netaddr
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"syscall"
@@ -76,16 +77,22 @@ var special = []struct {
 // operators choose (64:ff9b:1::/48) are forbidden.
 var nat64 = netip.MustParsePrefix("64:ff9b::/96")
 
-// Classify returns the class of an address. An IPv6 address that stands for an IPv4
-// address has the class of that one.
-func Classify(ip netip.Addr) Class {
+// meant returns the IPv4 address that an IPv6 address stands for, or ip itself.
+func meant(ip netip.Addr) netip.Addr {
 	ip = ip.Unmap().WithZone("")
-	if !ip.IsValid() {
-		return Forbidden
-	}
 	if nat64.Contains(ip) {
 		b := ip.As16()
 		ip = netip.AddrFrom4([4]byte(b[12:]))
+	}
+	return ip
+}
+
+// Classify returns the class of an address. An IPv6 address that stands for an IPv4
+// address has the class of that one.
+func Classify(ip netip.Addr) Class {
+	ip = meant(ip)
+	if !ip.IsValid() {
+		return Forbidden
 	}
 	class, bits := Public, -1
 	for _, s := range special {
@@ -128,14 +135,42 @@ type Policy struct {
 var ErrNotAllowed = errors.New("only public addresses are allowed, unless the platform's admin allows others")
 
 // Check returns nil if the policy allows ip, and otherwise an error that wraps
-// [ErrNotAllowed].
+// [ErrNotAllowed]. A public address of this machine counts as loopback, because firewalls
+// rarely filter what a machine sends to itself.
 func (p Policy) Check(ip netip.Addr) error {
-	switch c := Classify(ip); {
+	c := Classify(ip)
+	if c == Public && !p.Loopback {
+		own, err := isOwn(ip)
+		if err != nil {
+			return err
+		}
+		if own {
+			c = Loopback
+		}
+	}
+	switch {
 	case c == Public, c == Loopback && p.Loopback, c == Private && p.Private:
 		return nil
 	default:
 		return fmt.Errorf("%v is %v: %w", ip, c, ErrNotAllowed)
 	}
+}
+
+// interfaceAddrs returns this machine's addresses. Tests replace it.
+var interfaceAddrs = net.InterfaceAddrs
+
+// isOwn reports whether ip, or the IPv4 address that it stands for, is one of this
+// machine's.
+func isOwn(ip netip.Addr) (bool, error) {
+	addrs, err := interfaceAddrs()
+	if err != nil {
+		return false, fmt.Errorf("list this machine's addresses: %w", err)
+	}
+	ip = meant(ip)
+	return slices.ContainsFunc(addrs, func(a net.Addr) bool {
+		p, err := netip.ParsePrefix(a.String())
+		return err == nil && p.Addr().Unmap() == ip
+	}), nil
 }
 
 // Control is a [net.Dialer.Control] that checks the address being dialled. Names are

@@ -60,6 +60,41 @@ func TestPolicy(t *testing.T) {
 	}
 }
 
+// TestOwnAddresses checks that this machine's public addresses need the permission that
+// loopback needs, however they are written.
+func TestOwnAddresses(t *testing.T) {
+	real := interfaceAddrs
+	t.Cleanup(func() { interfaceAddrs = real })
+	interfaceAddrs = func() ([]net.Addr, error) {
+		return []net.Addr{
+			&net.IPNet{IP: net.IPv4(8, 8, 4, 4), Mask: net.CIDRMask(24, 32)},
+			&net.IPNet{IP: net.ParseIP("2606:4700::1"), Mask: net.CIDRMask(64, 128)},
+			&net.IPNet{IP: net.IPv4(10, 1, 2, 3), Mask: net.CIDRMask(8, 32)},
+		}, nil
+	}
+	for text, own := range map[string]bool{
+		"8.8.4.4": true, "::ffff:8.8.4.4": true, "64:ff9b::8.8.4.4": true, "2606:4700::1": true, "8.8.4.5": false, "2606:4700::2": false,
+	} {
+		at := net.JoinHostPort(text, "443")
+		if err := (Policy{}).Control("tcp", at, nil); errors.Is(err, ErrNotAllowed) != own {
+			t.Errorf("%s: %v", text, err)
+		}
+		if err := (Policy{Private: true}).Control("tcp", at, nil); errors.Is(err, ErrNotAllowed) != own {
+			t.Errorf("%s, where private addresses are allowed: %v", text, err)
+		}
+		if err := (Policy{Loopback: true}).Control("tcp", at, nil); err != nil {
+			t.Errorf("%s, where loopback is allowed: %v", text, err)
+		}
+	}
+	if err := (Policy{Private: true}).Control("tcp", "10.1.2.3:443", nil); err != nil {
+		t.Errorf("a private address of this machine: %v", err)
+	}
+	interfaceAddrs = func() ([]net.Addr, error) { return nil, errors.New("no") }
+	if (Policy{}).Control("tcp", "8.8.8.8:443", nil) == nil {
+		t.Error("allowed without knowing this machine's addresses")
+	}
+}
+
 func TestClosed(t *testing.T) {
 	all := Closed()
 	for i, p := range all {
