@@ -3,13 +3,20 @@ package oci
 import (
 	"errors"
 	"io"
+	"log"
 	"math"
 	"net/http"
 	"net/http/httptest"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/random"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
@@ -119,5 +126,86 @@ func TestClaimedSizes(t *testing.T) {
 	}
 	if _, err := newImage(claiming{img, []int64{0, math.MaxInt64}}, func() error { return nil }); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestRegistrySendsElsewhere has a registry that sends the agent to other addresses, in
+// each way that the protocol knows: it goes to none that its policy does not allow.
+func TestRegistrySendsElsewhere(t *testing.T) {
+	// The library itself refuses plainer forms of these two addresses.
+	const guest, cloud = "https://[64:ff9b::10.11.0.7]:8443/x", "https://[64:ff9b::169.254.169.254]/latest"
+	real := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
+	img, err := random.Image(100, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	layers, err := img.Layers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	layer, err := layers[0].Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	says, err := img.ConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	says.OS, says.Architecture = platformOS, platformArch
+	if img, err = mutate.ConfigFile(img, says); err != nil {
+		t.Fatal(err)
+	}
+	config, err := img.ConfigName()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var intercept func(w http.ResponseWriter, r *http.Request) bool
+	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if intercept == nil || !intercept(w, r) {
+			real.ServeHTTP(w, r)
+		}
+	}))
+	defer web.Close()
+	reference := strings.TrimPrefix(web.URL, "http://") + "/x:1"
+	ref, err := name.ParseReference(reference)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := remote.Write(ref, img); err != nil {
+		t.Fatal(err)
+	}
+	fetch := func() error {
+		img, err := Registry(t.Context(), reference, Access{Loopback: true, Private: true})
+		if err != nil {
+			return err
+		}
+		defer img.Close()
+		return img.Fetch(t.Context(), t.TempDir(), Limits{})
+	}
+	if err := fetch(); err != nil {
+		t.Fatal(err)
+	}
+	redirect := func(path, to string) func(http.ResponseWriter, *http.Request) bool {
+		return func(w http.ResponseWriter, r *http.Request) bool {
+			if r.URL.Path != path {
+				return false
+			}
+			http.Redirect(w, r, to, http.StatusTemporaryRedirect)
+			return true
+		}
+	}
+	for what, how := range map[string]func(http.ResponseWriter, *http.Request) bool{
+		"the API": redirect("/v2/", cloud), "the manifest": redirect("/v2/x/manifests/1", guest),
+		"the configuration": redirect("/v2/x/blobs/"+config.String(), cloud), "a layer": redirect("/v2/x/blobs/"+layer.String(), guest),
+		"tokens": func(w http.ResponseWriter, r *http.Request) bool {
+			w.Header().Set("WWW-Authenticate", `Bearer realm="`+guest+`",service="x"`)
+			w.WriteHeader(http.StatusUnauthorized)
+			return true
+		},
+	} {
+		intercept = how
+		if err := fetch(); !errors.Is(err, netaddr.ErrNotAllowed) {
+			t.Errorf("%s elsewhere: %v", what, err)
+		}
 	}
 }
