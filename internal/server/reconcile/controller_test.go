@@ -291,9 +291,11 @@ func TestEventHangs(t *testing.T) {
 // TestLedger checks that events are acknowledged in order, in whatever order they are
 // recorded.
 func TestLedger(t *testing.T) {
-	var l ledger
+	l := newLedger(10)
 	for seq := range uint64(5) {
-		l.begin(seq + 1)
+		if err := l.begin(t.Context(), seq + 1); err != nil {
+			t.Fatal(err)
+		}
 	}
 	for _, step := range []struct {
 		end, last uint64

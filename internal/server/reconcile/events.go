@@ -30,6 +30,9 @@ const (
 	// eventRetries is how often the watch retries to store an event that the database
 	// rejects, before it relies on the comparison.
 	eventRetries = 3
+	// maxOpen bounds the events of a host that are not acknowledged, most of which wait for
+	// an earlier one. A hostile host could send any number meanwhile.
+	maxOpen = 4096
 )
 
 // listen stores and acknowledges the events of what the host did by itself.
@@ -74,13 +77,15 @@ func (w *watch) follow(ctx context.Context) (heard bool, err error) {
 	defer stream.Close()
 	w.log.Info("following host's events")
 	w.compareSoon()
-	var open ledger
+	open := newLedger(maxOpen)
 	for stream.Receive() {
 		e := stream.Msg().GetEvent()
-		open.begin(e.GetSeq())
+		if err := open.begin(ctx, e.GetSeq()); err != nil {
+			return heard, err
+		}
 		created := w.created(e)
 		if created == nil {
-			if err := w.handle(ctx, &open, e); err != nil {
+			if err := w.handle(ctx, open, e); err != nil {
 				return heard, err
 			}
 			heard = true
@@ -91,7 +96,7 @@ func (w *watch) follow(ctx context.Context) (heard bool, err error) {
 		later.Go(func() {
 			select {
 			case <-created:
-				if err := w.handle(ctx, &open, e); err != nil {
+				if err := w.handle(ctx, open, e); err != nil {
 					cancel(err)
 				}
 			case <-ctx.Done():
@@ -154,9 +159,10 @@ func (w *watch) handle(ctx context.Context, open *ledger, e *hostagentv1.Event) 
 	return nil
 }
 
-// ledger tracks up to which event all are stored. Its zero value is empty.
+// ledger tracks up to which event all are stored.
 type ledger struct {
-	mu sync.Mutex
+	room chan struct{} // has an element for each entry in open
+	mu   sync.Mutex
 	// open has the events that are not stored, in order, and the stored ones after them.
 	open []entry
 }
@@ -166,10 +172,24 @@ type entry struct {
 	done bool
 }
 
-func (l *ledger) begin(seq uint64) {
+// newLedger returns an empty ledger for at most most events.
+func newLedger(most int) *ledger { return &ledger{room: make(chan struct{}, most)} }
+
+// begin adds an event. It waits until there is room for it.
+func (l *ledger) begin(ctx context.Context, seq uint64) error {
+	select {
+	case l.room <- struct{}{}:
+	default:
+		select {
+		case l.room <- struct{}{}:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.open = append(l.open, entry{seq: seq})
+	return nil
 }
 
 // end marks an event stored. If that extends the sequence of stored events, it returns
@@ -183,6 +203,7 @@ func (l *ledger) end(seq uint64) (last uint64, ok bool) {
 	for len(l.open) > 0 && l.open[0].done {
 		last, ok = l.open[0].seq, true
 		l.open = l.open[1:]
+		<-l.room
 	}
 	return last, ok
 }

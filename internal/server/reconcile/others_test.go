@@ -1,6 +1,7 @@
 package reconcile
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"testing"
@@ -140,6 +141,36 @@ func TestReportedText(t *testing.T) {
 	row, err := b.Store.GetSandbox(t.Context(), u)
 	if err != nil || row.State != string(sandboxes.Stopped) || row.Error == "" || len(row.Error) > 8<<10 || !strings.HasPrefix(long, row.Error) {
 		t.Errorf("the sandbox is %s with an error of %d bytes, %v", row.State, len(row.Error), err)
+	}
+}
+
+// TestLedgerIsBounded checks that a host cannot have more events in memory than the ledger
+// has room for, however long the first one waits.
+func TestLedgerIsBounded(t *testing.T) {
+	l := newLedger(3)
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	for seq := range uint64(3) {
+		if err := l.begin(over, seq); err != nil {
+			t.Fatalf("event %d: %v", seq, err)
+		}
+	}
+	if _, ok := l.end(1); ok {
+		t.Error("an event was acknowledged before an earlier one")
+	}
+	if err := l.begin(over, 3); err == nil {
+		t.Error("there was room for a fourth event")
+	}
+	if last, ok := l.end(0); !ok || last != 1 {
+		t.Errorf("events up to %d are stored, %v", last, ok)
+	}
+	for seq := range uint64(2) {
+		if err := l.begin(over, 3+seq); err != nil {
+			t.Errorf("event %d: %v", 3+seq, err)
+		}
+	}
+	if err := l.begin(over, 5); err == nil {
+		t.Error("there was room for another event")
 	}
 }
 
