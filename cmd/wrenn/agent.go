@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/signal"
 	"strings"
@@ -16,6 +17,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent"
 	"github.com/wrenn-dev/wrenn/internal/agent/enroll"
 	"github.com/wrenn-dev/wrenn/internal/ballast"
+	"github.com/wrenn-dev/wrenn/internal/bounded"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	"github.com/wrenn-dev/wrenn/internal/settings/all"
 	"github.com/wrenn-dev/wrenn/internal/tracing"
@@ -76,6 +78,7 @@ func runAgent(asked context.Context, c agent.Config, e all.Enrollment) error {
 	leave := &farewell{asked: asked, sleep: time.Sleep}
 	ctx, cancel := leave.context()
 	defer cancel()
+	bound := func(l net.Listener) net.Listener { return bounded.Listener(l, bounded.PerAddress, nil, c.Log) }
 	if e.Server == "" {
 		if !netaddr.Local(c.Listen) {
 			return fmt.Errorf("an agent that listens beyond this machine, on %s, must register with a control plane that has a certificate authority (--server)", c.Listen)
@@ -84,7 +87,7 @@ func runAgent(asked context.Context, c agent.Config, e all.Enrollment) error {
 		if err != nil {
 			return err
 		}
-		return errors.Join(serve(ctx, c.Listen, nil, nil, leave.handler(a.Handler()), a.ToPort, a.Run), a.Close())
+		return errors.Join(serve(ctx, c.Listen, nil, nil, leave.handler(a.Handler()), a.ToPort, withMetrics(c.MetricsListen, bound, a.Metrics(), a.Run)), a.Close())
 	}
 	if e.URL == "" {
 		e.URL = "https://" + c.Listen
@@ -113,7 +116,7 @@ func runAgent(asked context.Context, c agent.Config, e all.Enrollment) error {
 	}
 	c.Log.Info("the agent is registered", "host_id", host.ID(), "url", e.URL)
 	return errors.Join(serve(ctx, c.Listen, nil, host.TLS(), leave.handler(a.Handler()), a.ToPort, func(ctx context.Context) error {
-		return both(ctx, a.Run, func(ctx context.Context) error {
+		return both(ctx, withMetrics(c.MetricsListen, bound, a.Metrics(), a.Run), func(ctx context.Context) error {
 			return host.Run(ctx, func() (enroll.Status, error) {
 				m, err := a.Describe()
 				if err != nil {

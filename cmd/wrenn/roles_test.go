@@ -2,6 +2,9 @@ package main
 
 import (
 	"context"
+	"errors"
+	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -15,6 +18,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent"
 	"github.com/wrenn-dev/wrenn/internal/layout"
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	"github.com/wrenn-dev/wrenn/internal/pki"
 	"github.com/wrenn-dev/wrenn/internal/server"
 	"github.com/wrenn-dev/wrenn/internal/settings/all"
@@ -117,4 +121,40 @@ func duration(t *testing.T, text string) time.Duration {
 		t.Fatal(err)
 	}
 	return d
+}
+
+// TestMetricsListener checks that metrics are served on their own listener, and only while
+// the program runs.
+func TestMetricsListener(t *testing.T) {
+	addr := "unix:" + filepath.Join(t.TempDir(), "m.sock")
+	metrics := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, r.URL.Path) })
+	bound := func(l net.Listener) net.Listener { return l }
+	get := func() (string, error) {
+		c := &http.Client{Transport: netaddr.Transport(addr, false)}
+		defer c.CloseIdleConnections()
+		resp, err := c.Get("http://wrenn/metrics")
+		if err != nil {
+			return "", err
+		}
+		defer resp.Body.Close()
+		b, err := io.ReadAll(resp.Body)
+		return string(b), err
+	}
+	ran := false
+	run := func(context.Context) error { ran = true; return nil }
+	if err := withMetrics("", bound, metrics, run)(t.Context()); err != nil || !ran {
+		t.Errorf("without a listener: it ran: %v, %v", ran, err)
+	}
+	err := withMetrics(addr, bound, metrics, func(context.Context) error {
+		if got, err := get(); err != nil || got != "/metrics" {
+			t.Errorf("got %q, %v", got, err)
+		}
+		return errors.New("ended")
+	})(t.Context())
+	if err == nil || err.Error() != "ended" {
+		t.Errorf("it returned %v", err)
+	}
+	if _, err := get(); err == nil {
+		t.Error("the listener is still open")
+	}
 }

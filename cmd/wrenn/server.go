@@ -67,12 +67,7 @@ func serverCommand() *cobra.Command {
 			bound := func(l net.Listener) net.Listener {
 				return bounded.Listener(l, bounded.PerAddress, c.TrustedProxies, c.Log)
 			}
-			run := s.Run
-			if c.MetricsListen != "" {
-				run = func(ctx context.Context) error {
-					return serve(ctx, c.MetricsListen, bound, nil, s.Metrics(), nil, s.Run)
-				}
-			}
+			run := withMetrics(c.MetricsListen, bound, s.Metrics(), s.Run)
 			if network, socket := netaddr.Split(c.Listen); network == "unix" {
 				inner := run
 				run = func(ctx context.Context) error {
@@ -90,6 +85,15 @@ func serverCommand() *cobra.Command {
 			}), s.Close())
 		},
 	}
+}
+
+// withMetrics returns run. If listen is not empty, it returns a function that also serves
+// metrics there, without credentials.
+func withMetrics(listen string, bound func(net.Listener) net.Listener, metrics http.Handler, run func(context.Context) error) func(context.Context) error {
+	if listen == "" {
+		return run
+	}
+	return func(ctx context.Context) error { return serve(ctx, listen, bound, nil, metrics, nil, run) }
 }
 
 // serve serves handler at listen and calls run, until ctx is done or one of them ends.

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
@@ -38,7 +39,9 @@ import (
 type Config struct {
 	Dir layout.Dir `env:"WRENN_DIR" envDefault:"/var/lib/wrenn" help:"data directory"`
 	// Listen is for the caller, which serves [Agent.Handler]. New does not listen.
-	Listen           string         `env:"WRENN_LISTEN" help:"address to listen on: host:port or unix:/path (--listen)"`
+	Listen string `env:"WRENN_LISTEN" help:"address to listen on: host:port or unix:/path (--listen)"`
+	// MetricsListen is for the caller, too, which serves [Agent.Metrics].
+	MetricsListen    string         `env:"WRENN_AGENT_METRICS_LISTEN" help:"address of /metrics for Prometheus, which needs no credential there: host:port or unix:/path; empty: no metrics"`
 	Token            string         `env:"WRENN_AGENT_TOKEN,unset" help:"token that the server must send, if the agent does not register itself"`
 	Accel            string         `env:"WRENN_VMM_ACCEL" envDefault:"auto" help:"what runs guests' instructions: kvm, tcg (emulation), or auto, which is kvm if a kernel boots on it"`
 	NoSeccomp        bool           `env:"WRENN_NO_SECCOMP" help:"run QEMU without Wrenn's seccomp filter, in case it needs a system call that the filter forbids; this removes one wall around each guest"`
@@ -275,6 +278,15 @@ func (a *Agent) ToPort(r *http.Request) bool { return strings.HasPrefix(r.URL.Pa
 
 // Handler returns the handler of all the agent's requests, for a [netaddr.Server].
 func (a *Agent) Handler() http.Handler { return a.handler }
+
+// Metrics returns the handler of /metrics for a listener of its own. It needs no
+// credentials. Prometheus must not have the token of [Agent.Handler], which controls every
+// guest.
+func (a *Agent) Metrics() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(a.metrics.registry, promhttp.HandlerOpts{}))
+	return mux
+}
 
 // Run waits until ctx is done or a call terminated the agent, after which no sandbox
 // runs. It ends endless streams as it returns.

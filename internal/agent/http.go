@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/proxy"
 	"github.com/wrenn-dev/wrenn/internal/agent/told"
@@ -31,7 +30,7 @@ const maxMessage = 40 << 20
 func (a *Agent) routes() http.Handler {
 	rpc := http.NewServeMux()
 	rpc.Handle(hostagentv1connect.NewHostAgentHandler(&service{Agent: a}, a.options()...))
-	rpc.Handle("GET /metrics", promhttp.HandlerFor(a.metrics.registry, promhttp.HandlerOpts{}))
+	rpc.Handle("GET /metrics", a.Metrics())
 	rpc.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
 		proxy.Answer(w, http.StatusNotFound, "not_found", "no such path")
 	})

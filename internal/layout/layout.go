@@ -110,6 +110,9 @@ func (d Dir) Spool() string { return d.join("spool") }
 // MetricsSocket is where the server of `wrenn up` serves its metrics.
 func (d Dir) MetricsSocket() string { return d.join("run", "metrics.sock") }
 
+// AgentMetricsSocket is where the agent of `wrenn up` serves its metrics.
+func (d Dir) AgentMetricsSocket() string { return d.join("run", "agent-metrics.sock") }
+
 // DebugSocket is where a program of `wrenn up` serves its profiles.
 func (d Dir) DebugSocket(program string) string { return d.join("run", program+"-debug.sock") }
 

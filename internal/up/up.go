@@ -293,6 +293,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 	server := "unix:" + s.dir.ServerSocket()
 	hostAgent := s.own(self, all.AgentProgram, []string{
 		"WRENN_DIR=" + string(s.dir), "WRENN_LISTEN=" + agentAt, "WRENN_AGENT_TOKEN=" + s.secrets.AgentToken, "WRENN_ENVD=" + envd,
+		"WRENN_AGENT_METRICS_LISTEN=unix:" + s.dir.AgentMetricsSocket(),
 		"WRENN_SERVER_URL=", "WRENN_HOST_TOKEN=", "WRENN_HOST_URL=",
 	}, func(ctx context.Context) error {
 		_, err := s.agent().Host(ctx, connect.NewRequest(&hostagentv1.HostRequest{}))
