@@ -293,7 +293,7 @@ func TestEventHangs(t *testing.T) {
 func TestLedger(t *testing.T) {
 	l := newLedger(10)
 	for seq := range uint64(5) {
-		if err := l.begin(t.Context(), seq + 1); err != nil {
+		if err := l.begin(t.Context(), seq+1); err != nil {
 			t.Fatal(err)
 		}
 	}
