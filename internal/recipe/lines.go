@@ -69,13 +69,13 @@ func check(text string) *Error {
 	for i, r := range text {
 		switch {
 		case r == utf8.RuneError && !strings.HasPrefix(text[i:], string(utf8.RuneError)):
-			return &Error{at, "this is not UTF-8"}
+			return &Error{at, "the text is not UTF-8"}
 		case r == '\n':
 			at = Position{at.Line + 1, 1}
 			continue
 		case r == '\r' && strings.HasPrefix(text[i+1:], "\n"):
 		case r < ' ' && r != '\t':
-			return &Error{at, fmt.Sprintf("control character %U", r)}
+			return &Error{at, fmt.Sprintf("the text contains the control character %U", r)}
 		}
 		at.Column++
 	}
@@ -136,7 +136,7 @@ func split(text string) ([]*line, *Error) {
 		}
 	}
 	if open != nil {
-		return lines, &Error{last, "this says that the line goes on, but nothing follows"}
+		return lines, &Error{last, "this \\ continues the line, but no line follows"}
 	}
 	return lines, nil
 }

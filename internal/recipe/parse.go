@@ -27,16 +27,16 @@ var (
 
 // instead says what to write instead of a Dockerfile's instructions that recipes lack.
 var instead = map[string]string{
-	"ADD":        "recipes have no ADD: for files write COPY, for the rest RUN with curl or tar",
-	"ARG":        "recipes have no ARG: write ENV, or the value itself",
-	"CMD":        "recipes have no CMD: what is to run in the template is said by START",
-	"ENTRYPOINT": "recipes have no ENTRYPOINT: what is to run in the template is said by START",
-	"EXPOSE":     "recipes have no EXPOSE: every port of a sandbox can be reached; remove this line",
+	"ADD":        "recipes have no ADD: use COPY for files, and RUN with curl or tar otherwise",
+	"ARG":        "recipes have no ARG: use ENV, or write the value",
+	"CMD":        "recipes have no CMD: use START for the command that runs in the template",
+	"ENTRYPOINT": "recipes have no ENTRYPOINT: use START for the command that runs in the template",
+	"EXPOSE":     "recipes have no EXPOSE: clients can reach every port of a sandbox; remove this line",
 	"LABEL":      "recipes have no LABEL: a template has a name and tags; remove this line",
 	"MAINTAINER": "recipes have no MAINTAINER: write a comment",
-	"ONBUILD":    "recipes have no ONBUILD: write the instruction into the recipes that start from this one",
+	"ONBUILD":    "recipes have no ONBUILD: put the instruction into the recipes that start from this template",
 	"SHELL":      `recipes have no SHELL: name the shell in the command, as in RUN ["/bin/bash", "-c", "…"]`,
-	"STOPSIGNAL": "recipes have no STOPSIGNAL: a sandbox ends as a machine does; remove this line",
+	"STOPSIGNAL": "recipes have no STOPSIGNAL: a sandbox shuts down like a machine; remove this line",
 	"VOLUME":     "recipes have no VOLUME: the whole disk is the sandbox's own; remove this line",
 }
 
@@ -64,7 +64,7 @@ func Parse(text string) (*Recipe, error) {
 		p.errs = append(p.errs, broken)
 	}
 	if !p.from && p.errs == nil {
-		p.errs = append(p.errs, &Error{Position{1, 1}, "there is no instruction; a recipe begins with FROM"})
+		p.errs = append(p.errs, &Error{Position{1, 1}, "the recipe is empty; a recipe begins with FROM"})
 	}
 	if p.errs != nil {
 		return nil, p.errs
@@ -99,7 +99,7 @@ func (p *parser) instruction(l *line) *failure {
 	s.skipBlanks()
 	if keyword == "FROM" {
 		if p.from {
-			return &failure{Error: s.fail(at, "a second FROM: recipes have one stage; the first is at %v", p.recipe.From.Pos)}
+			return &failure{Error: s.fail(at, "a second FROM: a recipe has one stage; the first FROM is at %v", p.recipe.From.Pos)}
 		}
 		p.from = true
 		p.recipe.From.Pos = start
@@ -113,11 +113,11 @@ func (p *parser) instruction(l *line) *failure {
 		if hint := instead[keyword]; hint != "" {
 			return wrap(s.fail(at, "%s", hint))
 		}
-		return wrap(s.fail(at, "there is no instruction %.40q; there are %s", word, known))
+		return wrap(s.fail(at, "unknown instruction %.40q; the instructions are %s", word, known))
 	}
 	if !p.from && !p.late {
 		p.late = true
-		return wrap(s.fail(at, "%s comes before FROM, which a recipe begins with", keyword))
+		return wrap(s.fail(at, "%s comes before FROM; a recipe begins with FROM", keyword))
 	}
 	return read(s, start)
 }
@@ -139,12 +139,12 @@ func (p *parser) parseFrom(s *scanner) *Error {
 	}
 	ref, more, _ := strings.Cut(strings.ReplaceAll(rest, "\t", " "), " ")
 	if ref == "" {
-		return s.fail(s.at, "FROM needs a template's name, or oci: and an image's")
+		return s.fail(s.at, "FROM needs the name of a template, or oci: and the name of an image")
 	}
 	if more != "" {
 		at := len(s.text) - len(strings.TrimLeft(s.text[s.at+len(ref):], blanks))
 		if next := strings.Fields(more)[0]; strings.EqualFold(next, "AS") {
-			return s.fail(at, "recipes have one stage, which needs no name")
+			return s.fail(at, "a recipe has one stage, which needs no name")
 		}
 		return s.fail(at, "FROM takes one name")
 	}
@@ -161,13 +161,13 @@ func (p *parser) parseFrom(s *scanner) *Error {
 	template, tag, tagged := strings.Cut(ref, ":")
 	switch {
 	case ref == "scratch":
-		return s.fail(s.at, "a template needs something to start from: write minimal, or oci: and an image's name")
+		return s.fail(s.at, "recipes cannot start from scratch: start from minimal, or from oci: and the name of an image")
 	case strings.ContainsAny(ref, "/@"):
-		return s.fail(s.at, "%.200q is not a template's name; for an OCI image write oci: before it", ref)
+		return s.fail(s.at, "%.200q is not a template's name; for an OCI image write oci: before the name", ref)
 	case !templateName.MatchString(template):
-		return s.fail(s.at, "%.200q is not a template's name: up to 63 of a-z, 0-9, and within it . _ -", template)
+		return s.fail(s.at, "%.200q is not a template's name: use up to 63 of a-z and 0-9, and between them . _ -", template)
 	case tagged && !templateTag.MatchString(tag):
-		return s.fail(s.at+len(template)+1, "%.200q is not a tag: up to 128 of A-Z, a-z, 0-9, _, and after the first . -", tag)
+		return s.fail(s.at+len(template)+1, "%.200q is not a tag: use up to 128 of A-Z, a-z, 0-9 and _, and after the first also . -", tag)
 	}
 	f.Template, f.Tag = template, tag
 	return nil
@@ -204,19 +204,19 @@ func (p *parser) parseLimit(s *scanner, pos Position) *failure {
 		name, number, _ := strings.Cut(s.text[at:s.at], "=")
 		least, ok := MinLimits[name]
 		if !ok {
-			return wrap(s.fail(at, "there is no limit %.40q; there are %s", name, names))
+			return wrap(s.fail(at, "unknown limit %.40q; the limits are %s", name, names))
 		}
 		if _, twice := l.Limits[name]; twice {
 			return wrap(s.fail(at, "a second %s", name))
 		}
 		n, err := strconv.ParseInt(number, 10, 64)
 		if err != nil || n != 0 && (n < least || n > MaxLimit) {
-			return wrap(s.fail(at, "%s needs a number from %d to %d, or 0 for none", name, least, int64(MaxLimit)))
+			return wrap(s.fail(at, "%s needs a number from %d to %d, or 0 for no limit", name, least, int64(MaxLimit)))
 		}
 		l.Limits[name] = n
 	}
 	if len(l.Limits) == 0 {
-		return wrap(s.fail(s.at, "LIMIT needs NAME=NUMBER; there are %s", names))
+		return wrap(s.fail(s.at, "LIMIT needs NAME=NUMBER; the names are %s", names))
 	}
 	if p.recipe.Limit != nil {
 		return wrap(&Error{pos, "a second LIMIT; the first is at " + p.recipe.Limit.Pos.String()})
@@ -241,7 +241,7 @@ func command(s *scanner, keyword string) (Command, *failure) {
 			return Command{}, wrap(err)
 		case args == nil:
 		case len(args) == 0 || args[0] == "":
-			return Command{}, wrap(s.fail(s.at, "the list names no program"))
+			return Command{}, wrap(s.fail(s.at, "the list contains no program"))
 		default:
 			return Command{Exec: args}, nil
 		}
@@ -253,7 +253,7 @@ func command(s *scanner, keyword string) (Command, *failure) {
 }
 
 func hereDocumentError(s *scanner, at int) *Error {
-	return s.fail(at, "recipes have no here-documents: continue the line with \\, or COPY a file; what follows is not read")
+	return s.fail(at, "recipes have no here-documents: continue the line with \\, or COPY a file; the parser stops here")
 }
 
 // findHereDocument returns the offset of the first here-document in a shell command, or
@@ -301,16 +301,16 @@ func (s *scanner) array(text string) ([]string, *Error) {
 		if syntax := (*json.SyntaxError)(nil); errors.As(err, &syntax) {
 			at = min(max(0, int(syntax.Offset)-1), at)
 		}
-		return nil, s.fail(s.at+boundary(text, at), "this is no JSON array of strings in double quotes")
+		return nil, s.fail(s.at+boundary(text, at), "this is not a JSON array of strings in double quotes")
 	}
 	args := make([]string, 0, len(list))
 	for _, v := range list {
 		a, ok := v.(string)
 		if !ok {
-			return nil, s.fail(s.at, "what a list holds must be strings in double quotes")
+			return nil, s.fail(s.at, "a list may contain only strings in double quotes")
 		}
 		if strings.ContainsRune(a, 0) {
-			return nil, s.fail(s.at, "an argument cannot hold a NUL character")
+			return nil, s.fail(s.at, "an argument cannot contain a NUL character")
 		}
 		args = append(args, a)
 	}
@@ -353,7 +353,7 @@ func (p *parser) parseEnv(s *scanner, pos Position) *failure {
 		}
 		key := s.text[at : at+n]
 		if !variableName.MatchString(key) {
-			return wrap(s.fail(at, "%.200q is not a variable's name: letters, digits, _ . -, and no digit first", key))
+			return wrap(s.fail(at, "%.200q is not a variable's name: use letters, digits, _ . and -, and no digit first", key))
 		}
 		s.at += n
 		old := false
@@ -406,7 +406,7 @@ func (s *scanner) flags(names []string, hints map[string]string) ([]flag, *Error
 			if h := hints[key]; h != "" {
 				return nil, s.fail(at, "%s", h)
 			}
-			return nil, s.fail(at, "there is no flag --%.100s here; there are --%s", key, strings.Join(names, ", --"))
+			return nil, s.fail(at, "unknown flag --%.100s; the flags are --%s", key, strings.Join(names, ", --"))
 		}
 		for _, f := range list {
 			if f.name == key {
@@ -427,10 +427,10 @@ func (s *scanner) flags(names []string, hints map[string]string) ([]flag, *Error
 }
 
 var copyHints = map[string]string{
-	"from":    "COPY takes no --from: recipes have one stage, and its files are the build's context's",
-	"link":    "COPY takes no --link: remove it, it means nothing here",
+	"from":    "COPY takes no --from: a recipe has one stage, and COPY copies only from the build's folder",
+	"link":    "COPY takes no --link: remove it; it has no effect here",
 	"parents": "COPY takes no --parents: copy the folder, or name each target",
-	"exclude": "COPY takes no --exclude: list what to leave out in .wrennignore",
+	"exclude": "COPY takes no --exclude: list the files to leave out in .wrennignore",
 }
 
 func (p *parser) parseCopy(s *scanner, pos Position) *failure {
@@ -460,7 +460,7 @@ func (p *parser) parseCopy(s *scanner, pos Position) *failure {
 		return fail
 	}
 	if len(words) < 2 {
-		return wrap(s.fail(len(s.text), "COPY needs what to copy and where to"))
+		return wrap(s.fail(len(s.text), "COPY needs a source and a target"))
 	}
 	last := len(words) - 1
 	c.Sources, c.Target = words[:last:last], words[last]
@@ -480,7 +480,7 @@ func (p *parser) parseCopy(s *scanner, pos Position) *failure {
 		return wrap(&Error{c.Target.Pos, "the target is empty"})
 	}
 	if literal && many && !strings.HasSuffix(text, "/") && text != "." && text != ".." {
-		return wrap(&Error{c.Target.Pos, "the target of several files is a folder: end it with /"})
+		return wrap(&Error{c.Target.Pos, "several files need a folder as their target: end it with /"})
 	}
 	p.step(c)
 	return nil
@@ -498,7 +498,7 @@ func (s *scanner) paths() ([]Word, *failure) {
 		if list != nil {
 			for _, text := range list {
 				if i := strings.IndexFunc(text, func(r rune) bool { return r < ' ' && r != '\t' }); i >= 0 {
-					return nil, wrap(s.fail(s.at, "a path cannot hold a control character"))
+					return nil, wrap(s.fail(s.at, "a path cannot contain a control character"))
 				}
 				// Offsets in the string are not the line's: all count as the list's begin.
 				at := s.line.position(s.at)
@@ -534,12 +534,12 @@ func wrongSource(text string) string {
 	}
 	for _, scheme := range []string{"http://", "https://", "ftp://", "git://", "ssh://", "git@"} {
 		if strings.HasPrefix(strings.ToLower(text), scheme) {
-			return "COPY takes files of the build's context alone: fetch this with RUN curl or RUN git"
+			return "COPY copies only from the build's folder: fetch this with RUN curl or RUN git"
 		}
 	}
 	for part := range strings.SplitSeq(text, "/") {
 		if part == ".." {
-			return "COPY takes files of the build's context alone, and .. leads out of it"
+			return "COPY copies only from the build's folder, and .. leads out of it"
 		}
 	}
 	return ""
@@ -601,7 +601,7 @@ func (p *parser) parseHealthCheck(s *scanner, pos Position) *failure {
 		}
 		d, err := time.ParseDuration(text)
 		if err != nil || !literal || d < 0 || d > 0 && d < time.Millisecond {
-			return wrap(s.fail(f.at, "--%s needs a time of a millisecond or more, as 500ms, 10s or 1m30s", f.name))
+			return wrap(s.fail(f.at, "--%s needs a time of at least a millisecond, such as 500ms, 10s or 1m30s", f.name))
 		}
 		switch f.name {
 		case "interval":
@@ -618,7 +618,7 @@ func (p *parser) parseHealthCheck(s *scanner, pos Position) *failure {
 	switch strings.ToUpper(kind) {
 	case "NONE":
 		if len(flags) > 0 || s.rest() != "" {
-			return wrap(s.fail(at, "HEALTHCHECK NONE takes nothing besides"))
+			return wrap(s.fail(at, "HEALTHCHECK NONE takes no arguments"))
 		}
 		h.None = true
 	case "CMD":

@@ -32,7 +32,7 @@ type part struct {
 func (w Word) Expand(lookup func(name string) (value string, set bool)) (string, error) {
 	var b strings.Builder
 	if !expand(&b, w.parts, lookup) {
-		return "", &Error{w.Pos, fmt.Sprintf("what the variables make of this is longer than %d bytes", MaxExpanded)}
+		return "", &Error{w.Pos, fmt.Sprintf("with its variables expanded, this is longer than %d bytes", MaxExpanded)}
 	}
 	return b.String(), nil
 }
@@ -184,7 +184,7 @@ func (s *scanner) parts(until end, depth int) ([]part, *Error) {
 			}
 		case c == '\\':
 			if s.at++; !s.more() {
-				return nil, s.fail(s.at-1, "nothing follows this backslash; for the backslash itself write two")
+				return nil, s.fail(s.at-1, "nothing follows this backslash; for a backslash itself write two")
 			}
 			list.add(s.char())
 		case c == '$':
@@ -279,7 +279,7 @@ func (s *scanner) dollar(list *parts, depth int) *Error {
 	s.at++
 	name := s.name()
 	if name == "" {
-		return s.fail(start, "there is no variable's name after ${")
+		return s.fail(start, "this ${ has no variable's name")
 	}
 	p := part{name: name}
 	for _, op := range []string{":-", ":+", "-", "+"} {
@@ -290,7 +290,7 @@ func (s *scanner) dollar(list *parts, depth int) *Error {
 	}
 	if s.at += len(p.op); p.op != "" {
 		if depth == maxDepth {
-			return s.fail(start, "more than %d variables lie within each other", maxDepth)
+			return s.fail(start, "more than %d nested variables", maxDepth)
 		}
 		var err *Error
 		if p.alt, err = s.parts(atBrace, depth+1); err != nil {
@@ -301,7 +301,7 @@ func (s *scanner) dollar(list *parts, depth int) *Error {
 		return s.fail(start, "this ${ has no }")
 	}
 	if s.text[s.at] != '}' {
-		return s.fail(s.at, "of what can follow a variable's name in ${} recipes know :-, -, :+ and + alone")
+		return s.fail(s.at, "after a variable's name, ${} may contain only :-, -, :+ or +")
 	}
 	s.at++
 	list.variable(p)
