@@ -244,7 +244,7 @@ func stepsTable(title string, total time.Duration, steps []step) {
 		rows = append(rows, []string{s.name, ms(s.took)})
 		rest -= s.took
 	}
-	rows = append(rows, []string{"between the steps, and the call itself", ms(rest)}, []string{"**together**", ms(total)})
+	rows = append(rows, []string{"between the steps, and the call", ms(rest)}, []string{"**total**", ms(total)})
 	table(title, []string{"step", "time"}, rows)
 }
 
@@ -262,13 +262,13 @@ func TestMachine(t *testing.T) {
 			break
 		}
 	}
-	table("The machine", []string{"what", "is"}, [][]string{
+	table("The machine", []string{"what", "value"}, [][]string{
 		{"processors", fmt.Sprintf("%d × %s", runtime.NumCPU(), model)},
 		{"memory", mib(meminfo(t, "MemTotal"))},
 		{"kernel", read("/proc/sys/kernel/osrelease")},
 		{"guests' kernel", filepath.Base(filepath.Dir(h.Images.Kernel.Vmlinux))},
 		{"QEMU", version(t)},
-		{"guests run by", h.accel},
+		{"accelerator", h.accel},
 		{"load average at the start", strings.Join(strings.Fields(read("/proc/loadavg"))[:3], " ")},
 	})
 }

@@ -84,17 +84,17 @@ func TestCreate(t *testing.T) {
 	}
 	table("Create to the first command's result, 512 MiB, one processor",
 		[]string{
-			"how", "guest answers", "first command's result", "the next command",
+			"how", "until the guest answers", "until the first command's result", "the next command",
 			"answers: cold boot ÷ this", "result: cold boot ÷ this",
 			"answers: this ÷ floor", "result: this ÷ floor", "result ÷ floor's answer",
 		}, [][]string{
 			row("cold boot", cold),
-			row("restore, without the ready pool", plain),
-			row("with the ready pool", warm),
+			row("restore, without a warm machine", plain),
+			row("restore, with a warm machine", warm),
 			row("floor: bare `qemu-system-x86_64 -incoming`", floor),
 		})
 	_, at := floor.command.median()
-	stepsTable("The floor's time", floor.command[at], []step{
+	stepsTable("Steps of the floor", floor.command[at], []step{
 		{"QEMU starts, reads the devices' state, and the guest runs", runs[at]},
 		{"the guest answers", floor.answers[at] - runs[at]},
 		{"init and first command", floor.command[at] - floor.answers[at]},
@@ -103,8 +103,8 @@ func TestCreate(t *testing.T) {
 		_, at := s.command.median()
 		stepsTable(title, s.command[at], append(steps[at], step{"first command", s.command[at] - s.answers[at]}))
 	}
-	show("A create's time, without the ready pool", plain, plainSteps)
-	show("A create's time, with the ready pool", warm, warmSteps)
+	show("Steps of a create without a warm machine", plain, plainSteps)
+	show("Steps of a create with a warm machine", warm, warmSteps)
 }
 
 // createOnce creates a sandbox and returns the agent's steps.

@@ -82,7 +82,7 @@ print(json.dumps(all))
 // takes some four minutes on a quiet machine; -short has one round.
 func TestFlood(t *testing.T) {
 	asked(t)
-	floodTable(flooded(t, "as they are", nil))
+	floodTable(flooded(t, "default", nil))
 }
 
 // TestFloodLimits is TestFlood without limits, and with stricter ones.
@@ -109,9 +109,9 @@ func TestFloodLimits(t *testing.T) {
 }
 
 func floodTable(rows [][]string) {
-	table(fmt.Sprintf("A guest's %d small requests and %d synced writes of 4 KiB beside each flood of its neighbour", floodRounds()*floodRequests, floodRounds()*floodWrites),
+	table(fmt.Sprintf("A guest's %d small requests and %d synced writes of 4 KiB during each flood of its neighbour", floodRounds()*floodRequests, floodRounds()*floodWrites),
 		[]string{
-			"limits each second", "the neighbour's flood", "its processors",
+			"limits per second", "the neighbour's flood", "processors that the flood uses",
 			"requests p50", "p99", "p99 ÷ quiet", "p99 ÷ a busy processor's", "writes p50", "p99", "p99 ÷ quiet", "p99 ÷ a busy processor's",
 		}, rows)
 }

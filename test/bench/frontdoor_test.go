@@ -73,7 +73,7 @@ func TestFrontDoor(t *testing.T) {
 			})
 		}
 	}
-	table("Requests to a sandbox's port", []string{"clients", "through", "requests a second", "99 % within", "processor time of the proxies, a request", "requests: this ÷ three nginx", "99 %: this ÷ three nginx", "requests: this ÷ two nginx", "99 %: this ÷ two nginx"}, rows)
+	table("Requests to a sandbox's port", []string{"clients", "through", "requests per second", "p99", "processor time of the proxies, a request", "requests: this ÷ three nginx", "99 %: this ÷ three nginx", "requests: this ÷ two nginx", "99 %: this ÷ two nginx"}, rows)
 }
 
 // processorTime returns the processor time of the children of processes.

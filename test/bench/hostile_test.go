@@ -91,7 +91,7 @@ func TestHostile(t *testing.T) {
 	attack := clients{URL: url, Keys: keys[:], Boxes: boxes[:], Hostile: true, Lasts: hostileLasts}
 	attacked := attack.start(t)
 	ask.Lasts = hostileLasts
-	meanwhile := <-ask.start(t)
+	loaded := <-ask.start(t)
 	used, took := processTime(t, pid)-used, time.Since(begin)
 	if t.Failed() {
 		t.FailNow()
@@ -102,22 +102,22 @@ func TestHostile(t *testing.T) {
 	row := func(what string, did clientsDid) []string {
 		return []string{what, strconv.Itoa(len(did.Took)), strconv.FormatInt(did.Failed, 10), ms(did.Took.mid()), ms(did.Took.percentile(99)), ms(slices.Max(did.Took))}
 	}
-	table(fmt.Sprintf("Another owner's requests, beside %d hostile clients of one owner", hostileClients), []string{"when", "requests", "failed", "half within", "99 % within", "all within"},
-		[][]string{row("before", quiet), row("meanwhile", meanwhile)})
+	table(fmt.Sprintf("Another owner's requests, without and with %d hostile clients of one owner", hostileClients), []string{"when", "requests", "failed", "p50", "p99", "max"},
+		[][]string{row("without hostile clients", quiet), row("with hostile clients", loaded)})
 	var rows [][]string
 	for i, did := range deeds {
 		rows = append(rows, []string{hostileDeeds[i].name, strconv.FormatInt(did.OK, 10), strconv.FormatInt(did.Refused, 10), strconv.FormatInt(did.Open, 10)})
 	}
-	table("What the hostile clients did", []string{"what", "went through", "was refused", "was under way at the end"}, rows)
-	table("The server's processor time meanwhile", []string{"of one processor", "of all"}, [][]string{{
+	table("What the hostile clients did", []string{"what", "succeeded", "refused", "in flight at the end"}, rows)
+	table("The server's processor time with hostile clients", []string{"of one processor", "of all"}, [][]string{{
 		fmt.Sprintf("%.0f %%", 100*used.Seconds()/took.Seconds()), fmt.Sprintf("%.0f %%", 100*used.Seconds()/took.Seconds()/float64(runtime.NumCPU())),
 	}})
-	table("The server's memory (resident)", []string{"before", "at most meanwhile", "its bound"}, [][]string{{mib(before), mib(peak), mib(hostileMost)}})
+	table("The server's resident memory with hostile clients", []string{"before", "peak", "limit"}, [][]string{{mib(before), mib(peak), mib(hostileMost)}})
 	if peak > hostileMost {
 		t.Errorf("the server took %s of memory", mib(peak))
 	}
-	if failed := meanwhile.Failed + quiet.Failed; failed > 0 {
-		t.Errorf("%d of another owner's requests failed, as with: %s", failed, cmp.Or(quiet.Error, meanwhile.Error))
+	if failed := loaded.Failed + quiet.Failed; failed > 0 {
+		t.Errorf("%d of another owner's requests failed, as with: %s", failed, cmp.Or(quiet.Error, loaded.Error))
 	}
 }
 
@@ -358,7 +358,7 @@ var hostileDeeds = []struct {
 	{"a JSON body of 65,000 values", func(ctx context.Context, url, key, box string) error {
 		return call(ctx, http.MethodPost, url+"/v1/sandboxes/"+box+"/exec", "", key, bytes.NewReader(manyBody), nil)
 	}},
-	{"an endless answer of a port, read slowly", func(ctx context.Context, url, key, box string) error {
+	{"an endless response of a port, read slowly", func(ctx context.Context, url, key, box string) error {
 		resp, err := ask(ctx, http.MethodGet, url+"/", fmt.Sprintf("%d-%s.localhost", nulPort, box), key, nil)
 		return slowly(ctx, resp, err)
 	}},

@@ -63,11 +63,11 @@ func TestIdle(t *testing.T) {
 		pss, own, base, rest = append(pss, u.pss), append(own, u.own), append(base, u.base), append(rest, u.pss-u.own-u.base)
 	}
 	shared := sum(base) * int64(idle+1) / int64(idle) // the first sandbox has its share too
-	table(fmt.Sprintf("%d sandboxes of one template of %d MiB at once", idle, idleMemory), []string{"what", "is"}, [][]string{
-		{"all created, each with its first command's result", ms(all)},
-		{"a sandbox, on average", ms(all / time.Duration(idle))},
-		{"the first one to have it", ms(min0(took))},
-		{"PSS of an idle sandbox's machine", mib(middle(pss))},
+	table(fmt.Sprintf("%d sandboxes of one template of %d MiB at once", idle, idleMemory), []string{"what", "value"}, [][]string{
+		{"until all were created and had run their first command", ms(all)},
+		{"the same, per sandbox", ms(all / time.Duration(idle))},
+		{"the fastest sandbox", ms(min0(took))},
+		{"PSS of an idle sandbox's QEMU", mib(middle(pss))},
 		{"of that: the guest's own pages, changed since the template", mib(middle(own))},
 		{"of that: its share of the template's memory, which all map", mib(middle(base))},
 		{"of that: QEMU itself", mib(middle(rest))},

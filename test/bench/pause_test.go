@@ -99,17 +99,17 @@ func TestPause(t *testing.T) {
 			times(r.dump.mid(), r.pause.mid()), times(dumped, written)))
 		resumeRows = append(resumeRows, append(what[:2:2], r.resume.span(), r.reload.span(), times(r.reload.mid(), r.resume.mid())))
 	}
-	table("Pause, beside QEMU's migration to a file", []string{"guest", "changed since the last pause", "pause", "written (most)", "in pages of 4 KiB", "kept on disk (most)", "migration to a file", "written", "time: migration ÷ pause", "bytes: migration ÷ pause"}, pauseRows)
-	table("Resume, beside QEMU's migration from that file", []string{"guest", "changed", "resume", "`-incoming` of the file", "time: `-incoming` ÷ resume"}, resumeRows)
+	table("Pause, compared with QEMU's migration to a file", []string{"guest", "changed since the last pause", "pause", "written (most)", "in pages of 4 KiB", "kept on disk (most)", "migration to a file", "written", "time: migration ÷ pause", "bytes: migration ÷ pause"}, pauseRows)
+	table("Resume, compared with QEMU's migration from that file", []string{"guest", "changed", "resume", "`-incoming` of the file", "time: `-incoming` ÷ resume"}, resumeRows)
 	for _, r := range rows {
 		if r.share.percent != 1 {
 			continue
 		}
 		what := fmt.Sprintf("%d MiB, %d %% changed%s", r.memoryMiB, r.share.percent, r.share.also)
 		d, at := r.pause.median()
-		stepsTable("A pause's time, "+what, d, r.pauseSteps[at])
+		stepsTable("Steps of a pause, "+what, d, r.pauseSteps[at])
 		d, at = r.resume.median()
-		stepsTable("A resume's time, "+what, d, r.resumeSteps[at])
+		stepsTable("Steps of a resume, "+what, d, r.resumeSteps[at])
 	}
 }
 

@@ -105,12 +105,12 @@ func TestServer(t *testing.T) {
 		at := func(percent int) string { return ms(sorted[len(sorted)*percent/100]) }
 		rows = append(rows, []string{k.name, strconv.Itoa(len(sorted)), fmt.Sprintf("%.0f", float64(len(sorted))/k.all.Seconds()), at(50), at(99), ms(sorted[len(sorted)-1])})
 	}
-	table(fmt.Sprintf("The control plane alone, %d clients at once", loadClients), []string{"what", "requests", "requests a second", "half within", "99 % within", "all within"}, rows)
+	table(fmt.Sprintf("The control plane alone, %d clients at once", loadClients), []string{"what", "requests", "requests per second", "p50", "p99", "max"}, rows)
 	line := make([][]string, len(resident))
 	for i, r := range resident {
 		line[i] = []string{strconv.Itoa(i * loadPerRound * len(kinds)), mib(r)}
 	}
-	table("The server's memory (resident) meanwhile", []string{"after requests", "is"}, line)
+	table("The server's resident memory during these requests", []string{"after requests", "value"}, line)
 	// The first third is for buffers and pools.
 	if before, after := resident[loadRounds/3], resident[loadRounds]; after > before*5/4 {
 		t.Errorf("the server's memory grew from %s to %s", mib(before), mib(after))
