@@ -75,7 +75,7 @@ func runAgent(asked context.Context, c agent.Config, e all.Enrollment) error {
 		return errors.New("set the address to listen on with --listen or WRENN_LISTEN: host:port or unix:/path")
 	}
 	ballast.Load()
-	leave := &farewell{asked: asked, sleep: time.Sleep}
+	leave := &connectionClose{asked: asked, sleep: time.Sleep}
 	ctx, cancel := leave.context()
 	defer cancel()
 	bound := func(l net.Listener) net.Listener { return bounded.Listener(l, bounded.PerAddress, nil, c.Log) }

@@ -39,7 +39,7 @@ func serverCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			asked, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 			defer stop()
-			leave := &farewell{asked: asked, sleep: time.Sleep}
+			leave := &connectionClose{asked: asked, sleep: time.Sleep}
 			ctx, cancel := leave.context()
 			defer cancel()
 			var c all.Server

@@ -86,8 +86,8 @@ func TestErrorsAreForClients(t *testing.T) {
 	}
 }
 
-// TestRegistryTexts: whatever is at an address that is to be a registry, a tenant hears one
-// of four texts, and the log has the cause.
+// TestRegistryTexts checks that a tenant gets one of four texts, whatever answers at the
+// address of a registry, and that the log has the cause.
 func TestRegistryTexts(t *testing.T) {
 	texts := []string{
 		"the registry denies access with these credentials", "the registry does not have this image", "the registry sends too slowly", "the registry did not answer as a registry should",
@@ -106,7 +106,7 @@ func TestRegistryTexts(t *testing.T) {
 	t.Cleanup(hangsUp.Close)
 	var asking sync.WaitGroup // together: some are asked again a few seconds later
 	defer asking.Wait()
-	hear := func(what, reference string, a oci.Access, want int, cause string) {
+	check := func(what, reference string, a oci.Access, want int, cause string) {
 		asking.Go(func() {
 			_, err := oci.Pin(t.Context(), reference, a)
 			var ce *connect.Error
@@ -115,7 +115,7 @@ func TestRegistryTexts(t *testing.T) {
 			}
 			shown, _ := told.Shown(ce)
 			if shown.Message() != texts[want] {
-				t.Errorf("%s: a tenant hears %q, want %q", what, shown.Message(), texts[want])
+				t.Errorf("%s: a tenant gets %q, want %q", what, shown.Message(), texts[want])
 			}
 			if !strings.Contains(err.Error(), cause) {
 				t.Errorf("%s: the log has %v, without %q", what, err, cause)
@@ -124,17 +124,17 @@ func TestRegistryTexts(t *testing.T) {
 	}
 	here := oci.Access{Loopback: true}
 	for status, want := range map[int]int{401: 0, 403: 0, 404: 1} {
-		hear(fmt.Sprint(status), answer(status, ""), here, want, "")
+		check(fmt.Sprint(status), answer(status, ""), here, want, "")
 	}
 	for _, status := range []int{201, 204, 302, 400, 418, 429, 500, 503} {
-		hear(fmt.Sprint(status), answer(status, "secret"), here, 3, "")
+		check(fmt.Sprint(status), answer(status, "secret"), here, 3, "")
 	}
-	hear("a server's error", answer(503, ""), here, 3, "503")
-	hear("another server", answer(200, "<html>"), here, 3, "")
-	hear("nobody listens", strings.TrimPrefix(closed.URL, "http://")+"/x:1", here, 3, "refused")
-	hear("it hangs up", strings.TrimPrefix(hangsUp.URL, "http://")+"/x:1", here, 3, "EOF")
-	hear("this machine, which is not allowed", answer(200, ""), oci.Access{}, 3, netaddr.ErrNotAllowed.Error())
+	check("a server's error", answer(503, ""), here, 3, "503")
+	check("another server", answer(200, "<html>"), here, 3, "")
+	check("nobody listens", strings.TrimPrefix(closed.URL, "http://")+"/x:1", here, 3, "refused")
+	check("it hangs up", strings.TrimPrefix(hangsUp.URL, "http://")+"/x:1", here, 3, "EOF")
+	check("this machine, which is not allowed", answer(200, ""), oci.Access{}, 3, netaddr.ErrNotAllowed.Error())
 	for _, at := range []string{"10.11.0.7:8443", "192.168.1.1", "169.254.169.254", "[fd12::1]:443", "no-such-name.invalid"} {
-		hear(at, at+"/x:1", oci.Access{}, 3, "")
+		check(at, at+"/x:1", oci.Access{}, 3, "")
 	}
 }

@@ -11,8 +11,8 @@ import (
 	"testing"
 )
 
-// TestFreeze checks the requests and the output of pause, resume, fork and snapshot.
-func TestFreeze(t *testing.T) {
+// TestPauseForkSnapshot checks the requests and the output of pause, resume, fork and snapshot.
+func TestPauseForkSnapshot(t *testing.T) {
 	var asked []string
 	service := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		b, _ := io.ReadAll(r.Body)

@@ -174,9 +174,8 @@ func TestBodiesTakeMemory(t *testing.T) {
 	p.eventually("the requests' memory is released", func() bool { return memory.Used() == all })
 }
 
-// TestUnreadStreamsTakeMemory: what the service answers with is counted for the owner while
-// it is not read, whether it comes from a port or from a file, and is refused if there is
-// no room for it.
+// TestUnreadStreamsTakeMemory checks that an unread response, of a port or of a file, counts
+// for its owner, and that the server refuses the request if there is no memory for it.
 func TestUnreadStreamsTakeMemory(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -208,7 +207,7 @@ func TestUnreadStreamsTakeMemory(t *testing.T) {
 	for _, r := range []response{p.call("GET", "/long", nil, port...), p.call("GET", file, nil)} {
 		r.fails(429, "rate_limited")
 		if r.Header.Get("Retry-After") == "" {
-			t.Error("the answer does not say when to try again")
+			t.Error("the response does not say when to retry")
 		}
 	}
 	p.call("GET", "/short", nil, port...).want(200)

@@ -336,19 +336,19 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	memory := budget.New(int64(c.RequestMemoryMiB) << 20)
 	s.memory = memory
 	watched := newObservers(memory, s.parts()...)
-	crowd := budget.NewCrowd(cmp.Or(c.RequestsAtOnce, defaultAtOnce))
+	inFlight := budget.NewInFlight(cmp.Or(c.RequestsAtOnce, defaultAtOnce))
 	api, err := rest.New(rest.Config{
 		Sandboxes: s.sandboxes, Templates: tpl, Builds: s.builds, Usage: s.usage, Audit: s.audit, History: history, Channels: s.channels, Keys: s.keys, Tokens: tokens,
 		Sessions: s.sessions, Guard: s.guard, Users: s.users, Teams: s.teams, Platform: platform.New(s.store), Hosts: s.hosts,
 		GitHub: hub, GitHubKey: auth.Derive(secret, "github"), Limiter: limiter, Rates: c.Rates, TrustedProxies: c.TrustedProxies,
 		PublicURL: c.PublicURL, Domain: c.SandboxDomain, Insecure: c.Insecure, Log: s.log,
-		Memory: memory, Crowd: crowd, Checks: checks,
+		Memory: memory, InFlight: inFlight, Checks: checks,
 		Observe: watched.observe,
 	})
 	if err != nil {
 		return nil, err
 	}
-	px := proxy.New(proxy.Config{Domain: c.SandboxDomain, ServiceDomain: c.Domain, Sandboxes: s.sandboxes, Hosts: s.hosts, Keys: s.keys, Guard: s.guard, Tokens: tokens, Memory: memory, Crowd: crowd, Fail: api.Fail, Log: s.log})
+	px := proxy.New(proxy.Config{Domain: c.SandboxDomain, ServiceDomain: c.Domain, Sandboxes: s.sandboxes, Hosts: s.hosts, Keys: s.keys, Guard: s.guard, Tokens: tokens, Memory: memory, InFlight: inFlight, Fail: api.Fail, Log: s.log})
 	watched.registry.MustRegister(px.Collectors()...)
 	// If the database is down, the metrics that need it must not hide the others.
 	metrics := http.NewServeMux()

@@ -24,8 +24,8 @@ const (
 	// mirrors that do not answer. The agent then starts with the images that it has.
 	agentReadyTimeout = 15 * time.Minute
 	stopTimeout       = 30 * time.Second
-	// farewellTimeout bounds the pause of all sandboxes when `wrenn up` stops.
-	farewellTimeout = 2 * time.Minute
+	// pauseAllTimeout bounds the pause of all sandboxes when `wrenn up` stops.
+	pauseAllTimeout = 2 * time.Minute
 	// A program that exits is restarted after firstPause. If it exits again soon, the
 	// pause doubles each time, up to maxPause.
 	firstPause = 500 * time.Millisecond
@@ -40,8 +40,8 @@ type program struct {
 	ready   func(context.Context) error // returns when the program answers
 	within  time.Duration               // bounds ready; 0: readyTimeout
 	quit    syscall.Signal              // asks the program to exit
-	// farewell, if not nil, is called before the program is stopped for good.
-	farewell func(context.Context) error
+	// beforeStop, if not nil, is called before the program is stopped for good.
+	beforeStop func(context.Context) error
 }
 
 // spawner starts processes that end with this one: the kernel sends a
@@ -174,7 +174,7 @@ func (c *child) keep(ctx context.Context, ended <-chan struct{}) {
 		select {
 		case <-ended:
 		case <-c.stop:
-			c.part(ctx)
+			c.runBeforeStop(ctx)
 			c.end(ended)
 			return
 		}
@@ -203,14 +203,14 @@ func (c *child) keep(ctx context.Context, ended <-chan struct{}) {
 	}
 }
 
-// part calls the program's farewell.
-func (c *child) part(ctx context.Context) {
-	if c.farewell == nil {
+// runBeforeStop calls the program's beforeStop.
+func (c *child) runBeforeStop(ctx context.Context) {
+	if c.beforeStop == nil {
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), farewellTimeout)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), pauseAllTimeout)
 	defer cancel()
-	if err := c.farewell(ctx); err != nil {
+	if err := c.beforeStop(ctx); err != nil {
 		c.say("%s: %v", c.name, err)
 	}
 }

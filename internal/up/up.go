@@ -300,7 +300,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 		return err
 	})
 	hostAgent.within = agentReadyTimeout
-	hostAgent.farewell = func(ctx context.Context) error {
+	hostAgent.beforeStop = func(ctx context.Context) error {
 		_, err := s.agent().Terminate(ctx, connect.NewRequest(&hostagentv1.TerminateRequest{}))
 		return err
 	}

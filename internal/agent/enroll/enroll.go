@@ -42,8 +42,8 @@ import (
 const (
 	// callTimeout bounds one call of the control plane.
 	callTimeout = 15 * time.Second
-	// farewellTimeout bounds the last heartbeat, which says that the agent is leaving.
-	farewellTimeout = 3 * time.Second
+	// leavingTimeout bounds the last heartbeat, which says that the agent is leaving.
+	leavingTimeout = 3 * time.Second
 	// maxAnswer bounds a response of the control plane, in bytes.
 	maxAnswer = 1 << 20
 	// maxPause is the longest backoff.
@@ -268,7 +268,7 @@ func (h *Host) Run(ctx context.Context, status func() (Status, error)) error {
 		break
 	}
 	h.renewal.Wait()
-	bye, cancel := context.WithTimeout(context.WithoutCancel(ctx), farewellTimeout)
+	bye, cancel := context.WithTimeout(context.WithoutCancel(ctx), leavingTimeout)
 	defer cancel()
 	h.mu.Lock()
 	token := h.token

@@ -25,20 +25,20 @@ const (
 // retryAfter is the Retry-After of a refused request.
 const retryAfter = time.Second
 
-// Crowd bounds the requests in flight of each principal, of all teams of each owner, and
+// InFlight bounds the requests in flight of each principal, of all teams of each owner, and
 // of each address. It is safe for concurrent use.
-type Crowd struct{ principals, payers, addresses *Budget }
+type InFlight struct{ principals, payers, addresses *Budget }
 
 // ofPayer is the limit of all teams of one owner, and of one address, as a multiple of a
 // principal's.
 const ofPayer = 2
 
-// NewCrowd returns a Crowd that lets each principal have that many requests in flight.
-func NewCrowd(each int) *Crowd {
+// NewInFlight returns an InFlight that lets each principal have that many requests in flight.
+func NewInFlight(each int) *InFlight {
 	places := func(each int) *Budget {
 		return &Budget{total: math.MaxInt64, each: int64(each), owners: make(map[string]int64)}
 	}
-	return &Crowd{places(each), places(ofPayer * each), places(ofPayer * each)}
+	return &InFlight{places(each), places(ofPayer * each), places(ofPayer * each)}
 }
 
 // enter takes one place for who. The caller must call leave once.
@@ -51,7 +51,7 @@ func enter(places *Budget, who string) (leave func(), err error) {
 
 // Enter counts a request for a principal and its payer. The caller must call leave once.
 // Enter fails with fault.RateLimited if a limit is reached.
-func (c *Crowd) Enter(principal, payer uuid.UUID) (leave func(), err error) {
+func (c *InFlight) Enter(principal, payer uuid.UUID) (leave func(), err error) {
 	one, err := enter(c.principals, principal.String())
 	if err != nil || payer == uuid.Nil {
 		return one, err
@@ -64,12 +64,12 @@ func (c *Crowd) Enter(principal, payer uuid.UUID) (leave func(), err error) {
 	return func() { all(); one() }, nil
 }
 
-// EnterFrom is [Crowd.Enter] for a request's address.
-func (c *Crowd) EnterFrom(address string) (leave func(), err error) {
+// EnterFrom is [InFlight.Enter] for a request's address.
+func (c *InFlight) EnterFrom(address string) (leave func(), err error) {
 	return enter(c.addresses, address)
 }
 
-// Budget is what requests may hold at the same time: bytes, or places in a [Crowd]. It is
+// Budget is what requests may hold at the same time: bytes, or places in a [InFlight]. It is
 // safe for concurrent use.
 type Budget struct {
 	total, each int64

@@ -45,8 +45,8 @@ func (g gated) Write(p []byte) (int, error) {
 	return g.ResponseRecorder.Write(p)
 }
 
-// Responses that nobody reads take their room, and another is refused until there is some
-// again. What is short is answered.
+// TestUnreadTakesMemory checks that responses that nobody reads take their owner's memory, and
+// that further ones are refused until memory is free again. Short responses are served.
 func TestUnreadTakesMemory(t *testing.T) {
 	b := New(2 * Share * Unread)
 	answer := func(gate chan struct{}, n int) *httptest.ResponseRecorder {
@@ -85,8 +85,9 @@ func TestUnreadTakesMemory(t *testing.T) {
 	}
 }
 
-// A response that has begun breaks off if there is no room, so that no client takes its
-// part for the whole; so does a connection that changed its protocol.
+// TestUnreadBreaksOff checks that a response that has begun is aborted if there is no memory,
+// so that no client mistakes its part for the whole. So is a connection that changed its
+// protocol.
 func TestUnreadBreaksOff(t *testing.T) {
 	full := make(chan struct{})
 	b, s := streamed(t, func(w http.ResponseWriter, r *http.Request) {

@@ -17,8 +17,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
-// farewell bounds the calls to a host that is being deleted.
-const farewell = 20 * time.Second
+// deletionTimeout bounds the calls to a host that is being deleted.
+const deletionTimeout = 20 * time.Second
 
 // Status returns a host's status in the API.
 func Status(row db.Host) string {
@@ -132,7 +132,7 @@ func (r *Registry) Delete(ctx context.Context, host uuid.UUID, force bool) ([]uu
 
 // clear destroys sandboxes on a deleted host, as far as it is reachable.
 func (r *Registry) clear(ctx context.Context, h *Host, sandboxes []uuid.UUID) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), farewell)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), deletionTimeout)
 	defer cancel()
 	var wg sync.WaitGroup
 	turn := make(chan struct{}, 8)

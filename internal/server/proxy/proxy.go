@@ -50,9 +50,9 @@ type Config struct {
 	// Guard ends requests whose credentials were revoked.
 	Guard  *auth.AccessGuard
 	Tokens auth.Tokens
-	// Memory bounds the memory of requests, Crowd each caller's requests in flight.
-	Memory *budget.Budget
-	Crowd  *budget.Crowd
+	// Memory bounds the memory of requests, InFlight each caller's requests in flight.
+	Memory   *budget.Budget
+	InFlight *budget.InFlight
 	// Fail responds to a request with an error.
 	Fail func(http.ResponseWriter, *http.Request, error)
 	Log  *slog.Logger
@@ -155,7 +155,7 @@ func (p *Proxy) serve(w http.ResponseWriter, r *http.Request) {
 	}
 	if err == nil {
 		var leave func()
-		if leave, err = p.Crowd.Enter(target.principal(), target.payer); err == nil {
+		if leave, err = p.InFlight.Enter(target.principal(), target.payer); err == nil {
 			defer leave()
 		}
 	}

@@ -236,8 +236,8 @@ func TestFullRedis(t *testing.T) {
 	}
 }
 
-// TestAllowAll: tries are counted in order, in one round trip, until one is refused,
-// with Redis and without it.
+// TestAllowAll checks that several tries are counted in order, in one round trip, until one
+// is refused, with Redis and without it.
 func TestAllowAll(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "s")
 	redistest.Start(t, socket)
@@ -269,13 +269,13 @@ func TestAllowAll(t *testing.T) {
 		if n := allowed("a"); n != 3 {
 			t.Errorf("%s allows %d calls of the first member, want 3", where, n)
 		}
-		// What the first was refused did not count for the team.
+		// Refusals of the first member did not count for the team.
 		if n := allowed("b"); n != 1 {
 			t.Errorf("%s allows %d calls of the second member, want the one that the team has left", where, n)
 		}
-		// What the team was refused counted for the second, who has none left.
+		// The team's refusals counted for the second member, who has no calls left.
 		if err := l.Allow(t.Context(), one, "b"); !fault.Is(err, fault.RateLimited) {
-			t.Errorf("%s does not count what the team was refused: %v", where, err)
+			t.Errorf("%s does not count the team's refusals: %v", where, err)
 		}
 		l.Forget(t.Context(), one, "b")
 		if err := l.Allow(t.Context(), one, "b"); err != nil {

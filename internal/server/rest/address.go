@@ -44,7 +44,7 @@ func (a *API) admit(r *http.Request, op *openapi3.Operation) error {
 func (a *API) BoundAddresses(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if from := a.clientAddress(r); from.IsValid() && !a.trusted(from) {
-			leave, err := a.Crowd.EnterFrom(ratelimit.Address(from))
+			leave, err := a.InFlight.EnterFrom(ratelimit.Address(from))
 			if err != nil {
 				a.Fail(w, r, err)
 				return

@@ -50,8 +50,8 @@ func TestParseProperties(t *testing.T) {
 	}
 }
 
-// The time of an operation that lasts is its client's: it would hide in the histogram
-// what the server takes.
+// TestLastingOperations checks which operations last as long as their client wants. They are
+// not in the latency histogram, where they would hide the server's own time.
 func TestLastingOperations(t *testing.T) {
 	spec, err := document()
 	if err != nil {

@@ -75,8 +75,8 @@ type Config struct {
 	Insecure bool
 	// Memory bounds the memory of requests.
 	Memory *budget.Budget
-	// Crowd bounds each caller's requests in flight.
-	Crowd *budget.Crowd
+	// InFlight bounds each caller's requests in flight.
+	InFlight *budget.InFlight
 	// Checks are the checks of /health, by name.
 	Checks map[string]func(context.Context) error
 	// Observe is called after every request; may be nil.
@@ -206,7 +206,7 @@ func (a *API) limit(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		who := caller(r)
 		if who.ID() != uuid.Nil {
-			leave, err := a.Crowd.Enter(who.ID(), who.Payer)
+			leave, err := a.InFlight.Enter(who.ID(), who.Payer)
 			if err != nil {
 				a.Fail(w, r, err)
 				return

@@ -22,7 +22,7 @@ import (
 
 func newAPI(t *testing.T) *API {
 	t.Helper()
-	a, err := New(Config{PublicURL: "http://localhost:8000", Domain: "localhost", Crowd: budget.NewCrowd(64), Log: slog.New(slog.DiscardHandler)})
+	a, err := New(Config{PublicURL: "http://localhost:8000", Domain: "localhost", InFlight: budget.NewInFlight(64), Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}

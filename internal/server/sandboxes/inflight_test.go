@@ -37,8 +37,8 @@ func (s *Service) kept() int {
 	return len(s.boxes)
 }
 
-// TestTurn checks that of several callers who want the same of a sandbox, one does it for
-// all. A caller who wants something else looks again afterwards.
+// TestTurn checks that concurrent callers of the same operation on a sandbox share one run of
+// it. A caller of another operation must read the state again afterwards.
 func TestTurn(t *testing.T) {
 	s := newBoxes(t)
 	sandbox := uuid.New()

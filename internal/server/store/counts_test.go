@@ -9,8 +9,8 @@ import (
 	"testing"
 )
 
-// limits are the queries that count what there is, so that no more than a number is added
-// or enough is left, each with the call that comes before and makes others wait.
+// limits are the queries that count objects to enforce a limit, each with the call that
+// must take a lock before.
 var limits = map[string]string{
 	"CountAPIKeys":         "LockMembers(",
 	"CountOwners":          "LockMembers(",
@@ -32,29 +32,29 @@ var counters = map[string]string{
 	"CountRecords":           "RecountRecords counts again",
 	"RecountRecords":         "it is no limit",
 	"ListPlaces":             "UsedPlace counts again",
-	"CountHostLoses":         "an admin is shown it",
-	"CountHostOnlyTemplates": "an admin is shown it",
-	"CountOnlineHosts":       "an admin is shown it",
+	"CountHostLoses":         "an admin sees it",
+	"CountHostOnlyTemplates": "an admin sees it",
+	"CountOnlineHosts":       "an admin sees it",
 	"CountHosts":             "a metric",
 	"CountOpenBuilds":        "a metric",
 	"CountPendingDeliveries": "a metric",
 	"CountLiveSandboxes":     "a metric",
 	"RollUsageDay":           "a sum of what was",
 	"ListLiveUsage":          "a sum of what was",
-	"ListUnusedLayers":       "it removes what there is too much of, and adds nothing",
-	"DropTemplatesOfHost":    "it orders two parts of one statement",
+	"ListUnusedLayers":       "it removes surplus layers, and adds none",
+	"DropTemplatesOfHost":    "it only orders two parts of one statement",
 }
 
-// unlocked are the files with a function that calls a limit's query without its lock, and
-// why it may.
+// unlocked lists the functions that may call a query of limits without its lock, by file and
+// query, with the reason.
 var unlocked = map[string]string{
 	"auth/ring.go CountUsers":               "its caller has locked",
-	"auth/sessions.go DeleteExcessSessions": "its callers lock the user, or have just made it",
+	"auth/sessions.go DeleteExcessSessions": "its callers lock the user, or have just created it",
 	"builds/copy.go SizeOfArchives":         "it refuses early: charge counts again",
 	"teams/teams.go CountOwners":            "its caller has locked",
 	"templates/capture.go SetTag":           "latest has no limit",
 	"templates/import.go SetTag":            "latest has no limit",
-	"users/signup.go CountUsers":            "it says what to show",
+	"users/signup.go CountUsers":            "only for display",
 }
 
 var (
@@ -62,9 +62,9 @@ var (
 	function = regexp.MustCompile(`(?m)^func (?:\([^)]*\) )?([A-Za-z0-9_]+)`)
 )
 
-// TestCountsAreLocked: whoever counts what there is before adding to it holds a lock, so
-// that of several who do so at once one waits for the other. A new query that counts must
-// be listed here. TestLimitsTogether, of package server, makes such calls together.
+// TestCountsAreLocked checks that code which counts objects before it adds one holds a lock,
+// so that concurrent calls wait for each other. A new query that counts must be listed here.
+// TestLimitsTogether, of package server, makes such calls concurrently.
 func TestCountsAreLocked(t *testing.T) {
 	files, err := filepath.Glob("queries/*.sql")
 	if err != nil {

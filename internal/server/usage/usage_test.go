@@ -298,9 +298,9 @@ func TestLives(t *testing.T) {
 	}
 }
 
-// TestLateWord checks that an aggregated day is aggregated again when its host reports
+// TestLateReport checks that an aggregated day is aggregated again when its host reports
 // later that a sandbox ended on it.
-func TestLateWord(t *testing.T) {
+func TestLateReport(t *testing.T) {
 	b := newBench(t)
 	ctx := context.Background()
 	r := rand.New(rand.NewPCG(1, 2))

@@ -29,9 +29,9 @@ func (s *service) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	io.WriteString(w, answer)
 }
 
-// TestFreeze checks what each call sends, and which calls the client retries when the
+// TestPauseForkSnapshot checks what each call sends, and which calls the client retries when the
 // service is unavailable.
-func TestFreeze(t *testing.T) {
+func TestPauseForkSnapshot(t *testing.T) {
 	const box = `{"id":"cl-1","state":"paused","on_timeout":"pause","auto_resume":true,"paused_at":"2026-01-02T03:04:05Z","forked_from":"cl-0"}`
 	const snap = `{"id":"tpl-1","name":"a","vcpus":2,"memory_mib":256,"disk_mib":5120,"sandbox_id":"cl-1"}`
 	check := func(ok bool, err error) error {

@@ -328,10 +328,10 @@ func TestAgentRefuses(t *testing.T) {
 	}
 }
 
-// TestFleet has two hosts on this machine, called over mutual TLS. Sandboxes spread over
+// TestHosts has two hosts on this machine, called over mutual TLS. Sandboxes spread over
 // both; those of a host whose agent is killed are missing, and return with their memory
 // when it is back.
-func TestFleet(t *testing.T) {
+func TestHosts(t *testing.T) {
 	if why := unable(); why != "" {
 		t.Skip(why)
 	}

@@ -15,13 +15,13 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
-// TestFarewell stops a server while clients keep connections open: it responds to their
+// TestConnectionClose stops a server while clients keep connections open: it responds to their
 // next request, and announces that the connection ends.
-func TestFarewell(t *testing.T) {
+func TestConnectionClose(t *testing.T) {
 	asked, ask := context.WithCancel(t.Context())
 	defer ask()
 	waits, over := make(chan time.Duration, 1), make(chan struct{})
-	leave := &farewell{asked: asked, sleep: func(d time.Duration) {
+	leave := &connectionClose{asked: asked, sleep: func(d time.Duration) {
 		waits <- d
 		<-over
 	}}

@@ -8,9 +8,9 @@ import (
 	"testing"
 )
 
-// TestRecords checks the requests and the output of the commands for usage, audit log and
+// TestUsageAuditChannels checks the requests and the output of the commands for usage, audit log and
 // channels, against a service with documented responses.
-func TestRecords(t *testing.T) {
+func TestUsageAuditChannels(t *testing.T) {
 	var asked []string
 	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		asked = append(asked, r.Method+" "+r.URL.String())

@@ -175,9 +175,9 @@ func (p *plane) hostStatus(host string) string {
 	return p.call("GET", "/v1/admin/hosts/"+host, nil).want(200).str("status")
 }
 
-// TestFleet checks what the scheduler does while hosts register, fill, fail, vanish, come
+// TestHosts checks what the scheduler does while hosts register, fill, fail, vanish, come
 // back, drain and leave.
-func TestFleet(t *testing.T) {
+func TestHosts(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
 	p.end()

@@ -111,7 +111,7 @@ func (p *plane) login(email, password string) (access, refresh string) {
 	return r.str("access_token"), r.str("refresh_token")
 }
 
-func TestPeople(t *testing.T) {
+func TestAccounts(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
 	messages := p.mailed()

@@ -15,8 +15,8 @@ import (
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 )
 
-// backlogServer answers one request after the other, each with how many it has had. It
-// listens at an address, with a backlog, and works on each for some milliseconds.
+// backlogServer serves one request at a time, and responds with the number of requests so
+// far. Its arguments are address, port, backlog, and milliseconds of work per request.
 const backlogServer = `
 import socket, sys, time
 address, port, backlog, work = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]) / 1000
@@ -61,8 +61,8 @@ func (h *host) serveBacklog(t *testing.T, sandbox, address string, port, backlog
 	h.exec(t, sandbox, sh(fmt.Sprintf("setsid python3 /tmp/backlog.py %s %d %d %d >/tmp/backlog.log 2>&1 </dev/null & while ! test -e /tmp/listens-%d; do sleep 0.1; done", address, port, backlog, workMS, port)), nil)
 }
 
-// posts sends n POSTs to a port, so many at a time, and returns what went wrong with those
-// that failed. It checks that the server had each of the others once.
+// posts sends n POSTs to a port, atOnce of them concurrently, and returns the errors of those
+// that failed. It checks that the server got each of the others once.
 func (h *host) posts(t *testing.T, sandbox string, port, n, atOnce int) (failed []string, slowest time.Duration) {
 	t.Helper()
 	var mu sync.Mutex
@@ -108,8 +108,8 @@ func (h *host) posts(t *testing.T, sandbox string, port, n, atOnce int) (failed 
 	return failed, slowest
 }
 
-// TestParallelConnections: no request is lost because many come at once, whatever the
-// server's backlog and address. A full backlog delays them.
+// TestParallelConnections checks that concurrent requests are not lost, whatever the server's
+// backlog and address. A full backlog only delays them.
 func TestParallelConnections(t *testing.T) {
 	h := newHost(t)
 	sandbox := h.create(t, request())

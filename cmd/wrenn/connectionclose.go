@@ -13,11 +13,11 @@ import (
 // client reuses the connection within HopOnceIdle; half a second more is for the network.
 const keptFor = upstream.HopOnceIdle + 500*time.Millisecond
 
-// farewell lets a server or an agent stop without closing a connection on which a
+// connectionClose lets a server or an agent stop without closing a connection on which a
 // request is about to arrive. Once the program is asked to stop, each response tells the
 // client not to reuse the connection ("Connection: close"). The program stops keptFor
 // after the last response without that header.
-type farewell struct {
+type connectionClose struct {
 	asked context.Context // done once the program is asked to stop
 	sleep func(time.Duration)
 	last  atomic.Int64 // when the last response without "Connection: close" ended, in Unix ns
@@ -26,10 +26,10 @@ type farewell struct {
 // context returns a context for the program's servers. Once the program is asked to stop,
 // the context is done as soon as no client can still reuse a connection: keptFor after
 // the last response that did not close it.
-func (f *farewell) context() (context.Context, context.CancelFunc) {
-	ctx, cancel := context.WithCancel(context.WithoutCancel(f.asked))
-	stop := context.AfterFunc(f.asked, func() {
-		f.sleep(keptFor - time.Since(time.Unix(0, f.last.Load())))
+func (c *connectionClose) context() (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(c.asked))
+	stop := context.AfterFunc(c.asked, func() {
+		c.sleep(keptFor - time.Since(time.Unix(0, c.last.Load())))
 		cancel()
 	})
 	return ctx, func() { stop(); cancel() }
@@ -37,10 +37,10 @@ func (f *farewell) context() (context.Context, context.CancelFunc) {
 
 // handler wraps next. It notes when each response that keeps its connection has ended,
 // and adds "Connection: close" to responses once the program is asked to stop.
-func (f *farewell) handler(next http.Handler) http.Handler {
+func (c *connectionClose) handler(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if f.asked.Err() == nil {
-			defer func() { f.last.Store(time.Now().UnixNano()) }()
+		if c.asked.Err() == nil {
+			defer func() { c.last.Store(time.Now().UnixNano()) }()
 		} else if r.Header.Get("Upgrade") == "" {
 			w.Header().Set("Connection", "close")
 		}

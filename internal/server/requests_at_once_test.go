@@ -36,9 +36,9 @@ func crowded(r response) bool {
 	return r.Status == 429 && r.Header.Get("Retry-After") != ""
 }
 
-// TestCrowd gives each caller one request in flight, which is the limit. For every
+// TestRequestsAtOnce gives each caller one request in flight, which is the limit. For every
 // operation, the server refuses the caller's next request and accepts somebody else's.
-func TestCrowd(t *testing.T) {
+func TestRequestsAtOnce(t *testing.T) {
 	t.Parallel()
 	p := newCrowdedPlane(t)
 	w := p.world()
@@ -84,10 +84,10 @@ func TestCrowd(t *testing.T) {
 	}
 }
 
-// TestCrowdOfOwner checks that one owner's teams together may have twice as many requests
+// TestRequestsAtOnceOfOwner checks that one owner's teams together may have twice as many requests
 // in flight as one principal, whatever the number of keys, and that requests to ports
 // count.
-func TestCrowdOfOwner(t *testing.T) {
+func TestRequestsAtOnceOfOwner(t *testing.T) {
 	t.Parallel()
 	p := newCrowdedPlane(t)
 	keys := p.ownerOf(3, "ada@example.com")
@@ -121,10 +121,10 @@ func TestCrowdOfOwner(t *testing.T) {
 	p.eventually("the owner's requests have ended", func() bool { return !crowded(list(keys[2])) })
 }
 
-// TestCrowdOfAddress has two requests in flight from one address, as the front door
+// TestRequestsAtOnceOfAddress has two requests in flight from one address, as the front door
 // reports it. For every operation, the server refuses the next one and accepts another
 // address's.
-func TestCrowdOfAddress(t *testing.T) {
+func TestRequestsAtOnceOfAddress(t *testing.T) {
 	t.Parallel()
 	p := newCrowdedPlane(t)
 	w := p.world()

@@ -199,8 +199,8 @@ func TestPauseFails(t *testing.T) {
 	p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandbox, "name": "x"}).want(201)
 }
 
-// TestPauseGoesOn pauses, resumes and captures for clients that disconnect.
-func TestPauseGoesOn(t *testing.T) {
+// TestPauseOutlivesClient pauses, resumes and captures for clients that disconnect.
+func TestPauseOutlivesClient(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
 	sandbox := p.create(map[string]any{})
@@ -540,9 +540,9 @@ func TestPausedByHost(t *testing.T) {
 	}
 }
 
-// TestHostDiesInMove loses the host during pauses, resumes and snapshots. When the host
+// TestHostDiesDuringOperation loses the host during pauses, resumes and snapshots. When the host
 // is back, the server finds out what became of them.
-func TestHostDiesInMove(t *testing.T) {
+func TestHostDiesDuringOperation(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
 	g := newGate()
@@ -589,9 +589,9 @@ func TestHostDiesInMove(t *testing.T) {
 	p.eventually("the snapshot is made", func() bool { return len(p.call("GET", "/v1/snapshots", nil).list("snapshots")) == 1 })
 }
 
-// TestServerDiesInMove starts a second server, which finds what the first one left in
+// TestServerDiesDuringOperation starts a second server, which finds what the first one left in
 // transit.
-func TestServerDiesInMove(t *testing.T) {
+func TestServerDiesDuringOperation(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
 	var sandboxes []string

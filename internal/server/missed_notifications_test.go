@@ -10,9 +10,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// TestKeyOfWhoLeft: a server remembers who has a key for commands, but not once it has
-// answered a call that took their rights.
-func TestKeyOfWhoLeft(t *testing.T) {
+// TestKeyOfRemovedMember checks that a server caches keys for commands only until it has
+// answered a call that took the rights of a key's creator.
+func TestKeyOfRemovedMember(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
 	admin := as(p.bearerOf("admin@example.com"))
@@ -35,10 +35,10 @@ func TestKeyOfWhoLeft(t *testing.T) {
 	}
 }
 
-// TestUnheard: a server that remembers where a sandbox runs does not look at the table
-// for each command, and does look if the host does not have the sandbox: the word of what
-// happened may still be on its way.
-func TestUnheard(t *testing.T) {
+// TestMissedNotification checks that a server which caches where a sandbox runs does not
+// read the table for each command, but reads it if the host does not have the sandbox,
+// because the notification may still be on its way.
+func TestMissedNotification(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
 	ctx, cancel := context.WithTimeout(t.Context(), await.Hang)
@@ -75,13 +75,13 @@ func TestUnheard(t *testing.T) {
 		return u
 	}
 	other.add(moved, 0)
-	// Nobody tells the server of any of this.
+	// The server gets no notification of this.
 	p.sql("UPDATE sandboxes SET host_id = $2 WHERE id = $1", inside(moved), host)
 	p.sql("UPDATE sandboxes SET state = 'stopped' WHERE id = $1", inside(ended))
 	p.agent.forget(moved)
 	p.agent.forget(ended)
 	exec(moved).want(200)
 	exec(ended).fails(409, "conflict")
-	// Another team's key has no use for what is remembered.
+	// The cached place does not let in another team's key.
 	p.call("POST", "/v1/sandboxes/"+moved+"/exec", map[string]any{"cmd": "cat"}, "X-API-Key", p.ownerOf(1, "bob@example.com")[0]).fails(404, "not_found")
 }
