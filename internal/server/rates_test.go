@@ -88,3 +88,48 @@ func (w *world) spend(headers []string, class string) {
 	// The server may have counted before.
 	_ = ratelimit.New(client, slog.New(slog.DiscardHandler)).Allow(context.Background(), ratelimit.Limit{Name: "calls:" + class, Burst: 1, Per: time.Minute}, of.String())
 }
+
+// TestRatesOfOwner checks that an owner may make no more calls by having more teams and
+// keys, and that other owners' calls are not refused.
+func TestRatesOfOwner(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	keys := p.ownerOf(3, "ada@example.com")
+	other := p.ownerOf(1, "bob@example.com")[0]
+	for _, team := range keys[:3:3] {
+		for range 4 {
+			key, hash := newKey()
+			p.sql("INSERT INTO api_keys (id, team_id, user_id, name, prefix, hash) SELECT $1, team_id, user_id, 'k', 'wrn_', $2 FROM api_keys WHERE hash = sha256(convert_to($3, 'UTF8'))", uuid.New(), hash, team)
+			keys = append(keys, key)
+		}
+	}
+	p.end()
+	p.config.Rates = rest.Rates{Read: 1, Change: 1, Expensive: 1, Outgoing: 1}
+	p.start()
+	admitted := func(method, path string, body any) (n int) {
+		for _, key := range keys { // each of them may make a call
+			switch r := p.call(method, path, body, "X-API-Key", key); {
+			case r.Status != http.StatusTooManyRequests:
+				n++
+			case r.Header.Get("Retry-After") == "":
+				t.Errorf("%s %s: no Retry-After", method, path)
+			}
+		}
+		if r := p.call(method, path, body, "X-API-Key", other); r.Status == http.StatusTooManyRequests {
+			t.Errorf("another owner's %s %s: %d %s", method, path, r.Status, r.Body)
+		}
+		return n
+	}
+	// While they come, the limits forget some of the calls.
+	begun := time.Now()
+	n := admitted("GET", "/v1/sandboxes", nil)
+	if most := 11 + int(time.Since(begun)/(6*time.Second)); len(keys) != 15 || n < 10 || n > most {
+		t.Errorf("%d of %d calls that read were admitted, want 10", n, len(keys))
+	}
+	begun = time.Now()
+	body := map[string]any{"name": "n", "kind": "webhook", "url": "https://hooks.example.com/x", "secret": "0123456789abcdef", "events": []string{"sandbox.lost"}}
+	n = admitted("POST", "/v1/channels", body)
+	if most := 2 + int(time.Since(begun)/time.Minute); n < 1 || n > most {
+		t.Errorf("%d outgoing calls were admitted, want 1", n)
+	}
+}
