@@ -88,6 +88,7 @@ UPDATE deliveries SET attempts = attempts + 1, tried_at = now(), next_at = now()
 WHERE id = (
     SELECT d.id FROM deliveries d JOIN channels c ON c.id = d.channel_id
     WHERE d.state = 'pending' AND d.next_at <= now() AND c.id <> ALL ($2::uuid[]) AND c.team_id <> ALL ($3::uuid[])
+      AND c.team_id NOT IN (SELECT m.team_id FROM team_members m WHERE m.user_id = ANY ($3::uuid[]) AND m.role = 'owner' AND team_owner(m.team_id) = m.user_id)
     ORDER BY d.next_at LIMIT 1 FOR UPDATE OF d SKIP LOCKED)
 RETURNING id, channel_id, event, body, state, created_at, attempts, next_at, tried_at, took_ms, status, error, team_id, bytes
 `
@@ -95,13 +96,13 @@ RETURNING id, channel_id, event, body, state, created_at, attempts, next_at, tri
 type ClaimDeliveryParams struct {
 	Secs         float64
 	BusyChannels []uuid.UUID
-	BusyTeams    []uuid.UUID
+	BusyPayers   []uuid.UUID
 }
 
-// Claims a due delivery until the claim expires, of a channel and a team below their
+// Claims a due delivery until the claim expires, of a channel and a payer below their
 // limits.
 func (q *Queries) ClaimDelivery(ctx context.Context, arg ClaimDeliveryParams) (Delivery, error) {
-	row := q.db.QueryRow(ctx, claimDelivery, arg.Secs, arg.BusyChannels, arg.BusyTeams)
+	row := q.db.QueryRow(ctx, claimDelivery, arg.Secs, arg.BusyChannels, arg.BusyPayers)
 	var i Delivery
 	err := row.Scan(
 		&i.ID,
@@ -165,6 +166,26 @@ func (q *Queries) CountPendingDeliveries(ctx context.Context) (CountPendingDeliv
 	var i CountPendingDeliveriesRow
 	err := row.Scan(&i.Due, &i.Later)
 	return i, err
+}
+
+const delayDeliveries = `-- name: DelayDeliveries :exec
+UPDATE deliveries SET next_at = CASE WHEN deliveries.id = $1 THEN now() + make_interval(secs => $2::float8) ELSE GREATEST(deliveries.next_at, now() + make_interval(secs => $2::float8)) END,
+    attempts = deliveries.attempts - CASE WHEN deliveries.id = $1 THEN 1 ELSE 0 END
+WHERE deliveries.id = ANY (ARRAY(
+    SELECT d.id FROM deliveries d WHERE d.channel_id = $3 AND d.state = 'pending' ORDER BY d.id FOR UPDATE))
+`
+
+type DelayDeliveriesParams struct {
+	Claimed   uuid.UUID
+	Secs      float64
+	ChannelID uuid.UUID
+}
+
+// Delays the pending deliveries of a channel. Does not count the attempt at the claimed
+// one, which was not made.
+func (q *Queries) DelayDeliveries(ctx context.Context, arg DelayDeliveriesParams) error {
+	_, err := q.db.Exec(ctx, delayDeliveries, arg.Claimed, arg.Secs, arg.ChannelID)
+	return err
 }
 
 const deleteChannel = `-- name: DeleteChannel :execrows
@@ -243,28 +264,35 @@ func (q *Queries) ForgetDeliveries(ctx context.Context, arg ForgetDeliveriesPara
 	return result.RowsAffected(), nil
 }
 
-const getChannel = `-- name: GetChannel :one
-SELECT id, team_id, name, kind, events, target, sealed, enabled, disabled_reason, failing_since, created_at, confirmed_at, confirm_hash, confirm_until FROM channels WHERE id = $1
+const getChannelPayer = `-- name: GetChannelPayer :one
+SELECT channels.id, channels.team_id, channels.name, channels.kind, channels.events, channels.target, channels.sealed, channels.enabled, channels.disabled_reason, channels.failing_since, channels.created_at, channels.confirmed_at, channels.confirm_hash, channels.confirm_until, COALESCE(team_owner(team_id), team_id)::uuid AS payer FROM channels WHERE id = $1
 `
 
-func (q *Queries) GetChannel(ctx context.Context, id uuid.UUID) (Channel, error) {
-	row := q.db.QueryRow(ctx, getChannel, id)
-	var i Channel
+type GetChannelPayerRow struct {
+	Channel Channel
+	Payer   uuid.UUID
+}
+
+// A channel with its team's payer, as in GetTeamPayer.
+func (q *Queries) GetChannelPayer(ctx context.Context, id uuid.UUID) (GetChannelPayerRow, error) {
+	row := q.db.QueryRow(ctx, getChannelPayer, id)
+	var i GetChannelPayerRow
 	err := row.Scan(
-		&i.ID,
-		&i.TeamID,
-		&i.Name,
-		&i.Kind,
-		&i.Events,
-		&i.Target,
-		&i.Sealed,
-		&i.Enabled,
-		&i.DisabledReason,
-		&i.FailingSince,
-		&i.CreatedAt,
-		&i.ConfirmedAt,
-		&i.ConfirmHash,
-		&i.ConfirmUntil,
+		&i.Channel.ID,
+		&i.Channel.TeamID,
+		&i.Channel.Name,
+		&i.Channel.Kind,
+		&i.Channel.Events,
+		&i.Channel.Target,
+		&i.Channel.Sealed,
+		&i.Channel.Enabled,
+		&i.Channel.DisabledReason,
+		&i.Channel.FailingSince,
+		&i.Channel.CreatedAt,
+		&i.Channel.ConfirmedAt,
+		&i.Channel.ConfirmHash,
+		&i.Channel.ConfirmUntil,
+		&i.Payer,
 	)
 	return i, err
 }
@@ -485,16 +513,17 @@ func (q *Queries) ListDeliveries(ctx context.Context, arg ListDeliveriesParams) 
 const nextDelivery = `-- name: NextDelivery :one
 SELECT COALESCE(EXTRACT(EPOCH FROM min(d.next_at) - now()), 3600)::float8 AS secs FROM deliveries d JOIN channels c ON c.id = d.channel_id
 WHERE d.state = 'pending' AND c.id <> ALL ($1::uuid[]) AND c.team_id <> ALL ($2::uuid[])
+  AND c.team_id NOT IN (SELECT m.team_id FROM team_members m WHERE m.user_id = ANY ($2::uuid[]) AND m.role = 'owner' AND team_owner(m.team_id) = m.user_id)
 `
 
 type NextDeliveryParams struct {
 	BusyChannels []uuid.UUID
-	BusyTeams    []uuid.UUID
+	BusyPayers   []uuid.UUID
 }
 
 // Seconds until [ClaimDelivery] will return one.
 func (q *Queries) NextDelivery(ctx context.Context, arg NextDeliveryParams) (float64, error) {
-	row := q.db.QueryRow(ctx, nextDelivery, arg.BusyChannels, arg.BusyTeams)
+	row := q.db.QueryRow(ctx, nextDelivery, arg.BusyChannels, arg.BusyPayers)
 	var secs float64
 	err := row.Scan(&secs)
 	return secs, err

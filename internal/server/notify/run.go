@@ -12,16 +12,18 @@ import (
 	"golang.org/x/crypto/chacha20poly1305"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/ratelimit"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
 const (
 	// workers is how many deliveries a server attempts at once, ofChannel how many per
-	// channel and ofTeam per team. So receivers that hang delay only their own channel,
-	// and a team's channels cannot delay other teams.
+	// channel and ofPayer how many of all teams of one owner. So receivers that hang delay
+	// only their own channel, and an owner's channels cannot delay other owners'.
 	workers   = 32
 	ofChannel = 2
-	ofTeam    = 8
+	ofPayer   = 8
 	// tryWithin bounds one attempt. claimFor is how long a claim keeps other servers from
 	// attempting.
 	tryWithin = 15 * time.Second
@@ -39,6 +41,9 @@ const (
 	pruneEvery = 10 * time.Minute
 	batch      = 1000
 )
+
+// limitEvents limits the mails about events of all teams of one owner. Further ones wait.
+var limitEvents = ratelimit.Limit{Name: "event-mails", Burst: 60, Per: time.Minute}
 
 func nonce() []byte {
 	b := make([]byte, chacha20poly1305.NonceSizeX, chacha20poly1305.NonceSizeX+512)
@@ -63,41 +68,41 @@ type underWay struct {
 	mu       sync.Mutex
 	all      int
 	channels map[uuid.UUID]int
-	teams    map[uuid.UUID]int
+	payers   map[uuid.UUID]int
 }
 
-// count adds n to the counts of a channel and its team.
-func (u *underWay) count(n int, c db.Channel) {
+// count adds n to the counts of a channel and its team's payer.
+func (u *underWay) count(n int, channel, payer uuid.UUID) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.all += n
-	u.channels[c.ID] += n
-	u.teams[c.TeamID] += n
-	if u.channels[c.ID] == 0 {
-		delete(u.channels, c.ID)
+	u.channels[channel] += n
+	u.payers[payer] += n
+	if u.channels[channel] == 0 {
+		delete(u.channels, channel)
 	}
-	if u.teams[c.TeamID] == 0 {
-		delete(u.teams, c.TeamID)
+	if u.payers[payer] == 0 {
+		delete(u.payers, payer)
 	}
 }
 
-// busy returns the channels and teams that are at their limit, and whether the server is
+// busy returns the channels and payers that are at their limit, and whether the server is
 // at its own.
-func (u *underWay) busy() (channels, teams []uuid.UUID, full bool) {
+func (u *underWay) busy() (channels, payers []uuid.UUID, full bool) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	channels, teams = []uuid.UUID{}, []uuid.UUID{}
+	channels, payers = []uuid.UUID{}, []uuid.UUID{}
 	for of, n := range u.channels {
 		if n >= ofChannel {
 			channels = append(channels, of)
 		}
 	}
-	for of, n := range u.teams {
-		if n >= ofTeam {
-			teams = append(teams, of)
+	for of, n := range u.payers {
+		if n >= ofPayer {
+			payers = append(payers, of)
 		}
 	}
-	return channels, teams, u.all >= workers
+	return channels, payers, u.all >= workers
 }
 
 // Run delivers events until ctx is done.
@@ -105,7 +110,7 @@ func (s *Service) Run(ctx context.Context) {
 	var wg sync.WaitGroup
 	wg.Go(func() { s.Store.Listen(ctx, s.Log, "wrenn_deliveries", func(string) { s.look() }) })
 	wg.Go(func() { s.prune(ctx) })
-	u := &underWay{channels: make(map[uuid.UUID]int), teams: make(map[uuid.UUID]int)}
+	u := &underWay{channels: make(map[uuid.UUID]int), payers: make(map[uuid.UUID]int)}
 	defer wg.Wait()
 	defer u.wg.Wait()
 	for ctx.Err() == nil {
@@ -131,13 +136,13 @@ func (s *Service) look() {
 // sleep; the end of a delivery wakes it earlier.
 func (s *Service) begin(ctx context.Context, u *underWay) time.Duration {
 	for {
-		channels, teams, full := u.busy()
+		channels, payers, full := u.busy()
 		if full {
 			return time.Minute
 		}
-		d, err := s.Store.ClaimDelivery(ctx, db.ClaimDeliveryParams{Secs: claimFor.Seconds(), BusyChannels: channels, BusyTeams: teams})
+		d, err := s.Store.ClaimDelivery(ctx, db.ClaimDeliveryParams{Secs: claimFor.Seconds(), BusyChannels: channels, BusyPayers: payers})
 		if errors.Is(err, store.ErrNoRows) {
-			secs, err := s.Store.NextDelivery(ctx, db.NextDeliveryParams{BusyChannels: channels, BusyTeams: teams})
+			secs, err := s.Store.NextDelivery(ctx, db.NextDeliveryParams{BusyChannels: channels, BusyPayers: payers})
 			if err != nil {
 				return minWait
 			}
@@ -149,7 +154,7 @@ func (s *Service) begin(ctx context.Context, u *underWay) time.Duration {
 			}
 			return minWait
 		}
-		c, err := s.Store.GetChannel(ctx, d.ChannelID)
+		row, err := s.Store.GetChannelPayer(ctx, d.ChannelID)
 		if errors.Is(err, store.ErrNoRows) {
 			continue // A concurrent request deleted it and its deliveries.
 		}
@@ -157,11 +162,12 @@ func (s *Service) begin(ctx context.Context, u *underWay) time.Duration {
 			s.Log.Warn("look up channel", "error", err)
 			return minWait // The claim on the delivery expires.
 		}
-		u.count(1, c)
+		c, payer := row.Channel, row.Payer
+		u.count(1, c.ID, payer)
 		u.wg.Go(func() {
 			defer s.look()
-			defer u.count(-1, c)
-			if err := s.try(ctx, c, d); err != nil && ctx.Err() == nil {
+			defer u.count(-1, c.ID, payer)
+			if err := s.try(ctx, c, payer, d); err != nil && ctx.Err() == nil {
 				s.Log.Warn("write the result of a delivery", "delivery", d.ID, "error", err)
 			}
 		})
@@ -169,12 +175,19 @@ func (s *Service) begin(ctx context.Context, u *underWay) time.Duration {
 }
 
 // try attempts a delivery and stores the result.
-func (s *Service) try(ctx context.Context, c db.Channel, d db.Delivery) error {
+func (s *Service) try(ctx context.Context, c db.Channel, payer uuid.UUID, d db.Delivery) error {
 	if !c.Enabled {
 		return s.Store.DeliveryTried(ctx, db.DeliveryTriedParams{ID: d.ID, State: "failed", Error: "the channel is disabled"})
 	}
 	if !Confirmed(c) { // Its address changed after the event.
 		return s.Store.DeliveryTried(ctx, db.DeliveryTriedParams{ID: d.ID, State: "failed", Error: errUnconfirmed.Error()})
+	}
+	if c.Kind == Email {
+		if err := s.Limiter.Allow(ctx, limitEvents, payer.String()); fault.Is(err, fault.RateLimited) {
+			return s.Store.DelayDeliveries(ctx, db.DelayDeliveriesParams{Claimed: d.ID, ChannelID: c.ID, Secs: limitEvents.Per.Seconds()})
+		} else if err != nil {
+			return err // The server stops, and the claim expires.
+		}
 	}
 	out := s.deliver(ctx, c, d)
 	if ctx.Err() != nil && out.err != nil {

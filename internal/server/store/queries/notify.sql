@@ -30,8 +30,9 @@ SELECT * FROM channels WHERE team_id = $1 ORDER BY created_at, id;
 -- name: GetTeamChannel :one
 SELECT * FROM channels WHERE id = $1 AND team_id = $2;
 
--- name: GetChannel :one
-SELECT * FROM channels WHERE id = $1;
+-- name: GetChannelPayer :one
+-- A channel with its team's payer, as in GetTeamPayer.
+SELECT sqlc.embed(channels), COALESCE(team_owner(team_id), team_id)::uuid AS payer FROM channels WHERE id = $1;
 
 -- name: UpdateChannel :one
 -- Enabling it resets its failures. A link sent to the old address does not confirm the
@@ -73,22 +74,32 @@ SELECT EXISTS (SELECT 1 FROM deliveries JOIN channels ON channels.id = deliverie
 INSERT INTO deliveries (id, channel_id, event, body, attempts, tried_at, state) VALUES ($1, $2, $3, $4, 1, now(), 'failed') RETURNING *;
 
 -- name: ClaimDelivery :one
--- Claims a due delivery until the claim expires, of a channel and a team below their
+-- Claims a due delivery until the claim expires, of a channel and a payer below their
 -- limits.
 UPDATE deliveries SET attempts = attempts + 1, tried_at = now(), next_at = now() + make_interval(secs => @secs::float8)
 WHERE id = (
     SELECT d.id FROM deliveries d JOIN channels c ON c.id = d.channel_id
-    WHERE d.state = 'pending' AND d.next_at <= now() AND c.id <> ALL (@busy_channels::uuid[]) AND c.team_id <> ALL (@busy_teams::uuid[])
+    WHERE d.state = 'pending' AND d.next_at <= now() AND c.id <> ALL (@busy_channels::uuid[]) AND c.team_id <> ALL (@busy_payers::uuid[])
+      AND c.team_id NOT IN (SELECT m.team_id FROM team_members m WHERE m.user_id = ANY (@busy_payers::uuid[]) AND m.role = 'owner' AND team_owner(m.team_id) = m.user_id)
     ORDER BY d.next_at LIMIT 1 FOR UPDATE OF d SKIP LOCKED)
 RETURNING *;
 
 -- name: NextDelivery :one
 -- Seconds until [ClaimDelivery] will return one.
 SELECT COALESCE(EXTRACT(EPOCH FROM min(d.next_at) - now()), 3600)::float8 AS secs FROM deliveries d JOIN channels c ON c.id = d.channel_id
-WHERE d.state = 'pending' AND c.id <> ALL (@busy_channels::uuid[]) AND c.team_id <> ALL (@busy_teams::uuid[]);
+WHERE d.state = 'pending' AND c.id <> ALL (@busy_channels::uuid[]) AND c.team_id <> ALL (@busy_payers::uuid[])
+  AND c.team_id NOT IN (SELECT m.team_id FROM team_members m WHERE m.user_id = ANY (@busy_payers::uuid[]) AND m.role = 'owner' AND team_owner(m.team_id) = m.user_id);
 
 -- name: DeliveryTried :exec
 UPDATE deliveries SET state = @state, next_at = now() + make_interval(secs => @secs::float8), took_ms = @took_ms, status = @status, error = @error WHERE id = @id;
+
+-- name: DelayDeliveries :exec
+-- Delays the pending deliveries of a channel. Does not count the attempt at the claimed
+-- one, which was not made.
+UPDATE deliveries SET next_at = CASE WHEN deliveries.id = @claimed THEN now() + make_interval(secs => @secs::float8) ELSE GREATEST(deliveries.next_at, now() + make_interval(secs => @secs::float8)) END,
+    attempts = deliveries.attempts - CASE WHEN deliveries.id = @claimed THEN 1 ELSE 0 END
+WHERE deliveries.id = ANY (ARRAY(
+    SELECT d.id FROM deliveries d WHERE d.channel_id = @channel_id AND d.state = 'pending' ORDER BY d.id FOR UPDATE));
 
 -- name: ListDeliveries :many
 SELECT * FROM deliveries WHERE channel_id = @channel_id AND (created_at, id) < (@before_at::timestamptz, @before_id::uuid)
