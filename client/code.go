@@ -50,6 +50,12 @@ type CodeResult struct {
 	ExecutionCount int          `json:"execution_count,omitempty"`
 }
 
+// codeRequest is the body of StreamCode.
+type codeRequest struct {
+	Code
+	Stream bool `json:"stream"`
+}
+
 // RunCode runs code and returns when it has ended. Later calls in the same context see
 // what the code defined. An exception is in the result and is not an error.
 func (c *Client) RunCode(ctx context.Context, id string, code Code) (*CodeResult, error) {
@@ -79,11 +85,7 @@ func (c *Client) StreamCode(ctx context.Context, id string, code Code, each func
 }
 
 func (c *Client) streamCode(ctx context.Context, id string, code Code, each func(CodeEvent) error) error {
-	body := struct {
-		Code
-		Stream bool `json:"stream"`
-	}{code, true}
-	resp, err := c.do(ctx, request{method: http.MethodPost, path: sandboxPath(id, "/code"), json: body})
+	resp, err := c.do(ctx, request{method: http.MethodPost, path: sandboxPath(id, "/code"), json: codeRequest{code, true}})
 	if err != nil {
 		return err
 	}

@@ -27,6 +27,16 @@ type ImportOptions struct {
 	Platform bool
 }
 
+// importRequest is the body of an import from a registry.
+type importRequest struct {
+	Name      string `json:"name"`
+	Reference string `json:"reference"`
+	Username  string `json:"username,omitempty"`
+	Password  string `json:"password,omitempty"`
+	DiskMiB   int    `json:"disk_mib,omitempty"`
+	Inert     bool   `json:"inert,omitempty"`
+}
+
 // Import makes a template from an OCI image and returns when sandboxes can start from
 // it.
 func (c *Client) Import(ctx context.Context, o ImportOptions) (*Template, error) {
@@ -37,14 +47,7 @@ func (c *Client) Import(ctx context.Context, o ImportOptions) (*Template, error)
 	// Not retried: the template may exist.
 	r := request{method: http.MethodPost, path: path}
 	if o.Archive == nil {
-		r.json = struct {
-			Name      string `json:"name"`
-			Reference string `json:"reference"`
-			Username  string `json:"username,omitempty"`
-			Password  string `json:"password,omitempty"`
-			DiskMiB   int    `json:"disk_mib,omitempty"`
-			Inert     bool   `json:"inert,omitempty"`
-		}{o.Name, o.Reference, o.Username, o.Password, o.DiskMiB, o.Inert}
+		r.json = importRequest{o.Name, o.Reference, o.Username, o.Password, o.DiskMiB, o.Inert}
 	} else {
 		r.path += "/archive"
 		r.query = url.Values{"name": {o.Name}}

@@ -247,27 +247,33 @@ type Result struct {
 	Duration  time.Duration
 }
 
+// execRequest is the body of Exec.
+type execRequest struct {
+	Command
+	Stdin         string `json:"stdin,omitempty"`
+	StdinEncoding string `json:"stdin_encoding,omitempty"`
+}
+
+// execResult is the response to it.
+type execResult struct {
+	Stdout     string `json:"stdout"`
+	Stderr     string `json:"stderr"`
+	Encoding   string `json:"encoding"`
+	ExitCode   int    `json:"exit_code"`
+	Error      string `json:"error"`
+	TimedOut   bool   `json:"timed_out"`
+	Truncated  bool   `json:"truncated"`
+	DurationMS int64  `json:"duration_ms"`
+}
+
 // Exec runs a command with stdin as its standard input and returns when it has ended. An
 // exit code other than 0 is not an error.
 func (c *Client) Exec(ctx context.Context, id string, cmd Command, stdin []byte) (*Result, error) {
-	body := struct {
-		Command
-		Stdin         string `json:"stdin,omitempty"`
-		StdinEncoding string `json:"stdin_encoding,omitempty"`
-	}{Command: cmd, Stdin: string(stdin)}
+	body := execRequest{Command: cmd, Stdin: string(stdin)}
 	if !utf8.Valid(stdin) {
 		body.Stdin, body.StdinEncoding = base64.StdEncoding.EncodeToString(stdin), "base64"
 	}
-	var r struct {
-		Stdout     string `json:"stdout"`
-		Stderr     string `json:"stderr"`
-		Encoding   string `json:"encoding"`
-		ExitCode   int    `json:"exit_code"`
-		Error      string `json:"error"`
-		TimedOut   bool   `json:"timed_out"`
-		Truncated  bool   `json:"truncated"`
-		DurationMS int64  `json:"duration_ms"`
-	}
+	var r execResult
 	if err := c.call(ctx, request{method: http.MethodPost, path: sandboxPath(id, "/exec"), json: body, repeatable: cmd.Repeatable}, &r); err != nil {
 		return nil, fmt.Errorf("run command: %w", err)
 	}

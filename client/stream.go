@@ -42,6 +42,29 @@ type Stream struct {
 	Signals <-chan int          // numbers, as Linux on x86-64 has them
 }
 
+// streamStart, streamControl and streamEvent are text messages of ExecStream's connection.
+type (
+	streamStart struct {
+		Command
+		Stdin    bool          `json:"stdin"`
+		Terminal *TerminalSize `json:"terminal,omitempty"`
+	}
+	streamControl struct {
+		Type   string `json:"type"`
+		Cols   int    `json:"cols,omitempty"`
+		Rows   int    `json:"rows,omitempty"`
+		Signal int    `json:"signal,omitempty"`
+	}
+	streamEvent struct {
+		Type     string `json:"type"`
+		ExitCode int    `json:"exit_code"`
+		Error    string `json:"error"`
+		TimedOut bool   `json:"timed_out"`
+		Code     string `json:"code"`
+		Message  string `json:"message"`
+	}
+)
+
 // ExecStream runs a command and returns when it has ended. A Read of s.Stdin may still
 // be under way then; its data is lost.
 func (c *Client) ExecStream(ctx context.Context, id string, s Stream) (*Result, error) {
@@ -67,12 +90,7 @@ func (c *Client) execStream(ctx context.Context, id string, s Stream) (*Result, 
 	defer conn.CloseNow()
 	conn.SetReadLimit(maxMessage)
 
-	start := struct {
-		Command
-		Stdin    bool          `json:"stdin"`
-		Terminal *TerminalSize `json:"terminal,omitempty"`
-	}{s.Command, s.Stdin != nil, s.Terminal}
-	if err := writeJSON(ctx, conn, start); err != nil {
+	if err := writeJSON(ctx, conn, streamStart{s.Command, s.Stdin != nil, s.Terminal}); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithCancel(ctx)
@@ -106,14 +124,7 @@ func receive(ctx context.Context, conn *websocket.Conn, s Stream) (*Result, erro
 			}
 			continue
 		}
-		var e struct {
-			Type     string `json:"type"`
-			ExitCode int    `json:"exit_code"`
-			Error    string `json:"error"`
-			TimedOut bool   `json:"timed_out"`
-			Code     string `json:"code"`
-			Message  string `json:"message"`
-		}
+		var e streamEvent
 		if err := json.Unmarshal(b, &e); err != nil {
 			return nil, fmt.Errorf("read response: %w", err)
 		}
@@ -128,15 +139,9 @@ func receive(ctx context.Context, conn *websocket.Conn, s Stream) (*Result, erro
 
 // sendControl sends terminal sizes and signals until ctx ends.
 func sendControl(ctx context.Context, conn *websocket.Conn, s Stream) {
-	type control struct {
-		Type   string `json:"type"`
-		Cols   int    `json:"cols,omitempty"`
-		Rows   int    `json:"rows,omitempty"`
-		Signal int    `json:"signal,omitempty"`
-	}
 	resize, signals := s.Resize, s.Signals
 	for {
-		var m control
+		var m streamControl
 		select {
 		case <-ctx.Done():
 			return
@@ -145,13 +150,13 @@ func sendControl(ctx context.Context, conn *websocket.Conn, s Stream) {
 				resize = nil
 				continue
 			}
-			m = control{Type: "resize", Cols: size.Cols, Rows: size.Rows}
+			m = streamControl{Type: "resize", Cols: size.Cols, Rows: size.Rows}
 		case sig, ok := <-signals:
 			if !ok {
 				signals = nil
 				continue
 			}
-			m = control{Type: "signal", Signal: sig}
+			m = streamControl{Type: "signal", Signal: sig}
 		}
 		if writeJSON(ctx, conn, m) != nil {
 			return // the reader finds out why

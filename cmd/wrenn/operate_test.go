@@ -48,6 +48,23 @@ func TestHangupReloadsTheLog(t *testing.T) {
 	}
 }
 
+// TestHelpHasSettings checks that --help prints the settings of the program, which
+// TestHelp in internal/settings/all compares with docs/configuration.md.
+func TestHelpHasSettings(t *testing.T) {
+	for _, p := range []settings.Program{all.ServerProgram, all.AgentProgram} {
+		var printed strings.Builder
+		root := rootCommand()
+		root.SetOut(&printed)
+		root.SetArgs([]string{p.Name, "--help"})
+		if err := root.Execute(); err != nil {
+			t.Fatal(err)
+		}
+		if len(p.Settings) < 20 || !strings.Contains(printed.String(), p.Help()) {
+			t.Errorf("wrenn %s --help prints\n%s", p.Name, printed.String())
+		}
+	}
+}
+
 // TestProfiles checks that only a Unix socket of the program's user serves profiles.
 func TestProfiles(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "debug.sock")

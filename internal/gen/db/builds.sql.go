@@ -537,41 +537,6 @@ func (q *Queries) GetArchiveChunk(ctx context.Context, arg GetArchiveChunkParams
 	return data, err
 }
 
-const getBuild = `-- name: GetBuild :one
-SELECT id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes, trace FROM builds WHERE id = $1
-`
-
-func (q *Queries) GetBuild(ctx context.Context, id uuid.UUID) (Build, error) {
-	row := q.db.QueryRow(ctx, getBuild, id)
-	var i Build
-	err := row.Scan(
-		&i.ID,
-		&i.TeamID,
-		&i.Name,
-		&i.Tags,
-		&i.Recipe,
-		&i.Archive,
-		&i.Options,
-		&i.State,
-		&i.TotalSteps,
-		&i.DoneSteps,
-		&i.Error,
-		&i.TemplateID,
-		&i.Version,
-		&i.Worker,
-		&i.LeaseUntil,
-		&i.Attempts,
-		&i.Cancelling,
-		&i.CreatedAt,
-		&i.StartedAt,
-		&i.EndedAt,
-		&i.Registry,
-		&i.LogBytes,
-		&i.Trace,
-	)
-	return i, err
-}
-
 const getTeamBuild = `-- name: GetTeamBuild :one
 SELECT id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes, trace FROM builds WHERE id = $1 AND team_id = $2
 `

@@ -15,7 +15,8 @@ import (
 // TestQueriesAreCalled checks that the program, and not only a test, calls every query.
 func TestQueriesAreCalled(t *testing.T) {
 	called := make(map[string]bool)
-	err := filepath.WalkDir("../..", func(path string, d fs.DirEntry, err error) error {
+	// Only the server's own packages: the client has methods of the same names.
+	err := filepath.WalkDir("..", func(path string, d fs.DirEntry, err error) error {
 		switch {
 		case err != nil:
 			return err

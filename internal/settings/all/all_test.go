@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -122,10 +123,28 @@ func TestCodeUsesOnlySettings(t *testing.T) {
 	}
 }
 
+// TestHelp checks that docs/configuration.md has the names, values and meanings that the
+// programs print, in the same order.
 func TestHelp(t *testing.T) {
-	for _, s := range ServerProgram.Settings {
-		if !strings.Contains(ServerProgram.Help(), "\n  "+s.Name+" (") || !bytes.Contains([]byte(markdown()), []byte("| `"+s.Name+"` |")) {
-			t.Errorf("%s is missing in --help or in the documentation", s.Name)
+	printed := regexp.MustCompile(`(?m)^  (\w+) \((.+)\)\n      (.+)$`)
+	row := regexp.MustCompile("(?m)^\\| `(\\w+)` \\| (.+?) \\| (.+) \\|$")
+	page, err := os.ReadFile(filepath.Join(root, "docs", "configuration.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for heading, p := range map[string]settings.Program{"## The server\n": ServerProgram, "## The agent\n": AgentProgram} {
+		_, rest, _ := strings.Cut(string(page), heading)
+		section, _, _ := strings.Cut(rest, "\n## ")
+		help := printed.FindAllStringSubmatch(p.Help(), -1)
+		table := row.FindAllStringSubmatch(strings.ReplaceAll(section, `\|`, "|"), -1)
+		if len(help) != len(p.Settings) || len(table) != len(help) {
+			t.Errorf("the %s has %d settings, prints %d and documents %d", p.Name, len(p.Settings), len(help), len(table))
+			continue
+		}
+		for i, h := range help {
+			if !slices.Equal(h[1:], table[i][1:]) {
+				t.Errorf("the %s prints %q and documents %q", p.Name, h[1:], table[i][1:])
+			}
 		}
 	}
 }

@@ -5,9 +5,6 @@ SELECT @id, @team_id, @name, @tags, @recipe, sqlc.narg('archive'), @options, sql
 WHERE (SELECT count(*) FROM builds AS other WHERE other.team_id = @team_id AND other.state IN ('queued', 'running')) < @most::bigint
 RETURNING *;
 
--- name: GetBuild :one
-SELECT * FROM builds WHERE id = $1;
-
 -- name: GetTeamBuild :one
 SELECT * FROM builds WHERE id = $1 AND team_id = $2;
 
