@@ -47,6 +47,7 @@ var gathers = map[string]string{
 	"internal/agent/network.receive":        "passes each piece on",
 	"internal/agent/sandbox.clean":          "the agent's own leftovers",
 	"internal/agent/vmm/qemu.Devices":       "io.ReadAll of a bounded file, which is linear",
+	"internal/cli.json":                     "check: json",
 	"internal/cli.source":                   "what the user types",
 	"internal/envd.init":                    "4 MiB of the agent's, by io.ReadAll",
 	"internal/envd/account.eachLine":        "the guest's own, of bounded size",
