@@ -368,7 +368,7 @@ func TestWatchDirRecursive(t *testing.T) {
 	_ = os.WriteFile(out+"/z/b/unseen", nil, 0o644)
 	g.file("seen", "", 0o644)
 	for name := ""; name != "seen"; {
-		e := await.Recv(t, "the watch goes on", w.events)
+		e := await.Recv(t, "the watch continues", w.events)
 		if name = e.GetName(); strings.Contains(name, "unseen") {
 			t.Errorf("seen outside: %s", describe(e))
 		}

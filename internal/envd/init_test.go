@@ -21,7 +21,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
-// notes is a machine that records what it is told.
+// notes is a fake machine that records its calls.
 type notes struct {
 	mu   sync.Mutex
 	told []string

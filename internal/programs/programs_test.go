@@ -30,7 +30,7 @@ var starters = map[string][]string{
 var elsewhere = map[string]string{
 	"internal/envd":     "runs in the guest",
 	"internal/programs": "is the table",
-	"test":              "runs in tests alone",
+	"test":              "only tests run it",
 	".cache":            "is not the source",
 	"bin":               "is not the source",
 }

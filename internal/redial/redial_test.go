@@ -89,7 +89,8 @@ func TestWaitsForServer(t *testing.T) {
 	}
 }
 
-// TestNobodyListens is refused soon, and does not try too often, whatever it is told.
+// TestNobodyListens checks that a refused dial fails soon and does not retry too often,
+// whatever its settings.
 func TestNobodyListens(t *testing.T) {
 	for name, hurries := range map[string]bool{"pauses": false, "hurries": true} {
 		t.Run(name, func(t *testing.T) {
@@ -155,7 +156,7 @@ func TestFullBacklog(t *testing.T) {
 	}
 }
 
-// TestLate gives up when it is told to, with an error that says that time ran out.
+// TestLate checks that a dial gives up at its deadline, with an error that says so.
 func TestLate(t *testing.T) {
 	l := full(t)
 	var calls atomic.Int32

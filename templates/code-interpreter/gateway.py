@@ -159,7 +159,7 @@ class Context:
                     continue
                 if self.death in ready:
                     self.restart()
-                    yield failure("KernelDied", "the context's process ended and was started anew: nothing is defined any more")
+                    yield failure("KernelDied", "the context's process ended and was restarted: its variables are lost")
                     return
                 if caller in ready:
                     poller.unregister(caller)
@@ -171,22 +171,23 @@ class Context:
                     continue
                 if stopping is not None:
                     self.restart()
-                    yield failure("KernelRestarted", "the code did not end when it was interrupted: nothing is defined any more")
+                    yield failure("KernelRestarted", "the code did not stop when it was interrupted, so the context was restarted: its variables are lost")
                     return
                 stopping, deadline = True, time.monotonic() + PATIENCE
                 self.manager.interrupt_kernel()
             if reply is not None and reply.get("status") == "aborted":
-                yield failure("Aborted", "the kernel has not run the code")
+                yield failure("Aborted", "the kernel did not run the code")
             if reply is not None and not silent and "execution_count" in reply:
                 yield {"type": "number_of_executions", "execution_count": reply["execution_count"]}
         except GeneratorExit:
-            # The client has left. Do not let the next execution wait for this one.
+            # The client has disconnected. Do not let the next execution wait for this one.
             self.manager.interrupt_kernel()
-            if not self.settle(request):
+            if not self.wait_for_reply(request):
                 self.restart()
             raise
 
-    def settle(self, request):
+    def wait_for_reply(self, request):
+        """Reports whether the kernel replies to a request within PATIENCE."""
         end = time.monotonic() + PATIENCE
         while (left := end - time.monotonic()) > 0:
             if not self.shell.poll(left * 1000):
@@ -231,7 +232,7 @@ def bounded(events):
             if left < 0:
                 if not dropped:
                     dropped = True
-                    yield json.dumps({"type": "stderr", "text": "\n[what is beyond %d MiB of output is left out]\n" % (MAX_OUTPUT >> 20)}) + "\n"
+                    yield json.dumps({"type": "stderr", "text": "\n[output beyond %d MiB is omitted]\n" % (MAX_OUTPUT >> 20)}) + "\n"
                 continue
         yield line
 
@@ -246,7 +247,7 @@ class Gateway:
             self.contexts["default"].identity = self.identity
 
     def become(self):
-        """Detects that this machine has become a sandbox, or another one."""
+        """Notices if this machine has become another sandbox, and loads its environment."""
         with self.lock:
             name = socket.gethostname()
             if name != self.identity:
@@ -266,7 +267,7 @@ class Gateway:
         self.become()
         with self.lock:
             if len(self.contexts) >= MAX_CONTEXTS:
-                raise Refused(409, "there are %d contexts: remove one first" % MAX_CONTEXTS)
+                raise Refused(409, "there are %d contexts already, which is the limit: delete one first" % MAX_CONTEXTS)
             name = str(uuid.uuid4())
             self.contexts[name] = None  # reserves the place
         try:
@@ -282,7 +283,7 @@ class Gateway:
 
     def remove(self, name):
         if name == "default":
-            raise Refused(400, "the default context stays: restart it")
+            raise Refused(400, "the default context cannot be deleted: restart it instead")
         self.get(name)
         with self.lock:
             c = self.contexts.pop(name, None)
@@ -299,7 +300,7 @@ class Gateway:
     def execute(self, body, connection):
         c = self.get(body.get("context_id"))
         if body.get("language") not in (None, "python", "python3"):
-            raise Refused(400, "language: there is python alone")
+            raise Refused(400, "language: only python is supported")
         code, env, timeout = body.get("code"), body.get("env_vars") or {}, body.get("timeout") or DEFAULT_TIMEOUT
         if not isinstance(code, str) or not isinstance(env, dict) or not isinstance(timeout, (int, float)):
             raise Refused(400, "code must be text, env_vars an object, timeout a number of seconds")
@@ -371,11 +372,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             body = json.loads(data or b"null")
         except ValueError:
-            raise Refused(400, "the body is no JSON")
+            raise Refused(400, "the body is not JSON")
         if body is None:
             body = {}
         if not isinstance(body, dict):
-            raise Refused(400, "the body is no JSON object")
+            raise Refused(400, "the body is not a JSON object")
         return body
 
     def serve(self):
@@ -401,7 +402,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.answer(200, [c.describe() for c in all])
                 case ["POST", "contexts"]:
                     if body.get("language") not in (None, "python", "python3"):
-                        raise Refused(400, "language: there is python alone")
+                        raise Refused(400, "language: only python is supported")
                     self.answer(201, g.create(body.get("cwd")).describe())
                 case ["DELETE", "contexts", name]:
                     g.remove(name)

@@ -23,7 +23,7 @@ func (h *host) nests(t *testing.T, sandbox uuid.UUID) bool {
 }
 
 // TestNestedTeams checks that only guests of the configured teams may run VMs, for life,
-// and that their saved states start for those teams alone.
+// and that their saved states start only for those teams.
 func TestNestedTeams(t *testing.T) {
 	ours, theirs := uuid.New(), uuid.New()
 	w := newWorld(t, 1)

@@ -412,7 +412,7 @@ func (b *box) restoreSaved(ctx context.Context) (err error) {
 		return err
 	}
 	if err := b.m.Driver.Restores(b.savedBy(origin)); err != nil {
-		return failBecause(err, ErrState, "the paused sandbox cannot go on on this host: it was saved by another virtual machine monitor")
+		return failBecause(err, ErrState, "the paused sandbox cannot continue on this host, because another virtual machine monitor saved it")
 	}
 	if err := b.checkNesting(b.savedBy(origin), ErrState, "the paused sandbox"); err != nil {
 		return err

@@ -163,7 +163,7 @@ func TestEnds(t *testing.T) {
 				return server, client
 			}
 		}
-		// One half ends, and the other goes on.
+		// One half ends, and the other continues.
 		a, b := pair()
 		says(a, "request")
 		closes(a)

@@ -2522,7 +2522,7 @@ type ImportPlatformArchiveParams struct {
 	// this schema does not say so: the validator ignores `not` in a parameter's schema.
 	Name ImportName `form:"name" json:"name"`
 
-	// Tag The image's name in the archive, which may be left out if there is one alone.
+	// Tag The image's name in the archive, which may be left out if the archive has only one image.
 	Tag *string `form:"tag,omitempty" json:"tag,omitempty"`
 
 	// DiskMib Size of the template's disk.
@@ -2771,7 +2771,7 @@ type ImportArchiveParams struct {
 	// this schema does not say so: the validator ignores `not` in a parameter's schema.
 	Name ImportName `form:"name" json:"name"`
 
-	// Tag The image's name in the archive, which may be left out if there is one alone.
+	// Tag The image's name in the archive, which may be left out if the archive has only one image.
 	Tag *string `form:"tag,omitempty" json:"tag,omitempty"`
 
 	// DiskMib Size of the template's disk.

@@ -62,7 +62,7 @@ func allowPages(h http.Header) {
 }
 
 // filterPort returns a filter of the response headers of the port whose name is
-// host. A guest's cookies are for that name alone.
+// host. A guest's cookies are only for that name.
 func filterPort(host string) func(http.Header) {
 	return func(h http.Header) {
 		for name := range h {
@@ -83,7 +83,7 @@ func filterPort(host string) func(http.Header) {
 }
 
 // ownCookie removes every Domain other than host from the value of a Set-Cookie field,
-// so that the cookie is for host alone.
+// so that the cookie is only for host.
 func ownCookie(cookie, host string) string {
 	parts := strings.Split(cookie, ";")
 	return strings.Join(append(parts[:1], slices.DeleteFunc(parts[1:], func(part string) bool {

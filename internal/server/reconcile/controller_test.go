@@ -307,10 +307,10 @@ func TestLedger(t *testing.T) {
 	}
 }
 
-// TestAdoptedMeanwhile makes another server take this one for dead and adopt a sandbox or
+// TestAdoptedByAnotherServer makes another server take this one for dead and adopt a sandbox or
 // a fork that it creates. When the host responds, the sandbox is as requested, and is not
 // destroyed.
-func TestAdoptedMeanwhile(t *testing.T) {
+func TestAdoptedByAnotherServer(t *testing.T) {
 	for call, ask := range map[string]func(context.Context, *sandboxes.Service, uuid.UUID) (sandboxes.State, error){
 		"create": func(ctx context.Context, s *sandboxes.Service, _ uuid.UUID) (sandboxes.State, error) {
 			row, _, err := s.Create(ctx, uuid.Nil, sandboxes.CreateParams{Template: "minimal"}, "")

@@ -1,5 +1,5 @@
-// floor answers each byte that it is sent at once; before it answers an 'x', it
-// runs true and waits for its end. Nothing in a guest runs a program sooner.
+// floor sends back each byte that it receives. Before it sends back an 'x', it runs
+// true and waits until that has exited. No program in a guest can be run sooner.
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <stdlib.h>

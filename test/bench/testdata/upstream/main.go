@@ -1,5 +1,5 @@
-// Command upstream is the small server in a guest that the front door's
-// benchmark asks.
+// Command upstream is the small HTTP server that the benchmark of the front door
+// starts in a guest.
 package main
 
 import (
