@@ -10,8 +10,8 @@ import (
 
 	"connectrpc.com/connect"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/clienterr"
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
-	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 )
 
@@ -77,7 +77,7 @@ func (s *service) ReadFile(ctx context.Context, req *connect.Request[pb.ReadFile
 		return nil, s.fault(ctx, "read file", useError(use, err))
 	}
 	if len(content) > maxFile {
-		return nil, connect.NewError(connect.CodeResourceExhausted, told.New("the file is larger than %d MiB; read it as a stream", maxFile>>20))
+		return nil, connect.NewError(connect.CodeResourceExhausted, clienterr.New("the file is larger than %d MiB; read it as a stream", maxFile>>20))
 	}
 	return connect.NewResponse(&pb.ReadFileResponse{Content: content}), nil
 }

@@ -13,8 +13,8 @@ import (
 
 	"connectrpc.com/connect"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/clienterr"
 	"github.com/wrenn-dev/wrenn/internal/agent/proxy"
-	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/patience"
@@ -78,7 +78,7 @@ func (a *Agent) options() []connect.HandlerOption {
 }
 
 // shown is an interceptor that replaces the text of errors unless it was written for
-// clients (see [told]), and logs what it replaces. At debug level it logs every call.
+// clients (see [clienterr]), and logs what it replaces. At debug level it logs every call.
 type shown struct{ *Agent }
 
 func (s shown) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
@@ -125,9 +125,9 @@ func (s shown) show(ctx context.Context, procedure string, err error) error {
 		}
 		ce = connect.NewError(code, err)
 	}
-	out, hid := told.Shown(ce)
+	out, hid := clienterr.Shown(ce)
 	if hid {
-		s.log.WarnContext(ctx, "request failed", "request_id", requestid.From(ctx), "procedure", procedure, "code", ce.Code(), "told", out.Message(), "error", err)
+		s.log.WarnContext(ctx, "request failed", "request_id", requestid.From(ctx), "procedure", procedure, "code", ce.Code(), "client_sees", out.Message(), "error", err)
 	}
 	return out
 }
@@ -135,7 +135,7 @@ func (s shown) show(ctx context.Context, procedure string, err error) error {
 // recovered logs a handler's panic, and returns the error for its client.
 func (a *Agent) recovered(ctx context.Context, spec connect.Spec, _ http.Header, v any) error {
 	a.log.ErrorContext(ctx, "panic", "request_id", requestid.From(ctx), "procedure", spec.Procedure, "value", fmt.Sprint(v), "stack", string(debug.Stack()))
-	return connect.NewError(connect.CodeInternal, told.New("the host failed"))
+	return connect.NewError(connect.CodeInternal, clienterr.New("the host failed"))
 }
 
 func (a *Agent) allowed(r *http.Request) bool {

@@ -19,10 +19,10 @@ import (
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/clienterr"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci"
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
-	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
@@ -58,7 +58,7 @@ type importing struct {
 }
 
 // errRemoved is the cause with which end cancels an import.
-var errRemoved = connect.NewError(connect.CodeAborted, told.New("the template was deleted during its import"))
+var errRemoved = connect.NewError(connect.CodeAborted, clienterr.New("the template was deleted during its import"))
 
 // end cancels the template's import, if one runs, and waits until it has ended.
 func (i *imports) end(ctx context.Context, template uuid.UUID) error {
@@ -162,7 +162,7 @@ func (s *spool) reserve(n int64) error {
 		all += b
 	}
 	if all > s.room/spoolShare || i.spooled[s.payer]+n > s.room/spoolShare/payerShare {
-		return connect.NewError(connect.CodeResourceExhausted, told.New("this host has not enough disk space for the image now"))
+		return connect.NewError(connect.CodeResourceExhausted, clienterr.New("this host has not enough disk space for the image now"))
 	}
 	if i.spooled == nil {
 		i.spooled = map[string]int64{}
@@ -433,7 +433,7 @@ func blame(registry bool, err error) error {
 		errors.As(err, &exit), errors.As(err, &said), errors.As(err, &file) && !errors.Is(err, fs.ErrNotExist):
 		return err
 	case registry:
-		if _, ok := told.Text(err); !ok {
+		if _, ok := clienterr.Text(err); !ok {
 			err = oci.NoRegistry(err)
 		}
 		return connect.NewError(connect.CodeUnavailable, err)
@@ -477,7 +477,7 @@ func keep(file string, archive io.Reader, most int64, disk *room.Room, held *spo
 	if magic, err := in.Peek(2); err == nil && magic[0] == 0x1f && magic[1] == 0x8b { // RFC 1952
 		z, err := gzip.NewReader(in)
 		if err != nil {
-			return 0, connect.NewError(connect.CodeInvalidArgument, told.Because(err, "archive: cannot be read"))
+			return 0, connect.NewError(connect.CodeInvalidArgument, clienterr.Because(err, "archive: cannot be read"))
 		}
 		defer z.Close()
 		r = &ratio{counted{Reader: z}, received}
@@ -488,7 +488,7 @@ func keep(file string, archive io.Reader, most int64, disk *room.Room, held *spo
 	}
 	n, err := io.Copy(held.writer(disk.Writer(f)), io.LimitReader(r, most+1))
 	if errors.Is(err, gzip.ErrHeader) || errors.Is(err, gzip.ErrChecksum) || errors.Is(err, io.ErrUnexpectedEOF) {
-		err = connect.NewError(connect.CodeInvalidArgument, told.Because(err, "archive: cannot be read"))
+		err = connect.NewError(connect.CodeInvalidArgument, clienterr.Because(err, "archive: cannot be read"))
 	}
 	if err := errors.Join(err, f.Close()); err != nil {
 		return 0, fmt.Errorf("receive archive: %w", err)

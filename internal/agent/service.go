@@ -9,11 +9,11 @@ import (
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/clienterr"
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
-	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
@@ -52,7 +52,7 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 	if lost && !guest.Said(err) && s.sandboxes.DiskFull() {
 		// QEMU stops a machine that cannot write to its disk, so a silent guest
 		// most likely means a full disk.
-		return connect.NewError(connect.CodeResourceExhausted, told.New("this host has no disk space left"))
+		return connect.NewError(connect.CodeResourceExhausted, clienterr.New("this host has no disk space left"))
 	}
 	if isConnect && !notStarted {
 		return ce
@@ -106,7 +106,7 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 }
 
 func invalid(format string, args ...any) error {
-	return connect.NewError(connect.CodeInvalidArgument, told.New(format, args...))
+	return connect.NewError(connect.CodeInvalidArgument, clienterr.New(format, args...))
 }
 
 func parse(k id.Kind, what, s string) (uuid.UUID, error) {
@@ -148,7 +148,7 @@ func callError(use *sandbox.Use, err error) error {
 	err = useError(use, err)
 	var state *sandbox.StateError
 	if errors.As(err, &state) && state.State != sandbox.Stopping {
-		return connect.NewError(connect.CodeFailedPrecondition, told.New("the sandbox became %s during the call, which may have taken effect", state.State))
+		return connect.NewError(connect.CodeFailedPrecondition, clienterr.New("the sandbox became %s during the call, which may have taken effect", state.State))
 	}
 	return err
 }

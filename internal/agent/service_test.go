@@ -14,9 +14,9 @@ import (
 
 	"connectrpc.com/connect"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/clienterr"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci"
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
-	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
@@ -61,7 +61,7 @@ func TestErrorsAreForClients(t *testing.T) {
 		{"a bare code", connect.NewError(connect.CodeUnavailable, inner), connect.CodeUnavailable, "the host cannot do this now", ""},
 		{"captures", fmt.Errorf("snapshot: %w", sandbox.ErrCaptures), connect.CodeFailedPrecondition, "the sandbox has been captured as often as it can be", hostwire.CaptureLimit},
 		{"a host's failure", fmt.Errorf("create: %w", sandbox.ErrStart), connect.CodeUnavailable, "the sandbox did not start", ""},
-		{"a guest's failure", errors.Join(sandbox.ErrGuest, connect.NewError(connect.CodeInvalidArgument, told.New("no such user"))), connect.CodeUnavailable, "the sandbox's guest did not start", hostwire.GuestStart},
+		{"a guest's failure", errors.Join(sandbox.ErrGuest, connect.NewError(connect.CodeInvalidArgument, clienterr.New("no such user"))), connect.CodeUnavailable, "the sandbox's guest did not start", hostwire.GuestStart},
 		{"a slow guest", fmt.Errorf("create: %w", sandbox.ErrSlow), connect.CodeUnavailable, "the sandbox's guest did not start in time", hostwire.GuestSlow},
 		{"a call that a pause cut off", callError(paused, inner), connect.CodeFailedPrecondition, "the sandbox became paused during the call, which may have taken effect", ""},
 		{"state", fmt.Errorf("/var/lib: %w", &sandbox.StateError{State: sandbox.Paused}), connect.CodeFailedPrecondition, "the sandbox is paused", ""},
@@ -113,7 +113,7 @@ func TestRegistryTexts(t *testing.T) {
 			if err = blame(true, err); !errors.As(err, &ce) {
 				ce = connect.NewError(connect.CodeUnavailable, err)
 			}
-			shown, _ := told.Shown(ce)
+			shown, _ := clienterr.Shown(ce)
 			if shown.Message() != texts[want] {
 				t.Errorf("%s: a tenant gets %q, want %q", what, shown.Message(), texts[want])
 			}

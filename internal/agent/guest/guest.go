@@ -18,7 +18,7 @@ import (
 
 	"connectrpc.com/connect"
 
-	"github.com/wrenn-dev/wrenn/internal/agent/told"
+	"github.com/wrenn-dev/wrenn/internal/agent/clienterr"
 	"github.com/wrenn-dev/wrenn/internal/backoff"
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
@@ -287,7 +287,7 @@ func (c *Client) Read(ctx context.Context, user, path string, offset, length int
 		if n, err := strconv.ParseInt(total, 10, 64); err == nil && offset <= n && n >= 0 {
 			return io.NopCloser(strings.NewReader("")), n, nil
 		}
-		return nil, 0, connect.NewError(connect.CodeOutOfRange, told.New("the offset is past the end of the file"))
+		return nil, 0, connect.NewError(connect.CodeOutOfRange, clienterr.New("the offset is past the end of the file"))
 	case ranged:
 		// The guest sends a file of unknown size, such as one in /proc, from its beginning.
 		return c.skip(ctx, resp, offset, length)
@@ -300,7 +300,7 @@ func (c *Client) skip(ctx context.Context, resp *http.Response, offset, length i
 	if _, err := io.CopyN(io.Discard, body, offset); err != nil {
 		body.Close()
 		if errors.Is(err, io.EOF) {
-			err = connect.NewError(connect.CodeOutOfRange, told.New("the offset is past the end of the file"))
+			err = connect.NewError(connect.CodeOutOfRange, clienterr.New("the offset is past the end of the file"))
 		}
 		return nil, 0, err
 	}
@@ -435,7 +435,7 @@ func own(code connect.Code, message string) *connect.Error {
 		// The agent's token is right, so it is the user who is unknown.
 		code = connect.CodeInvalidArgument
 	}
-	err := connect.NewError(code, told.New("%s", text.Clean(message, maxError)))
+	err := connect.NewError(code, clienterr.New("%s", text.Clean(message, maxError)))
 	err.Meta().Set(SourceHeader, SourceGuest)
 	return err
 }
@@ -449,9 +449,9 @@ func lost(ctx context.Context, err error) error {
 		case errors.As(cause, &ce):
 			return ce
 		case errors.Is(cause, context.DeadlineExceeded):
-			return connect.NewError(connect.CodeDeadlineExceeded, told.New("the sandbox did not respond in time"))
+			return connect.NewError(connect.CodeDeadlineExceeded, clienterr.New("the sandbox did not respond in time"))
 		case errors.Is(cause, context.Canceled):
-			return connect.NewError(connect.CodeCanceled, told.New("the request was cancelled"))
+			return connect.NewError(connect.CodeCanceled, clienterr.New("the request was cancelled"))
 		}
 		return connect.NewError(connect.CodeUnavailable, cause)
 	}
@@ -459,7 +459,7 @@ func lost(ctx context.Context, err error) error {
 	if errors.As(err, &ce) {
 		return ce
 	}
-	return connect.NewError(connect.CodeUnavailable, told.Because(reason(err), "the sandbox did not respond"))
+	return connect.NewError(connect.CodeUnavailable, clienterr.Because(reason(err), "the sandbox did not respond"))
 }
 
 // unreadable makes the error of a response that the daemon should never send.
@@ -467,7 +467,7 @@ func unreadable(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return lost(ctx, err)
 	}
-	return connect.NewError(connect.CodeUnavailable, told.Because(err, "the sandbox's daemon sent an invalid response"))
+	return connect.NewError(connect.CodeUnavailable, clienterr.Because(err, "the sandbox's daemon sent an invalid response"))
 }
 
 // fromConnect converts an error of the Connect client to one of this package.
@@ -488,7 +488,7 @@ func fromConnect(ctx context.Context, err error) error {
 	case ce != nil && ce.Code() == connect.CodeUnauthenticated:
 		return own(ce.Code(), "the sandbox has no such user") // a bare status 401
 	}
-	return connect.NewError(connect.CodeUnavailable, told.Because(reason(err), "the sandbox did not respond"))
+	return connect.NewError(connect.CodeUnavailable, clienterr.Because(reason(err), "the sandbox did not respond"))
 }
 
 // reason removes the URL from a request's error, because the guest's address on its host

@@ -12,9 +12,9 @@ import (
 	"time"
 	"unicode"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/clienterr"
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
-	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/backoff"
@@ -311,7 +311,7 @@ func startError(err error) error {
 	case errors.Is(err, ErrSlow):
 		kind = ErrSlow
 	}
-	if text, ok := told.Text(err); ok {
+	if text, ok := clienterr.Text(err); ok {
 		return failBecause(err, kind, "the sandbox did not start: %s", text)
 	}
 	return failBecause(err, kind, "the sandbox did not start")

@@ -9,8 +9,8 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/clienterr"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
-	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/room"
 )
@@ -220,7 +220,7 @@ func TestCaptureLimit(t *testing.T) {
 		}
 	}
 	_, err := h.Snapshot(t.Context(), sandbox, uuid.New(), "x", nil)
-	if text, ok := told.Text(err); !errors.Is(err, ErrCaptures) || errors.Is(err, ErrExhausted) || !ok || !strings.Contains(text, "64 times") {
+	if text, ok := clienterr.Text(err); !errors.Is(err, ErrCaptures) || errors.Is(err, ErrExhausted) || !ok || !strings.Contains(text, "64 times") {
 		t.Errorf("capture %d: %v, with the message %q", maxDisks+1, err, text)
 	}
 	h.runs(t, sandbox, 0)
@@ -250,7 +250,7 @@ func TestCapturesTakeBoundedSpace(t *testing.T) {
 		template := uuid.New()
 		tpl, err := h.Snapshot(t.Context(), sandbox, template, "x", nil)
 		if taken >= 128 { // plus the overlays' own data
-			if text, _ := told.Text(err); !errors.Is(err, ErrCaptures) || !strings.Contains(text, "while they take 128") {
+			if text, _ := clienterr.Text(err); !errors.Is(err, ErrCaptures) || !strings.Contains(text, "while they take 128") {
 				t.Fatalf("capture %d: %v, with the message %q", n, err, text)
 			}
 			return

@@ -8,50 +8,50 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/clienterr"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
-	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	"github.com/wrenn-dev/wrenn/internal/condition"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
 // The kinds of errors of requests. Errors wrap these and have a text for clients.
 var (
-	ErrInvalid  = told.New("invalid request")
-	ErrNotFound = told.New("not found")
-	ErrExists   = told.New("already exists")
+	ErrInvalid  = clienterr.New("invalid request")
+	ErrNotFound = clienterr.New("not found")
+	ErrExists   = clienterr.New("already exists")
 	// ErrState is wrapped by [StateError].
-	ErrState = told.New("the sandbox is in the wrong state")
+	ErrState = clienterr.New("the sandbox is in the wrong state")
 	// ErrInUse means that PauseIdle did not pause a sandbox because it is in use.
-	ErrInUse     = told.New("the sandbox is in use")
-	ErrExhausted = told.New("this host has no room")
+	ErrInUse     = clienterr.New("the sandbox is in use")
+	ErrExhausted = clienterr.New("this host has no room")
 	// ErrCaptures means that a sandbox has reached the limit of captures.
-	ErrCaptures = told.New("the sandbox has been captured as often as it can be")
+	ErrCaptures = clienterr.New("the sandbox has been captured as often as it can be")
 	// ErrUnread means that the host cannot tell whether it has a sandbox.
-	ErrUnread  = told.New("the host cannot read all of its sandboxes' records now")
-	ErrClosing = told.New("the host agent is stopping")
+	ErrUnread  = clienterr.New("the host cannot read all of its sandboxes' records now")
+	ErrClosing = clienterr.New("the host agent is stopping")
 	// ErrStart means that the start of a sandbox failed.
-	ErrStart = told.New("the sandbox did not start")
+	ErrStart = clienterr.New("the sandbox did not start")
 	// ErrGuest means that the start failed because of the guest, not the host.
-	ErrGuest = told.New("the sandbox's guest did not start")
+	ErrGuest = clienterr.New("the sandbox's guest did not start")
 	// ErrSlow means that the guest took too long to start, for an unknown reason.
-	ErrSlow = told.New("the sandbox's guest did not start in time")
+	ErrSlow = clienterr.New("the sandbox's guest did not start in time")
 )
 
 // failure is an error of one of the kinds above, with its own text for clients.
 type failure struct {
-	error // a [told.Error] without the kind
+	error // a [clienterr.Error] without the kind
 	kind  error
 }
 
 func (f *failure) Unwrap() []error { return []error{f.error, f.kind} }
 
 func fail(kind error, format string, args ...any) error {
-	return &failure{told.New(format, args...), kind}
+	return &failure{clienterr.New(format, args...), kind}
 }
 
 // failBecause is fail with a cause for the log.
 func failBecause(cause, kind error, format string, args ...any) error {
-	return &failure{told.Because(cause, format, args...), kind}
+	return &failure{clienterr.Because(cause, format, args...), kind}
 }
 
 // State is the state of a sandbox.
@@ -80,8 +80,8 @@ type StateError struct{ State State }
 func (e *StateError) Error() string { return fmt.Sprintf("the sandbox is %s", e.State) }
 func (e *StateError) Unwrap() error { return ErrState }
 
-// Told returns the text, which is for clients.
-func (e *StateError) Told() string { return e.Error() }
+// ForClients returns the text, which is for clients.
+func (e *StateError) ForClients() string { return e.Error() }
 
 // Spec describes a sandbox to create.
 type Spec struct {

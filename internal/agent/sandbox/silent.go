@@ -4,8 +4,8 @@ import (
 	"context"
 	"time"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/clienterr"
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
-	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	"github.com/wrenn-dev/wrenn/internal/backoff"
 	"github.com/wrenn-dev/wrenn/internal/condition"
 )
@@ -106,7 +106,7 @@ func (b *box) silence() error {
 	if i.State != Running || i.Condition == nil {
 		return nil
 	}
-	return told.New("the sandbox has not answered since %s (%s): reboot it, which keeps its disk, or wait", i.Condition.Since.Format(time.RFC3339), i.Condition.Reason.Text())
+	return clienterr.New("the sandbox has not answered since %s (%s): reboot it, which keeps its disk, or wait", i.Condition.Since.Format(time.RFC3339), i.Condition.Reason.Text())
 }
 
 // condition returns what is wrong with the sandbox (nil: nothing).

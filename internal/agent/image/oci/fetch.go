@@ -14,7 +14,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/partial"
 
-	"github.com/wrenn-dev/wrenn/internal/agent/told"
+	"github.com/wrenn-dev/wrenn/internal/agent/clienterr"
 	"github.com/wrenn-dev/wrenn/internal/room"
 )
 
@@ -76,7 +76,7 @@ type fetchedLayer struct {
 func (f fetchedLayer) Compressed() (io.ReadCloser, error) { return os.Open(f.file) }
 
 // ErrSlow means that the registry sends too slowly.
-var ErrSlow = told.New("the registry sends too slowly")
+var ErrSlow = clienterr.New("the registry sends too slowly")
 
 // pace is the minimum speed of a registry. A reader waits for grace in total, and a second
 // more for every rate bytes that it received.

@@ -27,7 +27,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 
-	"github.com/wrenn-dev/wrenn/internal/agent/told"
+	"github.com/wrenn-dev/wrenn/internal/agent/clienterr"
 )
 
 // ErrRefused means that the image itself is invalid.
@@ -40,7 +40,7 @@ func Refuse(cause error, format string, args ...any) error {
 	if !errors.Is(cause, ErrRefused) {
 		cause = fmt.Errorf("%w: %w", ErrRefused, cause)
 	}
-	return told.Because(cause, "the image is refused: "+format, args...)
+	return clienterr.Because(cause, "the image is refused: "+format, args...)
 }
 
 // The platform of guests.

@@ -15,7 +15,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	remotetransport "github.com/google/go-containerregistry/pkg/v1/remote/transport"
 
-	"github.com/wrenn-dev/wrenn/internal/agent/told"
+	"github.com/wrenn-dev/wrenn/internal/agent/clienterr"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
@@ -88,14 +88,14 @@ func pull(ctx context.Context, reference string, access Access) (name.Reference,
 // The errors of registries that tenants may see: these, [ErrSlow] and [NoRegistry]. Others
 // would reveal what is at an address that they cannot reach themselves.
 var (
-	ErrDenied   = told.New("the registry denies access with these credentials")
-	ErrNotFound = told.New("the registry does not have this image")
+	ErrDenied   = clienterr.New("the registry denies access with these credentials")
+	ErrNotFound = clienterr.New("the registry does not have this image")
 )
 
 // NoRegistry returns err with the text for clients of all other failures, such as an unknown
 // name, no response, or one that is not a registry's. The log has err.
 func NoRegistry(err error) error {
-	return told.Because(err, "the registry did not answer as a registry should")
+	return clienterr.Because(err, "the registry did not answer as a registry should")
 }
 
 // answered converts a registry's error response. Its text is only for the log, because

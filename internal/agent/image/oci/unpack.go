@@ -16,8 +16,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/clienterr"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/tree"
-	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	"github.com/wrenn-dev/wrenn/internal/room"
 )
 
@@ -168,8 +168,8 @@ func (u *unpacker) layer(ctx context.Context, r io.Reader, want string) error {
 			return Refuse(nil, "its entries' names have more than %d bytes", maxNames)
 		}
 		if err := u.entry(t, h); err != nil {
-			if text, ok := told.Text(err); ok {
-				return told.Because(err, "entry %.200q: %s", h.Name, text)
+			if text, ok := clienterr.Text(err); ok {
+				return clienterr.Because(err, "entry %.200q: %s", h.Name, text)
 			}
 			return fmt.Errorf("entry %.200q: %w", h.Name, err)
 		}

@@ -1,7 +1,7 @@
-// Package told marks errors whose text was written for clients. The agent sends no
+// Package clienterr marks errors whose text was written for clients. The agent sends no
 // other text to the control plane, which passes it on to clients. So a new error reveals
 // nothing about the host until somebody writes a text for clients.
-package told
+package clienterr
 
 import (
 	"errors"
@@ -35,20 +35,20 @@ func (e *Error) Error() string {
 // Unwrap returns the cause.
 func (e *Error) Unwrap() error { return e.cause }
 
-// Told returns the text for clients.
-func (e *Error) Told() string { return e.text }
+// ForClients returns the text for clients.
+func (e *Error) ForClients() string { return e.text }
 
 // Text returns err's text for clients: that of the outermost error in its chain with
-// a method Told.
+// a method ForClients.
 func Text(err error) (text string, ok bool) {
 	var t interface {
 		error
-		Told() string
+		ForClients() string
 	}
 	if !errors.As(err, &t) {
 		return "", false
 	}
-	return t.Told(), true
+	return t.ForClients(), true
 }
 
 // general has the texts for clients of errors without a text of their own, by code.
