@@ -112,8 +112,8 @@ func TestAlpineMachine(t *testing.T) {
 		}
 	}
 
-	// Cron starts the job within a minute, during the other checks.
-	says(t, "start cron", "root", `for u in root user; do echo '* * * * * mytool >/tmp/'$u >/var/spool/cron/crontabs/$u || exit; done; crond && echo started`, "started\n")
+	// Cron starts the job when the next minute begins, which the guest's clock says is near.
+	says(t, "start cron", "root", `for u in root user; do echo '* * * * * mytool >/tmp/'$u >/var/spool/cron/crontabs/$u || exit; done; date -s @$(($(date +%s)/60*60+58)) >/dev/null && crond && echo started`, "started\n")
 
 	t.Run("environment", func(t *testing.T) {
 		says(t, "exec", "user", "mytool", "tool has the image \n")

@@ -18,6 +18,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
+	"github.com/wrenn-dev/wrenn/internal/agent/memory"
 	"github.com/wrenn-dev/wrenn/internal/await"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/id"
@@ -122,7 +123,7 @@ func TestManyPauses(t *testing.T) {
 	sandbox := h.create(t, request())
 	h.startCounter(t, sandbox)
 	pid, last := h.count(t, sandbox)
-	for range 25 {
+	for range memory.MaxGenerations + 4 {
 		h.pause(t, sandbox)
 		if code, body := h.get(t, h.url(sandbox, 8000, "/"), nil); code != 503 || !strings.Contains(body, `"paused"`) {
 			t.Fatalf("a request to a paused sandbox: %d %s", code, body)

@@ -2,8 +2,13 @@ package agent_test
 
 import (
 	"context"
+	"encoding/json"
+	"fmt"
+	"net"
 	"net/http"
+	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -222,9 +227,9 @@ func TestGuestShutsDown(t *testing.T) {
 func TestSilentGuest(t *testing.T) {
 	h := newHost(t)
 	sandbox, other := h.create(t, request()), h.create(t, request())
-	// Stop it for longer than the agent takes to notice.
-	h.exec(t, sandbox, sh("sudo setsid sh -c 'sleep 1; kill -STOP $(pidof envd); sleep 100; kill -CONT $(pidof envd)' </dev/null >/dev/null 2>&1 &"), nil)
+	signal := h.signaller(t, sandbox)
 	await.Until(t, "it does not answer", func() bool {
+		signal("STOP")
 		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
 		defer cancel()
 		_, err := h.Exec(ctx, connect.NewRequest(&pb.ExecRequest{SandboxId: sandbox, Command: sh("sleep 0.1")}))
@@ -243,5 +248,56 @@ func TestSilentGuest(t *testing.T) {
 		t.Errorf("the other is %v", s)
 	}
 	h.exec(t, other, sh("true"), nil)
+	signal("CONT")
 	await.Until(t, "it responds again", func() bool { return h.state(t, sandbox).GetCondition() == nil })
+}
+
+// signaller starts a program in a sandbox and returns a function that makes it signal the
+// guest's daemon. A packet tells the program, because a stopped daemon runs no command.
+func (h *host) signaller(t *testing.T, sandbox string) func(signal string) {
+	t.Helper()
+	const program = `
+import socket, subprocess
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.bind(("", 7001))
+open("/tmp/listens", "w")
+while True:
+    subprocess.run(["sh", "-c", "kill -%s $(pidof envd)" % s.recv(100).decode()])`
+	h.exec(t, sandbox, sh("sudo setsid python3 -c '"+strings.ReplaceAll(program, "'", `'\''`)+"' </dev/null >/dev/null 2>&1 & until [ -e /tmp/listens ]; do sleep 0.1; done"), nil)
+	conn, err := net.Dial("udp", net.JoinHostPort(h.address(t, sandbox), "7001"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return func(signal string) {
+		t.Helper()
+		if _, err := conn.Write([]byte(signal)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// address returns the address at which the host reaches a sandbox: that of the end of its
+// slot's link.
+func (h *host) address(t *testing.T, sandbox string) string {
+	t.Helper()
+	u, err := id.Parse(id.Sandbox, sandbox)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var record struct{ Slot int }
+	if err := json.Unmarshal([]byte(read(h.Dir.SandboxRecord(u))), &record); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("ip", "-4", "-json", "address", "show", "dev", fmt.Sprintf("wrenn-veth-%d", record.Slot)).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var links []struct {
+		AddrInfo []struct{ Local netip.Addr } `json:"addr_info"`
+	}
+	if err := json.Unmarshal(out, &links); err != nil || len(links) != 1 || len(links[0].AddrInfo) != 1 {
+		t.Fatalf("the link of slot %d: %s %v", record.Slot, out, err)
+	}
+	return links[0].AddrInfo[0].Local.Next().String()
 }
