@@ -55,11 +55,11 @@ func (b *box) probeGuest(life context.Context, g *guest.Client) {
 		case <-g.Suspected(): // the probe's own suspicion
 		default:
 		}
-		if answers || b.standsStill() {
+		if answers || b.mayBeStopped() {
 			if failures > 0 {
 				failures = 0
 				waits.Reset()
-				b.hush(life, nil)
+				b.setSilent(life, nil)
 			}
 			continue
 		}
@@ -67,21 +67,21 @@ func (b *box) probeGuest(life context.Context, g *guest.Client) {
 			since = begun
 		}
 		if failures > 1 && time.Since(since) >= p.after {
-			b.hush(life, &since)
+			b.setSilent(life, &since)
 		}
 	}
 }
 
-// standsStill reports whether an operation may have stopped the guest.
-func (b *box) standsStill() bool {
+// mayBeStopped reports whether an operation may have stopped the guest.
+func (b *box) mayBeStopped() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.working || b.rec.State != Running
 }
 
-// hush records since when the guest has been silent (nil: it responds). It does nothing after
+// setSilent records since when the guest has not responded (nil: it responds). It does nothing after
 // life has ended.
-func (b *box) hush(life context.Context, since *time.Time) {
+func (b *box) setSilent(life context.Context, since *time.Time) {
 	reason := condition.NoAnswer
 	if since != nil && b.m.DiskFull() {
 		reason = condition.NoSpace
@@ -100,7 +100,7 @@ func (b *box) hush(life context.Context, since *time.Time) {
 	}
 }
 
-// silence returns an error for clients if the guest is silent.
+// silence returns an error for clients if the guest does not respond.
 func (b *box) silence() error {
 	i := b.info()
 	if i.State != Running || i.Condition == nil {
