@@ -46,7 +46,7 @@ func main() {
 	defer stop()
 	cfg := envd.Config{DefaultUser: *user, Cgroup: *group, Log: log}
 	if *whole {
-		cfg.Machine, cfg.Clock = machine.New(), boot.ClockCgroup
+		cfg.Machine, cfg.Clock, cfg.Tracefs = machine.New(), boot.ClockCgroup, boot.Tracefs
 	}
 	if err := run(ctx, cfg, *listen, *device); err != nil {
 		log.Error("envd", "error", err)

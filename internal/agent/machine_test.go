@@ -84,6 +84,18 @@ func TestMachine(t *testing.T) {
 			}
 		}
 	})
+	t.Run("listening ports", func(t *testing.T) {
+		// envd looks for servers by itself only every 10 s.
+		says(t, "a bridge for a new server", "", `python3 -c '
+import socket, time
+def bridged(port):
+    with socket.create_server(("127.0.0.1", port)):
+        begun = time.monotonic()
+        while socket.socket().connect_ex(("169.254.0.21", port)):
+            time.sleep(0.01)
+        return time.monotonic() - begun
+print(min(map(bridged, range(8100, 8105))) < 5)'`, "True\n")
+	})
 	t.Run("IPv6", func(t *testing.T) {
 		says(t, "addresses", "", "awk '{print $1, $6}' /proc/net/if_inet6", "00000000000000000000000000000001 lo\n")
 		// Without a route to the internet, connections fail at once.

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/netip"
+	"strconv"
 	"sync"
 	"time"
 
@@ -40,6 +41,9 @@ type Config struct {
 	// Address is the guest's address, at which the server publishes services that listen
 	// only on loopback (invalid: it does not).
 	Address netip.Addr
+	// Tracefs is where that file system is mounted. With it, the server publishes such
+	// services when they begin to listen (empty: within a second).
+	Tracefs string
 	// Machine is the machine that /init changes (nil: /init ignores what concerns the
 	// machine).
 	Machine Machine
@@ -118,7 +122,7 @@ func New(cfg Config) (*Server, error) {
 	}})
 	s.filesystem = filesystem.New()
 	if cfg.Address.IsValid() {
-		s.ports = ports.New(ports.Config{Address: cfg.Address, Except: []uint16{hostwire.GuestPort}, Log: log})
+		s.ports = ports.New(ports.Config{Address: cfg.Address, Except: []uint16{hostwire.GuestPort}, Log: log, Tracefs: cfg.Tracefs})
 	}
 
 	// These requests run with the rights of a user.
@@ -218,11 +222,26 @@ func (s *Server) envs(w http.ResponseWriter, _ *http.Request) {
 	_ = json.NewEncoder(w).Encode(envs)
 }
 
-// look serves /ports: it looks for services to publish at once, not only at the next
-// second. The status is 200 if there is a new one, and 204 if not.
+// maxLook bounds how long a request of /ports may wait.
+const maxLook = 5 * time.Second
+
+// look serves /ports: it waits until a server is reachable at a port of the guest's address,
+// for the time that the caller asks for. The status is 200 if there is one, and 204 if not.
 func (s *Server) look(w http.ResponseWriter, r *http.Request) {
+	q := r.URL.Query()
+	port, err := strconv.ParseUint(q.Get("port"), 10, 16)
+	var wait time.Duration
+	if err == nil {
+		wait, err = time.ParseDuration(q.Get("wait"))
+	}
+	if err != nil {
+		fault.Write(w, http.StatusBadRequest, connect.CodeInvalidArgument, "port and wait must be a port and a duration")
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), min(wait, maxLook))
+	defer cancel()
 	status := http.StatusNoContent
-	if s.ports != nil && s.ports.Look(r.Context()) {
+	if s.ports != nil && s.ports.Look(ctx, uint16(port)) {
 		status = http.StatusOK
 	}
 	w.WriteHeader(status)

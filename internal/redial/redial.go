@@ -34,8 +34,8 @@ type Dialer struct {
 	First, Longest time.Duration
 	// Enter, if not nil, is called before each attempt and may wait. leave is called after it.
 	Enter func(ctx context.Context, address string) (leave func(), err error)
-	// Refused, if not nil, is called when nothing listens. If it returns true, the next
-	// attempt follows at once.
+	// Refused, if not nil, is called when nothing listens, and may wait for a server. If it
+	// returns true, the next attempt follows at once.
 	Refused func(context.Context) (now bool)
 	// Late, if not nil, is called after an attempt without an answer, with the time since
 	// Dial began. If it returns true, Dial returns.

@@ -10,6 +10,8 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
+	"strconv"
 	"time"
 
 	"connectrpc.com/connect"
@@ -28,8 +30,9 @@ const (
 	freezeTimeout = 10 * time.Second
 	// settleTimeout bounds [Client.Settle], which writes all dirty pages to the disk.
 	settleTimeout = 2 * time.Minute
-	// knockTimeout bounds [Client.Knock], which delays a request to a port.
-	knockTimeout = 2 * time.Second
+	// knockWait is how long [Client.Knock] waits for a server, and knockTimeout bounds it.
+	knockWait    = time.Second
+	knockTimeout = 3 * time.Second
 	// entropySize is the size of a guest's random seed, in bytes.
 	entropySize = 64
 	maxWarnings = 16
@@ -199,13 +202,14 @@ func (c *Client) Thaw(ctx context.Context) error { return c.post(ctx, "/thaw", f
 // Settle ends users' processes and syncs the guest's disk.
 func (c *Client) Settle(ctx context.Context) error { return c.post(ctx, "/settle", settleTimeout) }
 
-// Knock makes the guest daemon look for new servers on the guest's loopback, so that they
-// are reachable at its address, and reports whether there is one. It ignores errors, because
-// the daemon also looks once a second by itself.
-func (c *Client) Knock(ctx context.Context) bool {
+// Knock returns whether a server is reachable at a port of the guest's address. It makes
+// the guest daemon look for servers on the guest's loopback, and waits a second for one.
+// It returns false if the daemon does not answer.
+func (c *Client) Knock(ctx context.Context, port uint16) bool {
 	ctx, cancel := context.WithTimeout(ctx, knockTimeout)
 	defer cancel()
-	resp, err := c.do(ctx, http.MethodPost, "/ports", nil, nil, -1)
+	q := url.Values{"port": {strconv.Itoa(int(port))}, "wait": {knockWait.String()}}
+	resp, err := c.do(ctx, http.MethodPost, "/ports", q, nil, -1)
 	if err != nil {
 		return false
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -29,6 +30,8 @@ const (
 	// maxDialsPerPort those to one port, so that no port uses up what others need.
 	maxDials        = 1024
 	maxDialsPerPort = 64
+	// maxKnocks bounds the ports for which the agent asks the guest daemon at a time.
+	maxKnocks = 64
 	// dialGap is the time between the starts of two connections to a port. A guest's kernel
 	// may acknowledge more connections at once than fit into the backlog, and drop the
 	// others seconds later, when their requests have been sent.
@@ -53,9 +56,9 @@ type ports struct {
 // portsGuest is the guest whose ports [ports] reaches.
 type portsGuest struct {
 	host string
-	// knock asks the guest daemon to look for new servers on the guest's loopback, which
-	// only then become reachable. It returns whether there is one.
-	knock func(context.Context) bool
+	// knock asks the guest daemon to make a port reachable whose server listens on the
+	// guest's loopback. It may wait for a server, and returns whether there is one.
+	knock func(ctx context.Context, port uint16) bool
 	// suspect starts a check whether the guest responds, and silent reports whether it is
 	// known not to. Both are called when a connection has taken longer than late.
 	suspect func()
@@ -66,7 +69,20 @@ type portsGuest struct {
 // newPorts makes the ports of a guest. Connecting ends with life, because the address may
 // be another sandbox's soon after; a request that is given up alone does not end it.
 func newPorts(life context.Context, d *net.Dialer, g portsGuest) *ports {
-	knocks := singleflight.Group{}
+	knocks, doors := singleflight.Group{}, make(chan struct{}, maxKnocks)
+	knock := func(ctx context.Context, port string) bool {
+		n, err := strconv.ParseUint(port, 10, 16)
+		if err != nil {
+			return false
+		}
+		select {
+		case doors <- struct{}{}:
+			defer func() { <-doors }()
+			return g.knock(ctx, uint16(n))
+		default:
+			return false
+		}
+	}
 	turns := newTurns(maxDials, maxDialsPerPort, dialGap)
 	dial := func(ctx context.Context, addr string) (net.Conn, error) {
 		_, port, err := net.SplitHostPort(addr)
@@ -80,7 +96,7 @@ func newPorts(life context.Context, d *net.Dialer, g portsGuest) *ports {
 		dialer := redial.Dialer{
 			Net: d, First: firstAttempt, Longest: longestAttempt, Enter: turns.enter,
 			Refused: func(ctx context.Context) bool {
-				now, _, _ := knocks.Do("", func() (any, error) { return g.knock(ctx), nil })
+				now, _, _ := knocks.Do(port, func() (any, error) { return knock(ctx, port), nil })
 				return now.(bool)
 			},
 			Late: func(since time.Duration) bool {

@@ -8,7 +8,9 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -34,7 +36,7 @@ func closedPort(t *testing.T) string {
 
 // guestAt is a guest whose daemon finds no new servers.
 func guestAt(host string) portsGuest {
-	return portsGuest{host: host, knock: func(context.Context) bool { return false }, suspect: func() {}, silent: func() bool { return false }}
+	return portsGuest{host: host, knock: func(context.Context, uint16) bool { return false }, suspect: func() {}, silent: func() bool { return false }}
 }
 
 // TestSilentPort connects to a port whose backlog is full until the guest is found not
@@ -132,6 +134,88 @@ func TestDialEndsWithSandbox(t *testing.T) {
 	if err == nil || tries != 1 {
 		t.Errorf("%d tries, %v", tries, err)
 	}
+}
+
+// TestServerStartsLater has a server start while a request waits for it. The request gets
+// through when the guest daemon tells of the server, with no further attempt in between.
+func TestServerStartsLater(t *testing.T) {
+	address := closedPort(t)
+	host, port, _ := net.SplitHostPort(address)
+	g := guestAt(host)
+	g.knock = func(_ context.Context, asked uint16) bool {
+		if strconv.Itoa(int(asked)) != port {
+			t.Errorf("the agent asks for port %d, not %s", asked, port)
+		}
+		l, err := net.Listen("tcp", address)
+		if err != nil {
+			t.Error(err)
+			return false
+		}
+		go func() { _ = http.Serve(l, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})) }()
+		t.Cleanup(func() { l.Close() })
+		return true
+	}
+	tries := 0
+	d := &net.Dialer{Control: func(string, string, syscall.RawConn) error { tries++; return nil }}
+	p := newPorts(t.Context(), d, g)
+	defer p.close()
+	req, err := http.NewRequestWithContext(await.Context(t), http.MethodGet, "http://"+address+"/", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := p.RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if tries != 2 {
+		t.Errorf("%d tries", tries)
+	}
+}
+
+// TestManyPortsWithoutServer: requests to many ports ask the guest daemon for few of them
+// at a time.
+func TestManyPortsWithoutServer(t *testing.T) {
+	host, _, _ := net.SplitHostPort(closedPort(t))
+	g := guestAt(host)
+	var at atomic.Int32
+	full := make(chan struct{}, 1)
+	g.knock = func(ctx context.Context, _ uint16) bool {
+		n := at.Add(1)
+		defer at.Add(-1)
+		switch {
+		case n > maxKnocks:
+			t.Errorf("the agent asks for %d ports at a time", n)
+		case n == maxKnocks:
+			select {
+			case full <- struct{}{}:
+			default:
+			}
+		}
+		<-ctx.Done()
+		return false
+	}
+	p := newPorts(t.Context(), new(net.Dialer), g)
+	defer p.close()
+	ctx, cancel := context.WithCancel(await.Context(t))
+	defer cancel()
+	var all sync.WaitGroup
+	for port := range maxKnocks + 20 {
+		all.Go(func() {
+			req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://%s:%d/", host, 1+port), nil)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if resp, err := p.RoundTrip(req); err == nil {
+				resp.Body.Close()
+				t.Error("a port without a server responded")
+			}
+		})
+	}
+	await.Recv(t, "many knocks", full)
+	cancel()
+	all.Wait()
 }
 
 // TestGRPC checks that gRPC requests reach a server over HTTP/2, which they need, and

@@ -26,6 +26,9 @@ const (
 // ClockCgroup is the cgroup2 directory below which chronyd runs.
 const ClockCgroup = "/sys/fs/cgroup/wrenn-clock"
 
+// Tracefs is where the kernel shows the events that it can report.
+const Tracefs = "/sys/kernel/tracing"
+
 // path is the default PATH of processes.
 const path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/games:/usr/games"
 
@@ -45,6 +48,9 @@ func bringUp() error {
 	}
 	if err := syscall.Mount("", "/dev", "", syscall.MS_REMOUNT|syscall.MS_NOSUID, devSize); err != nil {
 		say("bound /dev: %v", err)
+	}
+	if err := (mount{"tracefs", Tracefs, "tracefs", syscall.MS_NOSUID | syscall.MS_NODEV | syscall.MS_NOEXEC, ""}).do(); err != nil {
+		say("the kernel reports no events: %v", err)
 	}
 	setLimits()
 	if err := shareTemporary("/"); err != nil {

@@ -1,6 +1,6 @@
 // Package ports publishes services that listen only on the guest's loopback at the guest's
-// address. It looks for their sockets once a second, and on request, and starts a bridge
-// for each.
+// address. It looks for their sockets when the kernel reports that a socket began or ceased
+// to listen, and on request, and starts a bridge for each.
 package ports
 
 import (
@@ -24,9 +24,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// interval is how often Run looks for sockets, because the kernel has no event for a new
-// listener. It costs reading two small files a second.
-const interval = time.Second
+const (
+	// interval is how often Run looks for sockets if the kernel reports no events. It costs
+	// reading two small files.
+	interval = time.Second
+	// settle is the time between an event and the look. The kernel lists a socket only after
+	// the event, and a program may open several at once.
+	settle = 10 * time.Millisecond
+)
 
 // listener is one listening TCP socket.
 type listener struct {
@@ -84,6 +89,8 @@ type Config struct {
 	Address netip.Addr // on which bridges listen: the guest's own
 	Except  []uint16   // ports that are never bridged: the daemon's own
 	Log     *slog.Logger
+	// Tracefs is where that file system is mounted. Empty: there are no events.
+	Tracefs string
 	// Files list the sockets (/proc/net/tcp and /proc/net/tcp6).
 	Files []string
 }
@@ -91,10 +98,12 @@ type Config struct {
 // Forwarder bridges ports.
 type Forwarder struct {
 	cfg  Config
-	look chan chan bool
+	look chan chan<- struct{}
 
-	mu     sync.RWMutex
-	byNode map[uint64]*forward // by the inode of the socket behind the bridge
+	mu      sync.RWMutex
+	byNode  map[uint64]*forward // by the inode of the socket behind the bridge
+	open    map[uint16]bool     // the ports at the guest's address where a server or a bridge listens
+	scanned chan struct{}       // closed at the end of the next scan
 }
 
 // forward is a bridge, or one that could not be started, which is not retried at once.
@@ -111,7 +120,7 @@ func New(cfg Config) *Forwarder {
 	if len(cfg.Files) == 0 {
 		cfg.Files = []string{"/proc/net/tcp", "/proc/net/tcp6"}
 	}
-	return &Forwarder{cfg: cfg, look: make(chan chan bool), byNode: map[uint64]*forward{}}
+	return &Forwarder{cfg: cfg, look: make(chan chan<- struct{}), byNode: map[uint64]*forward{}, scanned: make(chan struct{})}
 }
 
 // Forwarded lists the sockets that have a bridge.
@@ -129,43 +138,64 @@ func (f *Forwarder) Forwarded() []netip.AddrPort {
 
 // Run maintains the bridges until ctx is done, and then stops them.
 func (f *Forwarder) Run(ctx context.Context) {
-	t := time.NewTicker(interval)
-	defer t.Stop()
 	defer f.stop()
-	scan := func() (made bool) {
-		made, err := f.scan()
+	pause := interval
+	var changed <-chan struct{}
+	var settled <-chan time.Time
+	if f.cfg.Tracefs != "" {
+		e, err := newEvents(f.cfg.Tracefs)
 		if err != nil {
-			f.cfg.Log.Warn("find listening ports", "error", err)
+			f.cfg.Log.Warn("the kernel does not report new listening ports", "error", err)
+		} else {
+			defer e.Close()
+			changed, pause = e.C, retryAfter
 		}
-		return made
 	}
-	scan()
+	t := time.NewTicker(pause)
+	defer t.Stop()
+	f.scan()
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-t.C:
-			scan()
-		case asked := <-f.look:
-			asked <- scan()
+			f.scan()
+		case <-changed:
+			if settled == nil {
+				settled = time.After(settle)
+			}
+		case <-settled:
+			settled = nil
+			f.scan()
+		case done := <-f.look:
+			f.scan()
+			close(done)
 		}
 	}
 }
 
-// Look makes Run look for sockets at once, and reports whether it started a bridge, which
-// then listens. It returns early if ctx is done.
-func (f *Forwarder) Look(ctx context.Context) (made bool) {
-	answer := make(chan bool, 1)
+// Look makes Run look for sockets at once, and returns whether a server is reachable at
+// port of the guest's address. If not, Look waits for one until ctx is done.
+func (f *Forwarder) Look(ctx context.Context, port uint16) bool {
+	done := make(chan struct{})
 	select {
-	case f.look <- answer:
+	case f.look <- done:
+		<-done
 	case <-ctx.Done():
 		return false
 	}
-	select {
-	case made = <-answer:
-		return made
-	case <-ctx.Done():
-		return false
+	for {
+		f.mu.RLock()
+		open, scanned := f.open[port], f.scanned
+		f.mu.RUnlock()
+		if open {
+			return true
+		}
+		select {
+		case <-scanned:
+		case <-ctx.Done():
+			return false
+		}
 	}
 }
 
@@ -180,9 +210,18 @@ func (f *Forwarder) stop() {
 	}
 }
 
-// scan reads the sockets once, and starts and stops bridges accordingly. It reports whether
-// it started one.
-func (f *Forwarder) scan() (made bool, err error) {
+// scan reads the sockets once, and starts and stops bridges accordingly.
+func (f *Forwarder) scan() {
+	all, err := f.listeners()
+	if err != nil {
+		f.cfg.Log.Warn("find listening ports", "error", err)
+		return
+	}
+	f.apply(wanted(all, f.cfg.Except))
+}
+
+// listeners returns the sockets that listen.
+func (f *Forwarder) listeners() ([]listener, error) {
 	var all []listener
 	for _, name := range f.cfg.Files {
 		file, err := os.Open(name)
@@ -190,26 +229,26 @@ func (f *Forwarder) scan() (made bool, err error) {
 			continue // no IPv6
 		}
 		if err != nil {
-			return false, err
+			return nil, err
 		}
 		l, err := parse(file)
 		file.Close()
 		if err != nil {
-			return false, fmt.Errorf("read %s: %w", name, err)
+			return nil, fmt.Errorf("read %s: %w", name, err)
 		}
 		all = append(all, l...)
 	}
-	return f.apply(wanted(all, f.cfg.Except)), nil
+	return all, nil
 }
 
 // wanted returns the sockets that need a bridge: one for each port with a listener on
 // loopback (IPv4 is preferred) and none at the guest's address. A socket that listens at
 // every IPv6 address comes first, because it may also accept IPv4, which the table does
-// not tell.
-func wanted(all []listener, except []uint16) map[uint64]netip.AddrPort {
+// not tell. reached has the ports that need none.
+func wanted(all []listener, except []uint16) (want map[uint64]netip.AddrPort, reached map[uint16]bool) {
 	loopback := map[uint16]listener{}
 	every6 := map[uint16]listener{}
-	reached := map[uint16]bool{}
+	reached = map[uint16]bool{}
 	for _, p := range except {
 		reached[p] = true
 	}
@@ -228,14 +267,14 @@ func wanted(all []listener, except []uint16) map[uint64]netip.AddrPort {
 			}
 		}
 	}
-	m := map[uint64]netip.AddrPort{}
+	want = map[uint64]netip.AddrPort{}
 	maps.Copy(loopback, every6)
 	for port, l := range loopback {
 		if port != 0 && !reached[port] {
-			m[l.inode] = l.addr
+			want[l.inode] = l.addr
 		}
 	}
-	return m
+	return want, reached
 }
 
 // better orders the sockets of one port. The order must be stable, unlike the kernel's, so
@@ -254,8 +293,9 @@ func better(a, b listener) bool {
 // retryAfter is the time until a failed bridge is started again.
 const retryAfter = 10 * time.Second
 
-// apply starts the bridges that are wanted, and stops the others.
-func (f *Forwarder) apply(want map[uint64]netip.AddrPort) (made bool) {
+// apply starts the bridges that are wanted, and stops the others. It adds the ports that
+// are reachable because of them to reached.
+func (f *Forwarder) apply(want map[uint64]netip.AddrPort, reached map[uint16]bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for inode, fw := range f.byNode {
@@ -269,24 +309,31 @@ func (f *Forwarder) apply(want map[uint64]netip.AddrPort) (made bool) {
 	}
 	for inode, target := range want {
 		fw := f.byNode[inode]
-		if fw != nil && (fw.reached || fw.bridge != nil || time.Now().Before(fw.retry)) {
-			continue
+		if fw == nil || fw.bridge == nil && !fw.reached && !time.Now().Before(fw.retry) {
+			fw = f.start(target)
+			f.byNode[inode] = fw
 		}
-		if target.Addr().IsUnspecified() && taken(netip.AddrPortFrom(f.cfg.Address, target.Port())) {
-			f.byNode[inode] = &forward{target: target, reached: true}
-			continue
+		if fw.bridge != nil || fw.reached {
+			reached[target.Port()] = true
 		}
-		b, err := newBridge(f.cfg.Address, loopbackOf(target), f.cfg.Log)
-		if err != nil {
-			// Probably another socket has the port at the guest's address.
-			f.cfg.Log.Warn("start bridge", "target", target, "error", err)
-			f.byNode[inode] = &forward{target: target, retry: time.Now().Add(retryAfter)}
-			continue
-		}
-		f.byNode[inode] = &forward{target: target, bridge: b}
-		made = true
 	}
-	return made
+	f.open = reached
+	close(f.scanned)
+	f.scanned = make(chan struct{})
+}
+
+// start starts a bridge to target, unless target itself is reachable.
+func (f *Forwarder) start(target netip.AddrPort) *forward {
+	if target.Addr().IsUnspecified() && taken(netip.AddrPortFrom(f.cfg.Address, target.Port())) {
+		return &forward{target: target, reached: true}
+	}
+	b, err := newBridge(f.cfg.Address, loopbackOf(target), f.cfg.Log)
+	if err != nil {
+		// Probably another socket has the port at the guest's address.
+		f.cfg.Log.Warn("start bridge", "target", target, "error", err)
+		return &forward{target: target, retry: time.Now().Add(retryAfter)}
+	}
+	return &forward{target: target, bridge: b}
 }
 
 // loopbackOf returns the address at which a bridge reaches a socket.

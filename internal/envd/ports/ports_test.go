@@ -46,7 +46,7 @@ func TestWanted(t *testing.T) {
 		all = append(all, l...)
 	}
 	got := fmt.Sprint(wanted(all, []uint16{49983}))
-	want := "map[11:127.0.0.1:8080 21:[::1]:9000 23:127.0.0.2:9001 24:[::]:9002]"
+	want := "map[11:127.0.0.1:8080 21:[::1]:9000 23:127.0.0.2:9001 24:[::]:9002] map[80:true 49983:true]"
 	if got != want {
 		t.Errorf("wanted %s, not %s", got, want)
 	}
@@ -58,7 +58,8 @@ func FuzzParse(f *testing.F) {
 	f.Add("0: :0 x 0A a a a a a 1")
 	f.Fuzz(func(t *testing.T, s string) {
 		l, _ := parse(strings.NewReader(s))
-		for inode, a := range wanted(l, []uint16{1}) {
+		want, _ := wanted(l, []uint16{1})
+		for inode, a := range want {
 			if !a.Addr().IsLoopback() && a.Addr() != netip.IPv6Unspecified() || a.Port() <= 1 {
 				t.Fatalf("%d leads to %v", inode, a)
 			}
@@ -180,16 +181,33 @@ func TestForward(t *testing.T) {
 	await.Until(t, "it is bridged again", func() bool { return answers("169.254.0.21:8001") })
 
 	// A caller that asks for a port need not wait for the next scan.
-	for _, port := range []string{"8011", "8012", "8013"} {
-		echo(t, "tcp4", "127.0.0.1:"+port)
-		// The scan once a second may come between the two.
-		if !f.Look(ctx) && !slices.Contains(f.Forwarded(), netip.MustParseAddrPort("127.0.0.1:"+port)) {
-			t.Errorf("a scan does not find the server on port %s, only %v", port, f.Forwarded())
+	for port, address := range map[uint16]string{8001: "127.0.0.1:8001", 8002: "0.0.0.0:8002", 8010: "[::]:8010", 8011: "127.0.0.1:8011", 8012: "[::1]:8012", 8013: "[::]:8013"} {
+		if port > 8010 {
+			echo(t, "tcp", address)
 		}
-		dial(t, "169.254.0.21:"+port)
+		if !f.Look(await.Context(t), port) {
+			t.Errorf("a scan does not find the server at %s, only %v", address, f.Forwarded())
+		}
+		dial(t, netip.AddrPortFrom(own, port).String())
 	}
-	if f.Look(ctx) {
-		t.Error("a scan made a bridge, although there is no new server")
+	// One that asks for a port without a server waits for it.
+	found := make(chan bool, 1)
+	go func() { found <- f.Look(await.Context(t), 8014) }()
+	f.Look(await.Context(t), 8001)
+	select {
+	case <-found:
+		t.Error("a scan does not wait for a server")
+	default:
+	}
+	echo(t, "tcp4", "127.0.0.1:8014")
+	if !await.Recv(t, "the server is found", found) {
+		t.Error("a scan does not find a server that was started later")
+	}
+	dial(t, "169.254.0.21:8014")
+	soon, end := context.WithTimeout(ctx, 10*time.Millisecond)
+	defer end()
+	if f.Look(soon, 8015) {
+		t.Error("a scan finds a server where there is none")
 	}
 
 	// A port in use on the guest's address gets no bridge.
@@ -205,5 +223,37 @@ func TestForward(t *testing.T) {
 	<-done
 	if answers("169.254.0.21:8001") {
 		t.Error("a bridge survived the forwarder")
+	}
+}
+
+// TestEvents starts servers, which the kernel reports long before the forwarder looks for
+// them by itself.
+func TestEvents(t *testing.T) {
+	const tracefs = "/sys/kernel/tracing"
+	if e, err := newEvents(tracefs); err != nil {
+		t.Skip("needs tracefs, and the right to use it: ", err)
+	} else {
+		e.Close()
+	}
+	if !inNamespace(t) {
+		return
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	f := New(Config{Address: own, Log: slog.New(slog.DiscardHandler), Tracefs: tracefs})
+	done := make(chan struct{})
+	go func() { f.Run(ctx); close(done) }()
+	defer func() { cancel(); <-done }()
+	least := time.Hour
+	for port := range 5 {
+		address := fmt.Sprintf("127.0.0.1:%d", 8001+port)
+		begun := time.Now()
+		l := echo(t, "tcp4", address)
+		await.Until(t, "a bridge", func() bool { return slices.Contains(f.Forwarded(), netip.MustParseAddrPort(address)) })
+		l.Close()
+		await.Until(t, "no bridge", func() bool { return len(f.Forwarded()) == 0 })
+		least = min(least, time.Since(begun))
+	}
+	if least > retryAfter/2 {
+		t.Errorf("the forwarder found out after %v", least)
 	}
 }
