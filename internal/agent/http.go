@@ -39,8 +39,7 @@ func (a *Agent) routes() http.Handler {
 			w.WriteHeader(http.StatusNoContent)
 			return
 		}
-		if !a.allowed(r) {
-			proxy.Answer(w, http.StatusUnauthorized, "unauthenticated", "the agent's token is required")
+		if !a.admit(w, r) {
 			return
 		}
 		patience.Trust(r)
@@ -136,6 +135,16 @@ func (s shown) show(ctx context.Context, procedure string, err error) error {
 func (a *Agent) recovered(ctx context.Context, spec connect.Spec, _ http.Header, v any) error {
 	a.log.ErrorContext(ctx, "panic", "request_id", requestid.From(ctx), "procedure", spec.Procedure, "value", fmt.Sprint(v), "stack", string(debug.Stack()))
 	return connect.NewError(connect.CodeInternal, clienterr.New("the host failed"))
+}
+
+// admit reports whether a request has the agent's token. If not, it refuses the request.
+func (a *Agent) admit(w http.ResponseWriter, r *http.Request) bool {
+	if a.allowed(r) {
+		return true
+	}
+	a.log.InfoContext(r.Context(), "request refused", "address", r.RemoteAddr, "path", r.URL.Path, "code", "unauthenticated", "error", "the agent's token is missing or wrong")
+	proxy.Answer(w, http.StatusUnauthorized, "unauthenticated", "the agent's token is required")
+	return false
 }
 
 func (a *Agent) allowed(r *http.Request) bool {

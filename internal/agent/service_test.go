@@ -138,3 +138,19 @@ func TestRegistryTexts(t *testing.T) {
 		check(at, at+"/x:1", oci.Access{}, 3, "")
 	}
 }
+
+// TestWrongTokenIsLogged checks that the log says why a request was refused before it
+// reached an operation.
+func TestWrongTokenIsLogged(t *testing.T) {
+	var log strings.Builder
+	a := &Agent{cfg: Config{Token: "right"}, log: slog.New(slog.NewTextHandler(&log, nil))}
+	r := httptest.NewRequest(http.MethodPost, "/hostagent.v1.HostAgent/List", nil)
+	r.Header.Set("Authorization", "Bearer hunter2")
+	w := httptest.NewRecorder()
+	if a.admit(w, r) {
+		t.Error("a wrong token is admitted")
+	}
+	if got := log.String(); w.Code != http.StatusUnauthorized || !strings.Contains(got, "code=unauthenticated") || !strings.Contains(got, "/hostagent.v1.HostAgent/List") || strings.Contains(got, "hunter2") {
+		t.Errorf("status %d, and the log says %q", w.Code, got)
+	}
+}

@@ -250,6 +250,13 @@ func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 		p.log.Error("proxy", "request_id", requestid.From(r.Context()), "error", err)
 		own = &problem{http.StatusInternalServerError, "internal", "the host agent failed"}
 	}
+	level := slog.LevelInfo
+	if state != nil {
+		level = slog.LevelDebug // The server resumes the sandbox, or logs why not.
+	}
+	name, rest, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, Prefix), "/")
+	port, _, _ := strings.Cut(rest, "/")
+	p.log.Log(r.Context(), level, "request refused", "request_id", requestid.From(r.Context()), "sandbox", name, "port", port, "code", own.code, "error", own.message)
 	p.requests.WithLabelValues(own.code).Inc()
 	Answer(w, own.status, own.code, own.message)
 }

@@ -43,6 +43,7 @@ type one struct {
 	tracker *sandbox.Tracker
 	// transport carries the proxy's requests to the sandbox.
 	transport *upstream.Transport
+	log       *strings.Builder // read it when the request is over
 }
 
 func start(t *testing.T) *one {
@@ -56,7 +57,7 @@ func start(t *testing.T) *one {
 	}
 	t.Cleanup(transport.Close)
 	life, end := context.WithCancelCause(t.Context())
-	o := &one{sandbox: uuid.New(), end: end, tracker: sandbox.NewTracker(), transport: transport}
+	o := &one{sandbox: uuid.New(), end: end, tracker: sandbox.NewTracker(), transport: transport, log: new(strings.Builder)}
 	p := New(func(ctx context.Context, u uuid.UUID) (*sandbox.Use, error) {
 		if u != o.sandbox {
 			return nil, fmt.Errorf("%w: no such sandbox", sandbox.ErrNotFound)
@@ -68,7 +69,7 @@ func start(t *testing.T) *one {
 		ctx, cancel := context.WithCancelCause(ctx)
 		stop := context.AfterFunc(life, func() { cancel(context.Cause(life)) })
 		return &sandbox.Use{Context: ctx, Address: address, Transport: transport, Leave: func() { stop(); cancel(nil); leave() }}, nil
-	}, slog.New(slog.DiscardHandler))
+	}, slog.New(slog.NewTextHandler(o.log, nil))) // the handler writes one record at a time
 	o.Server = lingertest.NewServer(p)
 	t.Cleanup(o.Close)
 	return o
@@ -123,6 +124,20 @@ func (o *one) send(ctx context.Context, t *testing.T, method string, port int, b
 	}
 	t.Cleanup(func() { resp.Body.Close() })
 	return resp
+}
+
+// TestRefusalsAreLogged checks that the log has the reason of each refusal, with the id of
+// the client's request, before the client has the response.
+func TestRefusalsAreLogged(t *testing.T) {
+	o := start(t)
+	p := New(func(context.Context, uuid.UUID) (*sandbox.Use, error) {
+		return nil, fmt.Errorf("%w: no such sandbox", sandbox.ErrNotFound)
+	}, slog.New(slog.NewTextHandler(o.log, nil)))
+	p.ServeHTTP(httptest.NewRecorder(), httptest.NewRequestWithContext(requestid.With(t.Context(), "ext-1"), http.MethodGet, o.path(80, "/secret"), nil))
+	want := "request_id=ext-1 sandbox=" + id.Format(id.Sandbox, o.sandbox) + " port=80 code=not_found error="
+	if got := o.log.String(); !strings.Contains(got, want) || !strings.Contains(got, "no such sandbox") || strings.Contains(got, "/secret") {
+		t.Errorf("the log says %q, want %q", got, want)
+	}
 }
 
 func TestBadTargets(t *testing.T) {
