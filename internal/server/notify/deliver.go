@@ -129,8 +129,10 @@ func (s *Service) send(ctx context.Context, c db.Channel, d db.Delivery) (int, e
 	case Discord:
 		// Names in the text, such as a template's, must not mention anybody.
 		body = map[string]any{"content": m.text(), "allowed_mentions": map[string]any{"parse": []string{}}}
-	default:
+	case Webhook:
 		body = m
+	default:
+		return 0, fmt.Errorf("kind %q has no message", c.Kind)
 	}
 	raw, err := json.Marshal(body)
 	if err != nil {

@@ -321,6 +321,33 @@ func (b *bench) channel(kind, url string, events ...string) db.Channel {
 	return c
 }
 
+// TestEachKind creates a channel of each kind, and delivers to it.
+func TestEachKind(t *testing.T) {
+	b := newBench(t, pgtest.New(t))
+	b.exec("INSERT INTO teams (id, name) VALUES ($1, 'team')", b.team)
+	post := mailtest.Start(t, mailtest.Options{})
+	var err error
+	if b.Mail, err = mail.New("smtp://"+post.Addr+"?tls=none", "wrenn@example.com", slog.New(slog.DiscardHandler)); err != nil {
+		t.Fatal(err)
+	}
+	to := newReceiver(t)
+	for _, kind := range kinds {
+		var c db.Channel
+		if kind == Email {
+			name, address := "c", "ops@example.com"
+			if c, err = b.Create(t.Context(), b.team, true, Params{Kind: kind, Name: &name, Events: []string{"sandbox.ended"}, Address: &address}); err != nil {
+				t.Fatal(err)
+			}
+			b.exec("UPDATE channels SET confirmed_at = now() WHERE id = $1", c.ID)
+		} else {
+			c = b.channel(kind, to.URL, "sandbox.ended")
+		}
+		if d, err := b.Test(t.Context(), b.team, c.ID); err != nil || d.State != "delivered" {
+			t.Errorf("%s: %+v, %v", kind, d, err)
+		}
+	}
+}
+
 // TestDeliveries delivers real changes through two servers, while the receiver sometimes
 // fails.
 func TestDeliveries(t *testing.T) {
