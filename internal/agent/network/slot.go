@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strconv"
 	"strings"
 	"sync"
@@ -127,7 +128,7 @@ func (s *Slot) Limit(r rates.Rates) error {
 
 // configure writes the slot's rules again if next differs. The caller holds the slot's lock.
 func (s *Slot) configure(next slotConfig) error {
-	if next.rates == s.config.rates && next.connections == s.config.connections {
+	if reflect.DeepEqual(next, s.config) {
 		return nil
 	}
 	if err := s.within(func() error { return slotRules(s.Address, next, false) }); err != nil {
