@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/wrenn-dev/wrenn/client"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
 // creation has the flags of commands that create sandboxes.
@@ -25,8 +26,8 @@ type creation struct {
 func (o *creation) flags(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVarP(&o.template, "template", "t", "", "template to start from (default minimal)")
-	f.IntVar(&o.vcpus, "cpus", 0, "virtual CPUs (default the template's, else 1)")
-	f.IntVar(&o.memoryMiB, "memory", 0, "memory in MiB (default the template's, else 512)")
+	f.IntVar(&o.vcpus, "cpus", 0, fmt.Sprintf("virtual CPUs (default the template's, else %d)", hostwire.DefaultVCPUs))
+	f.IntVar(&o.memoryMiB, "memory", 0, fmt.Sprintf("memory in MiB (default the template's, else %d)", hostwire.DefaultMemoryMiB))
 	f.IntVar(&o.disk, "disk", 0, "disk in MiB (default the template's)")
 	f.DurationVar(&o.timeout, "timeout", 5*time.Minute, "idle time after which the sandbox is destroyed or paused; 0: never")
 	f.StringVar(&o.onTimeout, "on-timeout", client.DestroyOnTimeout, "what to do after that time: destroy or pause")

@@ -1,6 +1,6 @@
 // Package hostwire states the conventions between server, agent and guest daemon that are
-// not in the definitions of the RPCs: the guest daemon's port, headers and reasons of
-// errors.
+// not in the definitions of the RPCs: default sizes, the guest daemon's port, headers and
+// reasons of errors.
 package hostwire
 
 import "net/http"
@@ -38,9 +38,13 @@ func RefusedState(resp *http.Response) string {
 	return resp.Header.Get(Error)
 }
 
-// DefaultDiskMiB is the default size of a template's file system, and so of a sandbox's
-// disk. The database has it as default_disk_mib().
-const DefaultDiskMiB = 5 << 10
+// The sizes of a sandbox whose template has none. The disk is also the size of a new
+// template's file system. TestDefaultSizes compares what cannot use these constants.
+const (
+	DefaultVCPUs     = 1
+	DefaultMemoryMiB = 512
+	DefaultDiskMiB   = 5 << 10
+)
 
 // ErrorReason is the key in an error's metadata for the reason of a failure for which
 // Connect has no code.

@@ -22,6 +22,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/duplex"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
@@ -415,7 +416,7 @@ func (a *agent) Get(_ context.Context, req *connect.Request[hostagentv1.GetReque
 func (a *agent) add(sandbox string, timeout int32) *hostagentv1.Sandbox {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	sb := &hostagentv1.Sandbox{SandboxId: sandbox, State: hostagentv1.SandboxState_SANDBOX_STATE_RUNNING, DiskMib: 5120, CreatedAt: timestamppb.Now()}
+	sb := &hostagentv1.Sandbox{SandboxId: sandbox, State: hostagentv1.SandboxState_SANDBOX_STATE_RUNNING, DiskMib: hostwire.DefaultDiskMiB, CreatedAt: timestamppb.Now()}
 	if timeout > 0 {
 		sb.ExpiresAt = timestamppb.New(time.Now().Add(time.Duration(timeout) * time.Second))
 	}

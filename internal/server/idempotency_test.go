@@ -3,6 +3,7 @@ package server_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -11,6 +12,7 @@ import (
 
 	"connectrpc.com/connect"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
 // TestIdempotentForkAndSnapshot sends forks and captures with the same idempotency key to
@@ -152,7 +154,7 @@ func TestIdempotency(t *testing.T) {
 			// The same request with its members in another order.
 			body := `{"vcpus":1,"metadata":{"a":"1","b":"2"}}`
 			if i%2 == 1 {
-				body = `{"metadata":{"b":"2","a":"1"},"memory_mib":512}`
+				body = fmt.Sprintf(`{"metadata":{"b":"2","a":"1"},"memory_mib":%d}`, hostwire.DefaultMemoryMiB)
 			}
 			r, err := p.try("POST", "/v1/sandboxes", body, "Idempotency-Key", "once")
 			if err != nil {

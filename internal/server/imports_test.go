@@ -20,6 +20,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/await"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
@@ -52,7 +53,7 @@ func (a *agent) ImportTemplate(ctx context.Context, stream *connect.ClientStream
 	} else if size == 0 {
 		return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("the archive is empty"))
 	}
-	t := &hostagentv1.Template{TemplateId: start.TemplateId, TeamId: start.TeamId, Name: start.Name, SizeBytes: size, CreatedAt: timestamppb.Now(), DiskMib: 5120}
+	t := &hostagentv1.Template{TemplateId: start.TemplateId, TeamId: start.TeamId, Name: start.Name, SizeBytes: size, CreatedAt: timestamppb.Now(), DiskMib: hostwire.DefaultDiskMiB}
 	a.mu.Lock()
 	imports := a.imports
 	if a.payer != nil {

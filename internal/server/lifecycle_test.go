@@ -12,6 +12,7 @@ import (
 	"github.com/google/uuid"
 
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
@@ -24,7 +25,7 @@ func TestLifecycle(t *testing.T) {
 	sb := made.object()
 	sandbox := made.str("id")
 	for k, want := range map[string]any{
-		"state": "running", "template": "minimal", "template_id": "tpl-0000000000000000000000000", "vcpus": 2., "memory_mib": 256., "disk_mib": 5120., "timeout_seconds": 60.,
+		"state": "running", "template": "minimal", "template_id": "tpl-0000000000000000000000000", "vcpus": 2., "memory_mib": 256., "disk_mib": float64(hostwire.DefaultDiskMiB), "timeout_seconds": 60.,
 		"url": "http://{port}-" + sandbox + ".localhost:8000",
 	} {
 		if sb[k] != want {

@@ -4,6 +4,8 @@ import (
 	"slices"
 	"sync"
 	"testing"
+
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
 // TestQuota makes many requests at once, for few of which the team's quota has room.
@@ -61,7 +63,7 @@ func TestQuota(t *testing.T) {
 		most          int
 		fit           int
 	}{
-		{"max_vcpus", "vcpus", 7, 3}, {"max_memory_mib", "memory_mib", 2*768 + 700, 2}, {"max_disk_mib", "disk_mib", 4*5120 + 5119, 4}, {"max_running", "running", 4, 4},
+		{"max_vcpus", "vcpus", 7, 3}, {"max_memory_mib", "memory_mib", 2*768 + 700, 2}, {"max_disk_mib", "disk_mib", 5*hostwire.DefaultDiskMiB - 1, 4}, {"max_running", "running", 4, 4},
 	} {
 		quota(map[string]any{c.bound: c.most})
 		done := together("POST", map[string]any{"vcpus": 2, "memory_mib": 768}, slices.Repeat([]string{"/v1/sandboxes"}, 50)...)
@@ -69,7 +71,7 @@ func TestQuota(t *testing.T) {
 			t.Errorf("%s of %d: %d of 50 were made, want %d", c.bound, c.most, len(done), c.fit)
 		}
 		u := usage()
-		if u["running"] != float64(len(done)) || u["vcpus"] != float64(2*len(done)) || u["memory_mib"] != float64(768*len(done)) || u["disk_mib"] != float64(5120*len(done)) || u["own_quota"] != true || u["quota"].(map[string]any)[c.bound] != float64(c.most) {
+		if u["running"] != float64(len(done)) || u["vcpus"] != float64(2*len(done)) || u["memory_mib"] != float64(768*len(done)) || u["disk_mib"] != float64(hostwire.DefaultDiskMiB*len(done)) || u["own_quota"] != true || u["quota"].(map[string]any)[c.bound] != float64(c.most) {
 			t.Errorf("%s: usage: %v", c.bound, u)
 		}
 		left = nil
@@ -89,7 +91,7 @@ func TestQuota(t *testing.T) {
 		p.call("POST", "/v1/sandboxes/"+s+"/pause", nil, "X-API-Key", key).want(200)
 		resumes = append(resumes, "/v1/sandboxes/"+s+"/resume")
 	}
-	if u := usage(); u["running"] != 1. || u["disk_mib"] != 4*5120. {
+	if u := usage(); u["running"] != 1. || u["disk_mib"] != 4.*hostwire.DefaultDiskMiB {
 		t.Errorf("with three of four paused, usage: %v", u)
 	}
 	quota(map[string]any{"max_running": 2})

@@ -2,12 +2,16 @@ package server_test
 
 import (
 	"context"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/getkin/kin-openapi/openapi3"
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/api"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
@@ -17,7 +21,7 @@ func TestSnapshots(t *testing.T) {
 	sandbox := p.create(map[string]any{"vcpus": 2, "memory_mib": 256})
 	snap := func(body any, headers ...string) response { return p.call("POST", "/v1/snapshots", body, headers...) }
 	made := snap(map[string]any{"sandbox_id": sandbox, "name": "base-1.0"}).want(201).object()
-	for k, want := range map[string]any{"name": "base-1.0", "vcpus": 2., "memory_mib": 256., "disk_mib": 5120., "sandbox_id": sandbox, "size_bytes": float64(1 << 20)} {
+	for k, want := range map[string]any{"name": "base-1.0", "vcpus": 2., "memory_mib": 256., "disk_mib": float64(hostwire.DefaultDiskMiB), "sandbox_id": sandbox, "size_bytes": float64(1 << 20)} {
 		if made[k] != want {
 			t.Errorf("%s = %v, want %v", k, made[k], want)
 		}
@@ -48,16 +52,16 @@ func TestSnapshots(t *testing.T) {
 	if sb := from(map[string]any{"template": "base-1.0"}).want(201).object(); sb["vcpus"] != 2. || sb["memory_mib"] != 256. || sb["template"] != "base-1.0" {
 		t.Errorf("made from a snapshot: %v", sb)
 	}
-	from(map[string]any{"template": "base-1.0", "vcpus": 2, "memory_mib": 256, "disk_mib": 5120}).want(201)
+	from(map[string]any{"template": "base-1.0", "vcpus": 2, "memory_mib": 256, "disk_mib": hostwire.DefaultDiskMiB}).want(201)
 	asked := p.agent.created()
-	for _, body := range []map[string]any{{"vcpus": 1}, {"memory_mib": 512}, {"disk_mib": 5119}} {
+	for _, body := range []map[string]any{{"vcpus": 1}, {"memory_mib": 512}, {"disk_mib": hostwire.DefaultDiskMiB - 1}} {
 		body["template"] = "base-1.0"
 		from(body).fails(400, "invalid_argument")
 	}
 	if p.agent.created() != asked {
 		t.Error("the host was asked for a sandbox that it cannot make")
 	}
-	if sb := from(map[string]any{}).want(201).object(); sb["vcpus"] != 1. || sb["memory_mib"] != 512. {
+	if sb := from(map[string]any{}).want(201).object(); sb["vcpus"] != float64(hostwire.DefaultVCPUs) || sb["memory_mib"] != float64(hostwire.DefaultMemoryMiB) {
 		t.Errorf("made from minimal: %v", sb)
 	}
 	// Lists.
@@ -130,6 +134,34 @@ func TestSnapshots(t *testing.T) {
 	p.agent.hook(nil)
 	p.agent.serve(t)
 	p.eventually("the host has deleted it", func() bool { return p.call("DELETE", "/v1/snapshots/frozen", nil).Status == 404 })
+}
+
+// TestForkCopiesSettings checks that a copy has whatever the creation of its original set and
+// the API shows of a sandbox.
+func TestForkCopiesSettings(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	set := map[string]any{
+		"template": "minimal", "vcpus": 2, "memory_mib": 256, "disk_mib": hostwire.DefaultDiskMiB + 1, "timeout_seconds": 60,
+		"on_timeout": "pause", "auto_resume": false, "metadata": map[string]string{"job": "1"},
+	}
+	spec, err := openapi3.NewLoader().LoadFromData(api.OpenAPI)
+	if err != nil {
+		t.Fatal(err)
+	}
+	shown := spec.Components.Schemas["Sandbox"].Value.Properties
+	for field := range spec.Components.Schemas["CreateSandbox"].Value.Properties {
+		if set[field] == nil && shown[field] != nil {
+			t.Errorf("the test sets no %s", field)
+		}
+	}
+	original := p.call("POST", "/v1/sandboxes", set).want(201).object()
+	made := p.call("POST", "/v1/sandboxes/"+original["id"].(string)+"/fork", map[string]any{}).want(201).list("sandboxes")[0].(map[string]any)
+	for field := range set {
+		if !reflect.DeepEqual(made[field], original[field]) {
+			t.Errorf("%s is %v, that of the original is %v", field, made[field], original[field])
+		}
+	}
 }
 
 func TestFork(t *testing.T) {

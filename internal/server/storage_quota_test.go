@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
 // TestStored checks that whatever outlives a request counts towards its team's storage
@@ -102,7 +103,7 @@ func TestStoredHostile(t *testing.T) {
 	bounded := func(when string, templates int) {
 		t.Helper()
 		got := p.call("GET", "/v1/teams/"+team+"/quota", nil, asAda...).want(200).object()["stored_mib"].(float64)
-		if most := float64(templates * 2 * (1024 + 512)); got > most {
+		if most := float64(templates * 2 * (1024 + hostwire.DefaultMemoryMiB)); got > most {
 			t.Errorf("%s: %v MiB are stored, want at most %v", when, got, most)
 		}
 	}

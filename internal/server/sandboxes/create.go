@@ -26,13 +26,6 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/work"
 )
 
-// Default sizes of a sandbox whose template has none. The database has the memory as
-// default_memory_mib().
-const (
-	DefaultVCPUs     = 1
-	DefaultMemoryMiB = 512
-)
-
 // What happens to a sandbox when it was idle for its timeout.
 const (
 	DestroyOnTimeout = "destroy"
@@ -43,8 +36,8 @@ const (
 type CreateParams struct {
 	// Template is a name or an id.
 	Template       string
-	VCPUs          int32 // 0: the template's or 1
-	MemoryMiB      int32 // 0: the template's or 512
+	VCPUs          int32 // 0: the template's, else the default
+	MemoryMiB      int32 // 0: the template's, else the default
 	DiskMiB        int32 // 0: the template's
 	TimeoutSeconds int32 // 0: never
 	Envs           map[string]string
@@ -74,7 +67,7 @@ func (p CreateParams) normal() CreateParams {
 // key.
 func (p CreateParams) asked() CreateParams {
 	p = p.normal()
-	p.VCPUs, p.MemoryMiB = cmp.Or(p.VCPUs, DefaultVCPUs), cmp.Or(p.MemoryMiB, DefaultMemoryMiB)
+	p.VCPUs, p.MemoryMiB = cmp.Or(p.VCPUs, hostwire.DefaultVCPUs), cmp.Or(p.MemoryMiB, hostwire.DefaultMemoryMiB)
 	return p
 }
 
@@ -86,8 +79,8 @@ func (p CreateParams) fit(t db.Template) (CreateParams, error) {
 		asked          *int32
 		has, otherwise int32
 	}{
-		{"vcpus", &p.VCPUs, t.VCPUs, DefaultVCPUs},
-		{"memory_mib", &p.MemoryMiB, t.MemoryMiB, DefaultMemoryMiB},
+		{"vcpus", &p.VCPUs, t.VCPUs, hostwire.DefaultVCPUs},
+		{"memory_mib", &p.MemoryMiB, t.MemoryMiB, hostwire.DefaultMemoryMiB},
 	} {
 		if size.has != 0 && *size.asked != 0 && *size.asked != size.has {
 			return p, fault.New(fault.InvalidArgument, "%s: template %q was captured with %d and allows no other value", size.name, t.Name, size.has)

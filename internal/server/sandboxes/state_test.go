@@ -75,17 +75,29 @@ func TestStates(t *testing.T) {
 	}
 }
 
-// TestDefaultSizes checks that quotas assume the default sizes of servers and hosts for
-// objects without a size.
+// TestDefaultSizes checks the default sizes where hostwire's constants cannot be used: in the
+// API document, and in the database, which assumes them for objects without a size.
 func TestDefaultSizes(t *testing.T) {
-	var disk, memory, sandbox int
-	var template int64
-	err := schema(t).QueryRow(t.Context(), "SELECT default_disk_mib(), default_memory_mib(), sandbox_disk('running', 0), template_stored('pending', 0, 0, 0)").Scan(&disk, &memory, &sandbox, &template)
+	spec, err := openapi3.NewLoader().LoadFromData(api.OpenAPI)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if disk != hostwire.DefaultDiskMiB || memory != DefaultMemoryMiB {
-		t.Errorf("the database assumes %d and %d MiB, want %d and %d", disk, memory, hostwire.DefaultDiskMiB, DefaultMemoryMiB)
+	for schema, from := range map[string]string{"CreateSandbox": "template's", "CreateBuild": "base's"} {
+		for field, size := range map[string]int{"vcpus": hostwire.DefaultVCPUs, "memory_mib": hostwire.DefaultMemoryMiB} {
+			says := spec.Components.Schemas[schema].Value.Properties[field].Value.Description
+			if want := fmt.Sprintf("absent: the %s or %d.", from, size); !strings.Contains(says, want) {
+				t.Errorf("%s.%s: the document says %q, want %q in it", schema, field, says, want)
+			}
+		}
+	}
+	var disk, memory, sandbox int
+	var template int64
+	err = schema(t).QueryRow(t.Context(), "SELECT default_disk_mib(), default_memory_mib(), sandbox_disk('running', 0), template_stored('pending', 0, 0, 0)").Scan(&disk, &memory, &sandbox, &template)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if disk != hostwire.DefaultDiskMiB || memory != hostwire.DefaultMemoryMiB {
+		t.Errorf("the database assumes %d and %d MiB, want %d and %d", disk, memory, hostwire.DefaultDiskMiB, hostwire.DefaultMemoryMiB)
 	}
 	if sandbox != disk || template != int64(disk+memory) {
 		t.Errorf("a sandbox counts as %d MiB, a template as %d, want %d and %d", sandbox, template, disk, disk+memory)

@@ -82,14 +82,15 @@ func TestQuotaBounds(t *testing.T) {
 			t.Errorf("%s: %v; want a refusal", what, err)
 		}
 	}
-	s.quota(t, team, 10, 4, 2048, 12000)
+	const disks = 2*hostwire.DefaultDiskMiB + 1000
+	s.quota(t, team, 10, 4, 2048, disks)
 	refused("vCPUs", insert(5, 512, 1))
 	refused("memory", insert(1, 2049, 1))
-	refused("disk", insert(1, 512, 12001))
-	if err := insert(2, 1024, 5120); err != nil {
+	refused("disk", insert(1, 512, disks+1))
+	if err := insert(2, 1024, hostwire.DefaultDiskMiB); err != nil {
 		t.Fatal(err)
 	}
-	// A disk of unknown size counts as 5120 MiB: two fit, three do not.
+	// A disk of unknown size counts as one of the default size: two fit, three do not.
 	if err := insert(1, 512, 0); err != nil {
 		t.Fatal(err)
 	}
@@ -99,7 +100,7 @@ func TestQuotaBounds(t *testing.T) {
 		t.Error(err)
 	}
 	u, err := s.GetUsage(ctx, team)
-	if err != nil || u.Running != 2 || u.VCPUs != 3 || u.MemoryMiB != 1536 || u.DiskMiB != 14120 {
+	if err != nil || u.Running != 2 || u.VCPUs != 3 || u.MemoryMiB != 1536 || u.DiskMiB != hostwire.DefaultDiskMiB+9000 {
 		t.Errorf("usage %+v, %v", u, err)
 	}
 	// Lowering a quota below the usage ends nothing, and sandboxes can still end.

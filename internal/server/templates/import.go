@@ -14,10 +14,10 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
-	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 	"github.com/wrenn-dev/wrenn/internal/server/scheduler"
 	"github.com/wrenn-dev/wrenn/internal/server/spool"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
@@ -92,7 +92,7 @@ func (s *Service) ImportLayer(ctx context.Context, team, build uuid.UUID, i Imag
 // importPlaces returns the hosts that can import an image, best first. Every host has the
 // built-in template, so it stands for any.
 func (s *Service) importPlaces(ctx context.Context) ([]*hosts.Host, error) {
-	return s.Hosts.Places(ctx, uuid.Nil, scheduler.Request{MemoryMiB: sandboxes.DefaultMemoryMiB, VCPUs: sandboxes.DefaultVCPUs, DiskMiB: sandboxes.DefaultMemoryMiB})
+	return s.Hosts.Places(ctx, uuid.Nil, scheduler.Request{MemoryMiB: hostwire.DefaultMemoryMiB, VCPUs: hostwire.DefaultVCPUs, DiskMiB: hostwire.DefaultMemoryMiB})
 }
 
 // The kinds of templates.
@@ -287,7 +287,7 @@ func (s *Service) send(ctx context.Context, host *hosts.Host, row db.Template, p
 	defer cancel()
 	start := &hostagentv1.ImportTemplateRequest_Start{
 		TemplateId: id.Format(id.Template, row.ID), TeamId: id.Format(id.Team, row.TeamID), Name: row.Name,
-		DiskMib: i.DiskMiB, Vcpus: sandboxes.DefaultVCPUs, MemoryMib: sandboxes.DefaultMemoryMiB, Inert: i.Inert, Payer: payer.String(),
+		DiskMib: i.DiskMiB, Vcpus: hostwire.DefaultVCPUs, MemoryMib: hostwire.DefaultMemoryMiB, Inert: i.Inert, Payer: payer.String(),
 	}
 	if archive == nil {
 		start.Source = &hostagentv1.ImportTemplateRequest_Start_Registry{Registry: &hostagentv1.ImportTemplateRequest_Registry{Reference: i.Reference, Username: i.Username, Password: i.Password}}

@@ -29,7 +29,6 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/recipe"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
-	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
@@ -506,7 +505,7 @@ const (
 // is not trusted: no size is larger than the template whose row is given can have. For
 // the built-in template Measured ignores the host's disk size, because all tenants use it.
 func Measured(host uuid.UUID, row db.Template, t *hostagentv1.Template) db.TemplateReadyParams {
-	disk, memory := cmp.Or(row.DiskMiB, hostwire.DefaultDiskMiB), cmp.Or(row.MemoryMiB, sandboxes.DefaultMemoryMiB)
+	disk, memory := cmp.Or(row.DiskMiB, hostwire.DefaultDiskMiB), cmp.Or(row.MemoryMiB, hostwire.DefaultMemoryMiB)
 	says := t.GetDiskMib()
 	if row.ID == uuid.Nil {
 		disk, says = hostwire.DefaultDiskMiB, hostwire.DefaultDiskMiB

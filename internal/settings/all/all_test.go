@@ -8,12 +8,14 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
 	"github.com/caarlos0/env/v11"
 
 	"github.com/wrenn-dev/wrenn/deploy"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/settings"
 )
 
@@ -82,6 +84,20 @@ func TestRegistry(t *testing.T) {
 	}
 	if len(used) > 0 {
 		t.Errorf("the Caddyfile does not document %v", used)
+	}
+}
+
+// TestUsualSize checks that an agent prepares for sandboxes of the default size.
+func TestUsualSize(t *testing.T) {
+	want := map[string]int{"WRENN_DEFAULT_VCPUS": hostwire.DefaultVCPUs, "WRENN_DEFAULT_MEMORY_MIB": hostwire.DefaultMemoryMiB}
+	for _, s := range AgentProgram.Settings {
+		if n, ok := want[s.Name]; ok && s.Default != strconv.Itoa(n) {
+			t.Errorf("%s is %s by default, want %d", s.Name, s.Default, n)
+		}
+		delete(want, s.Name)
+	}
+	if len(want) > 0 {
+		t.Errorf("the agent has no settings %v", want)
 	}
 }
 
