@@ -17,6 +17,7 @@ import (
 	"github.com/caarlos0/env/v11"
 
 	"github.com/wrenn-dev/wrenn/internal/agent"
+	"github.com/wrenn-dev/wrenn/internal/graceful"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	"github.com/wrenn-dev/wrenn/internal/pki"
@@ -90,24 +91,26 @@ func TestAgentListensAtHome(t *testing.T) {
 	}
 }
 
-// TestUnitWaits checks that systemd waits as long for a stopping server as its stop may
+// TestUnitsWait checks that systemd waits as long for a stopping program as its stop may
 // take.
-func TestUnitWaits(t *testing.T) {
-	unit, err := os.ReadFile("../../deploy/systemd/wrenn-server.service")
-	if err != nil {
-		t.Fatal(err)
-	}
-	found := regexp.MustCompile(`(?m)^TimeoutStopSec=(\d+)$`).FindSubmatch(unit)
-	if found == nil {
-		t.Fatal("the unit does not say how long a stop may take")
-	}
+func TestUnitsWait(t *testing.T) {
 	c, err := env.ParseAsWithOptions[server.Config](env.Options{Environment: map[string]string{"DATABASE_URL": "x", "REDIS_URL": "x", "WRENN_SECRET_KEY": "x"}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	const rest = 6 * time.Second // the last writes to Redis and PostgreSQL, and the last traces
-	if allowed, takes := string(found[1])+"s", shutdownTimeout+c.StopTimeout+rest; takes > duration(t, allowed) {
-		t.Errorf("systemd kills the server after %s, and it may take %v", allowed, takes)
+	for unit, takes := range map[string]time.Duration{"server": graceful.InFlight + c.StopTimeout + rest, "agent": graceful.InFlight + agent.CloseTimeout + rest} {
+		text, err := os.ReadFile("../../deploy/systemd/wrenn-" + unit + ".service")
+		if err != nil {
+			t.Fatal(err)
+		}
+		found := regexp.MustCompile(`(?m)^TimeoutStopSec=(\d+)$`).FindSubmatch(text)
+		if found == nil {
+			t.Fatalf("the unit of the %s does not say how long a stop may take", unit)
+		}
+		if allowed := string(found[1]) + "s"; takes > duration(t, allowed) {
+			t.Errorf("systemd kills the %s after %s, and it may take %v", unit, allowed, takes)
+		}
 	}
 	if c.StopTimeout < time.Minute {
 		t.Errorf("creations have %v to finish", c.StopTimeout)

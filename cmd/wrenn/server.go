@@ -28,10 +28,6 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// shutdownTimeout bounds how long a server or an agent that stops waits for requests
-// under way. wrenn-server.service allows for it (TestUnitWaits).
-const shutdownTimeout = 10 * time.Second
-
 func serverCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "server", Short: "Run the control plane", Args: cobra.NoArgs,
@@ -124,7 +120,7 @@ func serveOn(ctx context.Context, l net.Listener, identity *tls.Config, srv *htt
 	}
 	ran := make(chan error, 1)
 	go func() { ran <- run(ctx); cancel() }()
-	err := graceful.Serve(ctx, srv, l, identity, shutdownTimeout)
+	err := graceful.Serve(ctx, srv, l, identity, graceful.InFlight)
 	cancel()
 	if err != nil {
 		err = fmt.Errorf("serve: %w", err)

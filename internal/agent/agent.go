@@ -303,12 +303,13 @@ func (a *Agent) Run(ctx context.Context) error {
 // agent adopts them.
 func (a *Agent) Close() error { return a.closing() }
 
-// closeTimeout bounds the wait for operations on sandboxes.
-const closeTimeout = 90 * time.Second
+// CloseTimeout bounds Close's wait for operations on sandboxes. wrenn-agent.service allows
+// for it (TestUnitsWait).
+const CloseTimeout = 90 * time.Second
 
 func (a *Agent) close() error {
 	a.stop()
-	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), CloseTimeout)
 	defer cancel()
 	var errs []error
 	var slots []int

@@ -18,6 +18,10 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
+// InFlight is how long a server or an agent that stops waits for requests in flight. The
+// systemd units (TestUnitsWait) and `wrenn up` allow for it.
+const InFlight = 10 * time.Second
+
 // freshWait is how long a connection may still send its first request after the
 // listener is closed.
 const freshWait = time.Second

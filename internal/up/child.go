@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/backoff"
+	"github.com/wrenn-dev/wrenn/internal/graceful"
 )
 
 const (
@@ -23,7 +24,11 @@ const (
 	// agentReadyTimeout is longer, because apt can take minutes until it gives up on
 	// mirrors that do not answer. The agent then starts with the images that it has.
 	agentReadyTimeout = 15 * time.Minute
-	stopTimeout       = 30 * time.Second
+	// operationsTimeout is the server's WRENN_STOP_TIMEOUT.
+	operationsTimeout = 15 * time.Second
+	// stopTimeout is when a program that does not exit is killed. The server waits for
+	// requests and operations, and then writes its last changes.
+	stopTimeout = graceful.InFlight + operationsTimeout + 10*time.Second
 	// pauseAllTimeout bounds the pause of all sandboxes when `wrenn up` stops.
 	pauseAllTimeout = 2 * time.Minute
 	// A program that exits is restarted after firstPause. If it exits again soon, the

@@ -310,7 +310,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 	}
 	front.doorman.prepares("the control plane")
 	err = s.launch(ctx, s.own(self, all.ServerProgram, []string{
-		"WRENN_STOP_TIMEOUT=" + (stopTimeout / 2).String(), "WRENN_INSECURE=" + strconv.FormatBool(o.insecure),
+		"WRENN_STOP_TIMEOUT=" + operationsTimeout.String(), "WRENN_INSECURE=" + strconv.FormatBool(o.insecure),
 		"WRENN_SPOOL_DIR=" + s.dir.Spool(),
 		"DATABASE_URL=" + pg.url("wrenn"), "REDIS_URL=" + rd.url(), "WRENN_LISTEN=" + server, "WRENN_METRICS_LISTEN=unix:" + s.dir.MetricsSocket(), "WRENN_DOMAIN=" + domain,
 		"WRENN_PUBLIC_URL=" + url, "WRENN_SECRET_KEY=" + s.secrets.SecretKey, "WRENN_AGENT_URL=" + agentAt, "WRENN_AGENT_TOKEN=" + s.secrets.AgentToken,
