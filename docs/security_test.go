@@ -46,6 +46,11 @@ func TestPagesNameTests(t *testing.T) {
 	}
 }
 
+var (
+	file = regexp.MustCompile("`((?:api|client|cmd|deploy|internal|test)/[a-z0-9_/.-]*|Makefile|README.md|CHANGELOG.md)`")
+	word = regexp.MustCompile("`(?:[a-z]+\\.)?([A-Za-z][A-Za-z0-9_]*)`")
+)
+
 // TestChangingNamesFiles checks that every file and folder that changing.md names exists.
 func TestChangingNamesFiles(t *testing.T) {
 	page, err := os.ReadFile("changing.md")
@@ -53,19 +58,67 @@ func TestChangingNamesFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	n := 0
-	for _, m := range regexp.MustCompile("`((?:api|client|cmd|deploy|internal)/[a-z0-9_/.-]*)`").FindAllStringSubmatch(string(page), -1) {
+	for _, m := range file.FindAllStringSubmatch(string(page), -1) {
 		n++
 		if _, err := os.Stat(filepath.Join("..", m[1])); err != nil {
 			t.Error(err)
 		}
 	}
-	for _, m := range regexp.MustCompile("`(000[a-z0-9_]+\\.sql)`").FindAllStringSubmatch(string(page), -1) {
-		n++
-		if _, err := os.Stat(filepath.Join("..", "internal/server/store/migrations", m[1])); err != nil {
-			t.Error(err)
-		}
-	}
 	if n < 50 {
 		t.Errorf("the page names %d files", n)
+	}
+}
+
+// TestChangingNamesCode checks that every name of code in a section of changing.md is in one
+// of the files and folders that the section names, or in a migration.
+func TestChangingNamesCode(t *testing.T) {
+	page, err := os.ReadFile("changing.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A linter, and a name that PostgreSQL made.
+	elsewhere := map[string]bool{"exhaustive": true, "channels_kind_check": true}
+	n := 0
+	for _, section := range strings.Split(string(page), "\n## ") {
+		title, _, _ := strings.Cut(section, "\n")
+		var text strings.Builder
+		add := func(path string) {
+			if info, err := os.Stat(path); err == nil && !info.IsDir() {
+				b, err := os.ReadFile(path)
+				if err != nil {
+					t.Fatal(err)
+				}
+				text.Write(b)
+			}
+		}
+		folders := []string{"internal/server/store/migrations"}
+		for _, m := range file.FindAllStringSubmatch(section, -1) {
+			folders = append(folders, m[1])
+			add(filepath.Join("..", m[1]))
+		}
+		for _, folder := range folders {
+			inside, err := filepath.Glob(filepath.Join("..", folder, "*"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, path := range inside {
+				add(path)
+			}
+		}
+		for _, m := range word.FindAllStringSubmatch(section, -1) {
+			if strings.HasPrefix(m[1], "Test") || elsewhere[m[1]] {
+				continue
+			}
+			if info, err := os.Stat(filepath.Join("../internal/server", m[1])); err == nil && info.IsDir() {
+				continue
+			}
+			n++
+			if !regexp.MustCompile(`\b` + m[1] + `\b`).MatchString(text.String()) {
+				t.Errorf("%s: no file that it names has %s", title, m[1])
+			}
+		}
+	}
+	if n < 80 {
+		t.Errorf("the page names %d pieces of code", n)
 	}
 }
