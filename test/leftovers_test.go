@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -94,31 +95,35 @@ func (i *installation) roles(t testing.TB) map[string][]int {
 	return roles
 }
 
-// leftovers counts what sandboxes and services use of the machine.
-func (i *installation) leftovers(t testing.TB) map[string]int {
+// leftovers is what an installation's sandboxes use of the machine. It counts nothing of
+// other installations, which tests of other packages run at the same time.
+type leftovers struct {
+	folders, machines, groups int
+	trace                     *trace // has followed the installation since the first count
+}
+
+func (i *installation) leftovers(t *testing.T) leftovers {
 	t.Helper()
-	n := map[string]int{}
-	count := func(pattern string) int {
-		m, _ := filepath.Glob(pattern)
-		return len(m)
-	}
-	n["sandbox folders"] = count(filepath.Join(i.dir, "sandboxes", "*"))
-	n["qemu processes"] = len(i.roles(t)["qemu"])
-	n["control groups"] = count("/sys/fs/cgroup/memory/wrenn/*-*") + count("/sys/fs/cgroup/wrenn/*-*")
-	return n
+	tr := follow(t, i.dir)
+	tr.note()
+	return i.leftoversOf(t, tr)
+}
+
+func (i *installation) leftoversOf(t *testing.T, tr *trace) leftovers {
+	t.Helper()
+	folders, _ := filepath.Glob(filepath.Join(i.dir, "sandboxes", "*"))
+	return leftovers{folders: len(folders), machines: len(i.roles(t)["qemu"]), groups: len(tr.groupsLeft()), trace: tr}
 }
 
 // same fails the test unless leftovers return to the earlier numbers. Sandboxes are
 // cleaned up after the response.
-func (i *installation) same(t *testing.T, before map[string]int) {
+func (i *installation) same(t *testing.T, before leftovers) {
 	t.Helper()
 	eventually(t, func() error {
-		now := i.leftovers(t)
-		for what, n := range now {
-			// Fewer is fine: others on this machine may have released something too.
-			if n > before[what] {
-				return fmt.Errorf("left behind: %v, before: %v", now, before)
-			}
+		now := i.leftoversOf(t, before.trace)
+		// Fewer is fine: sandboxes of earlier tests may have ended meanwhile.
+		if now.folders > before.folders || now.machines > before.machines || now.groups > before.groups {
+			return fmt.Errorf("left behind: %+v, before: %+v", now, before)
 		}
 		return nil
 	})
@@ -174,20 +179,16 @@ func (tr *trace) note() {
 func (tr *trace) left(t *testing.T) []string {
 	t.Helper()
 	tr.mu.Lock()
-	defer tr.mu.Unlock()
-	if len(tr.groups) == 0 || len(tr.blocks) == 0 {
-		t.Errorf("the installation had %d machines and %d blocks of network slots", len(tr.groups), len(tr.blocks))
+	groups, blocks := len(tr.groups), slices.Collect(maps.Keys(tr.blocks))
+	tr.mu.Unlock()
+	if groups == 0 || len(blocks) == 0 {
+		t.Errorf("the installation had %d machines and %d blocks of network slots", groups, len(blocks))
 	}
 	var all []string
 	for pid, line := range processes(string(tr.dir)) {
 		all = append(all, fmt.Sprintf("process %d: %s", pid, line))
 	}
-	for name := range tr.groups {
-		for _, pattern := range []string{"/sys/fs/cgroup/*/wrenn/", "/sys/fs/cgroup/wrenn/"} {
-			groups, _ := filepath.Glob(pattern + name)
-			all = append(all, groups...)
-		}
-	}
+	all = append(all, tr.groupsLeft()...)
 	for _, text := range []string{printed(t, "cat", "/proc/thread-self/mounts"), printed(t, "losetup", "-a")} {
 		for line := range strings.Lines(text) {
 			if strings.Contains(line, string(tr.dir)) {
@@ -195,8 +196,21 @@ func (tr *trace) left(t *testing.T) []string {
 			}
 		}
 	}
-	for n := range tr.blocks {
+	for _, n := range blocks {
 		all = append(all, leftOfBlock(t, tr.dir, n)...)
+	}
+	return all
+}
+
+// groupsLeft returns the folders of the installation's control groups that exist.
+func (tr *trace) groupsLeft() (all []string) {
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
+	for name := range tr.groups {
+		for _, pattern := range []string{"/sys/fs/cgroup/*/wrenn/", "/sys/fs/cgroup/wrenn/"} {
+			groups, _ := filepath.Glob(pattern + name)
+			all = append(all, groups...)
+		}
 	}
 	return all
 }
