@@ -91,10 +91,16 @@ lint: check
 	@out=$$(go run $(DEADCODE) -test $(GO_PACKAGES)) || exit 1; \
 		if grep -v -e '^client/' -e '^$$' <<<"$$out"; then echo "nothing calls these, not even a test"; exit 1; fi
 
-# WRENN_SLOW=1 adds the tests that take longer than all others together.
+# The packages whose tests take longest. Of all packages, they begin first; otherwise ./test,
+# the last by name, would run alone at the end.
+LONG_PACKAGES = $(if $(filter ./...,$(GO_PACKAGES)),./internal/agent ./test)
+
+# WRENN_SLOW=1 adds the tests that take longer than all others together. test-deps mostly
+# downloads, so check, which has run vet, and build run beside it.
 test: export WRENN_SLOW ?=
-test: test-deps check build
-	go test -race -count=1 -timeout $(if $(WRENN_SLOW),5h,45m) $(GO_PACKAGES)
+test:
+	@$(MAKE) --no-print-directory -j3 test-deps check build
+	go test -race -count=1 -vet=off -timeout $(if $(WRENN_SLOW),5h,45m) $(LONG_PACKAGES) $(GO_PACKAGES)
 
 # Runs the tests of virtual machines with KVM, on this machine or in a lab (test/lab).
 test-kvm: deps go
