@@ -59,6 +59,40 @@ func (q *Queries) CountRecords(ctx context.Context) ([]CountRecordsRow, error) {
 	return items, nil
 }
 
+const countUsersAudit = `-- name: CountUsersAudit :many
+SELECT COALESCE(a.user_id, a.actor_id)::uuid AS of_user, count(*) AS audit FROM audit_records a
+WHERE a.actor IN ('user', 'key') AND NOT EXISTS (SELECT FROM teams WHERE teams.id = a.team_id)
+  AND NOT EXISTS (SELECT FROM users WHERE users.id = COALESCE(a.user_id, a.actor_id) AND users.admin)
+GROUP BY 1 HAVING count(*) > $1::bigint
+`
+
+type CountUsersAuditRow struct {
+	OfUser uuid.UUID
+	Audit  int64
+}
+
+// Of each user with more than most: the audit records that no team is charged for, because
+// they are about the user's account or their team is deleted. Admins have no limit.
+func (q *Queries) CountUsersAudit(ctx context.Context, most int64) ([]CountUsersAuditRow, error) {
+	rows, err := q.db.Query(ctx, countUsersAudit, most)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []CountUsersAuditRow
+	for rows.Next() {
+		var i CountUsersAuditRow
+		if err := rows.Scan(&i.OfUser, &i.Audit); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
 const forgetAudit = `-- name: ForgetAudit :execrows
 DELETE FROM audit_records WHERE id = ANY (ARRAY(SELECT a.id FROM audit_records a WHERE a.at < $1 ORDER BY a.at, a.id LIMIT $2 FOR UPDATE))
 `
@@ -99,6 +133,26 @@ type ForgetTeamAuditParams struct {
 
 func (q *Queries) ForgetTeamAudit(ctx context.Context, arg ForgetTeamAuditParams) (int64, error) {
 	result, err := q.db.Exec(ctx, forgetTeamAudit, arg.TeamID, arg.MaxRows)
+	if err != nil {
+		return 0, err
+	}
+	return result.RowsAffected(), nil
+}
+
+const forgetUserAudit = `-- name: ForgetUserAudit :execrows
+DELETE FROM audit_records WHERE id = ANY (ARRAY(
+    SELECT a.id FROM audit_records a
+    WHERE a.actor IN ('user', 'key') AND COALESCE(a.user_id, a.actor_id) = $1::uuid AND NOT EXISTS (SELECT FROM teams WHERE teams.id = a.team_id)
+    ORDER BY a.at, a.id LIMIT $2 FOR UPDATE))
+`
+
+type ForgetUserAuditParams struct {
+	OfUser  uuid.UUID
+	MaxRows int32
+}
+
+func (q *Queries) ForgetUserAudit(ctx context.Context, arg ForgetUserAuditParams) (int64, error) {
+	result, err := q.db.Exec(ctx, forgetUserAudit, arg.OfUser, arg.MaxRows)
 	if err != nil {
 		return 0, err
 	}

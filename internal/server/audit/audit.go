@@ -270,8 +270,9 @@ func (l *Log) sweep(ctx context.Context) error {
 
 // Recount counts each team's records: audit records, runs of sandboxes, tags and
 // deliveries. Triggers have already charged the teams when they wrote the records. Recount
-// replaces these charges by one per team and corrects it. It deletes a team's oldest audit
-// records if there are more than most.
+// replaces these charges by one per team and corrects it. It deletes the oldest audit
+// records of a team, or those of a user that count for no team, if there are more than
+// most.
 func (l *Log) Recount(ctx context.Context, most int64) error {
 	teams, err := l.store.CountRecords(ctx)
 	if err != nil {
@@ -292,6 +293,16 @@ func (l *Log) Recount(ctx context.Context, most int64) error {
 		}
 		err := l.forget(ctx, t.Audit-most, func(rows int32) (int64, error) {
 			return l.store.ForgetTeamAudit(ctx, db.ForgetTeamAuditParams{TeamID: t.TeamID, MaxRows: rows})
+		})
+		errs = append(errs, err)
+	}
+	users, err := l.store.CountUsersAudit(ctx, most)
+	if err != nil {
+		errs = append(errs, fmt.Errorf("count users' records: %w", err))
+	}
+	for _, u := range users {
+		err := l.forget(ctx, u.Audit-most, func(rows int32) (int64, error) {
+			return l.store.ForgetUserAudit(ctx, db.ForgetUserAuditParams{OfUser: u.OfUser, MaxRows: rows})
 		})
 		errs = append(errs, err)
 	}

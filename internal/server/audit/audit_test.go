@@ -124,6 +124,56 @@ func TestCharge(t *testing.T) {
 	}
 }
 
+// TestUsersAudit checks that a user keeps the newest of the records that no team is charged
+// for, and that those of admins, hosts and the platform stay.
+func TestUsersAudit(t *testing.T) {
+	ctx, url := t.Context(), pgtest.New(t)
+	s, err := store.Open(context.Background(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	conn := pgtest.Connect(t, url)
+	exec := func(query string, args ...any) {
+		t.Helper()
+		if _, err := conn.Exec(ctx, query, args...); err != nil {
+			t.Fatalf("%s: %v", query, err)
+		}
+	}
+	user, admin, team := uuid.New(), uuid.New(), uuid.New()
+	exec("INSERT INTO users (id, email, admin) VALUES ($1, 'a@example.com', false), ($2, 'b@example.com', true)", user, admin)
+	exec("INSERT INTO teams (id, name) VALUES ($1, 't')", team)
+	n := 0
+	record := func(of string, team *uuid.UUID, actor string, id, user *uuid.UUID) {
+		t.Helper()
+		for range 3 {
+			n++
+			exec(`INSERT INTO audit_records (id, at, team_id, actor, actor_id, user_id, action, object, object_id, address, request_id, result, code)
+				VALUES (gen_random_uuid(), now() + $1 * interval '1 second', $2, $3, $4, $5, $6, '', '', '', '', 'ok', '')`, n, team, actor, id, user, of)
+		}
+	}
+	gone, key, host := uuid.New(), uuid.New(), uuid.New()
+	record("of the account", nil, User, &user, nil)
+	record("of a deleted team, by the user", &gone, User, &user, nil)
+	record("of a deleted team, by their key", &gone, Key, &key, &user)
+	record("of a team", &team, User, &user, nil)
+	record("of an admin", nil, User, &admin, nil)
+	record("of a host", nil, Host, &host, nil)
+	record("of the platform", nil, Platform, nil, nil)
+	if err := New(s, time.Hour, slog.New(slog.DiscardHandler)).Recount(ctx, 4); err != nil {
+		t.Fatal(err)
+	}
+	for of, want := range map[string]int64{
+		"of the account": 0, "of a deleted team, by the user": 1, "of a deleted team, by their key": 3,
+		"of a team": 3, "of an admin": 3, "of a host": 3, "of the platform": 3,
+	} {
+		var kept int64
+		if err := conn.QueryRow(ctx, "SELECT count(*) FROM audit_records WHERE action = $1", of).Scan(&kept); err != nil || kept != want {
+			t.Errorf("%s: %d records are kept, want %d, %v", of, kept, want, err)
+		}
+	}
+}
+
 // TestRefusalsTakeNothing checks that refused requests share one record per minute, and
 // that a team is charged for that record alone.
 func TestRefusalsTakeNothing(t *testing.T) {

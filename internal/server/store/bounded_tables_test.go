@@ -16,7 +16,7 @@ var kept = map[string]string{
 	"build_archive_chunks": "the bytes that build_archives counts",
 
 	"api_keys":         "1000 of a team",
-	"audit_records":    recorded, // 1,000,000 of a team, 90 days; refusals are one row for each actor, action and minute
+	"audit_records":    recorded, // 1,000,000 of a team, and of a user without one, 90 days; refusals are one row for each actor, action and minute
 	"build_steps":      "the bytes that builds counts; 1000 of a build, with 4 MiB of output and their ends",
 	"channels":         "50 of a team",
 	"deliveries":       recorded, // 500 of a channel, for 7 days

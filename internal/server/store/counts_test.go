@@ -29,6 +29,7 @@ var limits = map[string]string{
 
 // counters are the queries that count for another reason.
 var counters = map[string]string{
+	"CountUsersAudit":        "it removes what there is too much of, and adds nothing",
 	"CountRecords":           "RecountRecords counts again",
 	"RecountRecords":         "it is no limit",
 	"ListPlaces":             "UsedPlace counts again",

@@ -32,8 +32,9 @@ var small = map[string]bool{
 // readsAll are the queries that may read a whole table that grows, with the reason. Every
 // such query must be listed.
 var readsAll = map[string]string{
-	"CountUsers":   "it stops at the first user who can log in",
-	"CountRecords": "it counts all records of all teams, every ten minutes",
+	"CountUsers":      "it stops at the first user who can log in",
+	"CountRecords":    "it counts all records of all teams, every ten minutes",
+	"CountUsersAudit": "it counts the records of no team, every ten minutes",
 	// It runs after CountRecords.
 	"ForgetCharges": "what is there are the charges of the last minutes, which RecountRecords has just counted",
 }
@@ -44,6 +45,9 @@ var readsAll = map[string]string{
 var maySequential = map[string]string{
 	"CountUsers":             readsAll["CountUsers"],
 	"CountRecords":           readsAll["CountRecords"],
+	"CountUsersAudit":        readsAll["CountUsersAudit"],
+	"ForgetUserAudit":        "it follows CountUsersAudit, for a user who has too many",
+	"ForgetCharges":          readsAll["ForgetCharges"],
 	"CountHostOnlyTemplates": hostsPart,
 	"DropTemplatesOfHost":    hostsPart,
 	"ListHostTemplates":      hostsPart,

@@ -25,6 +25,20 @@ DELETE FROM audit_records WHERE id = ANY (ARRAY(SELECT a.id FROM audit_records a
 DELETE FROM audit_records WHERE id = ANY (ARRAY(
     SELECT a.id FROM audit_records a WHERE a.team_id = @team_id::uuid ORDER BY a.at, a.id LIMIT @max_rows FOR UPDATE));
 
+-- name: CountUsersAudit :many
+-- Of each user with more than most: the audit records that no team is charged for, because
+-- they are about the user's account or their team is deleted. Admins have no limit.
+SELECT COALESCE(a.user_id, a.actor_id)::uuid AS of_user, count(*) AS audit FROM audit_records a
+WHERE a.actor IN ('user', 'key') AND NOT EXISTS (SELECT FROM teams WHERE teams.id = a.team_id)
+  AND NOT EXISTS (SELECT FROM users WHERE users.id = COALESCE(a.user_id, a.actor_id) AND users.admin)
+GROUP BY 1 HAVING count(*) > @most::bigint;
+
+-- name: ForgetUserAudit :execrows
+DELETE FROM audit_records WHERE id = ANY (ARRAY(
+    SELECT a.id FROM audit_records a
+    WHERE a.actor IN ('user', 'key') AND COALESCE(a.user_id, a.actor_id) = @of_user::uuid AND NOT EXISTS (SELECT FROM teams WHERE teams.id = a.team_id)
+    ORDER BY a.at, a.id LIMIT @max_rows FOR UPDATE));
+
 -- name: CountRecords :many
 -- Of each team: its audit records, the bytes of the records that come with changes, and
 -- how many of these bytes the last RecountRecords counted.
