@@ -2,6 +2,7 @@ package server_test
 
 import (
 	"context"
+	"crypto/sha256"
 	"net/http"
 	"strings"
 	"testing"
@@ -185,5 +186,47 @@ func TestAccessEnds(t *testing.T) {
 	err = p.db().QueryRow(ctx, "SELECT prefix, last_used_at > now() - interval '5 minutes' FROM api_keys WHERE hash = sha256($1::text::bytea)", key).Scan(&prefix, &used)
 	if err != nil || !used || prefix != key[:8] {
 		t.Errorf("key: prefix %q, used: %v; %v", prefix, used, err)
+	}
+}
+
+// TestCallsToGuestsEnd calls every operation that waits for the sandbox's code interpreter,
+// which does not respond: the call ends when the caller's key is revoked.
+func TestCallsToGuestsEnd(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	asked := make(chan string)
+	p.agent.guest = http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		select {
+		case asked <- r.URL.Path:
+			<-r.Context().Done()
+		case <-r.Context().Done():
+		}
+	})
+	w := p.world()
+	n := 0
+	for _, o := range operations(t) {
+		if !strings.Contains(o.path, "/code") {
+			continue
+		}
+		n++
+		for _, c := range callers() {
+			if !c.key || c.dead || o.expected(c, targets[0]) != 0 {
+				continue
+			}
+			delete(w.shown, c.name) // makes a new key
+			_, path, body, headers := w.compose(o, c, targets[0], n)
+			hash := sha256.Sum256([]byte(w.shown[c.name][1]))
+			delete(w.shown, c.name)
+			answer := p.later(o.method, path, body, headers...)
+			await.Recv(t, o.String()+" reaches the guest", asked)
+			w.sql("DELETE FROM api_keys WHERE hash = $1", hash[:])
+			if r := await.Recv(t, o.String()+" ends", answer); r.Status != http.StatusUnauthorized {
+				t.Errorf("%s: %d %s", o, r.Status, r.Body)
+			}
+			break
+		}
+	}
+	if n < 5 {
+		t.Errorf("only %d operations call the code interpreter", n)
 	}
 }

@@ -57,7 +57,7 @@ func TestLastingOperations(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	lasting := map[string]bool{"exec": true, "execStream": true, "runCode": true, "readFile": true, "writeFile": true, "readArchive": true, "writeArchive": true, "followBuild": true, "followBuildAdmin": true, "createSandbox": false, "pauseSandbox": false, "getDocs": false}
+	lasting := map[string]bool{"exec": true, "execStream": true, "runCode": true, "listContexts": true, "createContext": true, "deleteContext": true, "changeContext": true, "readFile": true, "writeFile": true, "readArchive": true, "writeArchive": true, "followBuild": true, "followBuildAdmin": true, "createSandbox": false, "pauseSandbox": false, "getDocs": false}
 	found := 0
 	for _, item := range spec.Paths.Map() {
 		for _, op := range item.Operations() {
