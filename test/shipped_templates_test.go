@@ -58,7 +58,7 @@ func TestShippedPython(t *testing.T) {
 func TestShippedDocker(t *testing.T) {
 	i := shipped(t, "docker")
 	const script = `set -e
-tar -C / -c bin lib lib64 usr/bin/echo usr/lib/x86_64-linux-gnu/libc.so.6 usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 usr/lib64/ld-linux-x86-64.so.2 | docker import -q - echo >/dev/null
+tar -C / -c bin lib lib64 usr/bin/echo usr/lib/x86_64-linux-gnu/libc.so.6 usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 usr/lib64/ld-linux-x86-64.so.2 | docker import - echo >/dev/null
 docker run --rm echo echo from a container`
 	if out, errs, code := i.cli(t, "", "run", "-t", "docker", "--", "sh", "-c", script); out != "from a container\n" || code != 0 {
 		t.Errorf("%d %q %q", code, out, errs)
