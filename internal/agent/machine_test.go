@@ -17,7 +17,7 @@ import (
 func TestMachine(t *testing.T) {
 	h := newHost(t)
 	r := request()
-	r.Envs = map[string]string{"FROM": "the sandbox", "PATH": "/opt/tool/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+	r.Envs = map[string]string{"FROM": "the sandbox", "JSON": `{"a": "it's b\\c"}`, "PATH": "/opt/tool/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 	sandbox := h.create(t, r)
 	defer h.destroy(t, sandbox)
 	says := func(t *testing.T, what, user, script, want string) {
@@ -53,6 +53,7 @@ func TestMachine(t *testing.T) {
 			"login without a start": {"root", "su - user -c mytool", "tool has the sandbox \n"},
 			"sudo":                  {"", "sudo mytool", "tool has the sandbox \n"},
 			"sudo's login":          {"", "sudo -i mytool", "tool has the sandbox \n"},
+			"quotes in sudo":        {"", `sudo printenv JSON`, `{"a": "it's b\\c"}` + "\n"},
 			"sudo in a login shell": {"", "bash -l -c 'sudo mytool'", "tool has the sandbox \n"},
 			// Processes of cron get what PAM reads here.
 			"cron": {"", "grep ^FROM= /etc/environment", "FROM=the sandbox\n"},

@@ -21,7 +21,7 @@ const (
 // sudoers lets sudo use the sandbox's PATH, and pass its variables to commands.
 const sudoers = `# Written by wrenn: the sandbox's environment reaches commands of sudo.
 Defaults !secure_path
-Defaults env_file=/etc/environment
+Defaults env_file=/etc/sudoers.d/zz-wrenn.env
 `
 
 // Export gives the sandbox's variables to processes that the daemon does not start: login
@@ -50,7 +50,8 @@ func (m *Machine) Export(envs map[string]string) error {
 		err = errors.Join(err, m.replace("profile", 0o644, all("for f in /etc/profile.d/*.sh; do [ ! -r \"$f\" ] || . \"$f\"; done\nunset f\n")))
 	}
 	if _, e := os.Stat(filepath.Join(m.etc, "sudoers.d")); e == nil {
-		err = errors.Join(err, m.replace(filepath.Join("sudoers.d", "zz-wrenn"), 0o440, all(sudoers)))
+		// sudo skips files with a dot when it reads this folder's rules.
+		err = errors.Join(err, m.replace(filepath.Join("sudoers.d", "zz-wrenn.env"), 0o440, all(sudoEnvironment(envs))), m.replace(filepath.Join("sudoers.d", "zz-wrenn"), 0o440, all(sudoers)))
 	}
 	return err
 }
@@ -80,6 +81,18 @@ func shellName(s string) bool {
 		}
 	}
 	return s != ""
+}
+
+// sudoEnvironment returns envs as sudo's env_file. It leaves out variables with line breaks
+// or #, which the format cannot express. sudo removes the outer quotes, and no others.
+func sudoEnvironment(envs map[string]string) string {
+	var b strings.Builder
+	for _, k := range slices.Sorted(maps.Keys(envs)) {
+		if shellName(k) && !strings.ContainsAny(envs[k], "\n\r#") {
+			fmt.Fprintf(&b, "%s=\"%s\"\n", k, envs[k])
+		}
+	}
+	return b.String()
 }
 
 // environment returns the text of /etc/environment with envs in it. It leaves out

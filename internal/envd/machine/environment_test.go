@@ -38,7 +38,7 @@ func TestExport(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(etc, "sudoers.d"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	envs := map[string]string{"PATH": "/opt/tool/bin:/bin:/usr/bin", "NAME": "it's\na $HOME `x`", "SET": "sandbox's", "odd-name": "x", "HASH": "a#b"}
+	envs := map[string]string{"PATH": "/opt/tool/bin:/bin:/usr/bin", "NAME": "it's\na $HOME `x`", "SET": "sandbox's", "odd-name": "x", "HASH": "a#b", "JSON": `{"a": 'b\\'}`}
 	for range 2 { // a repetition changes nothing
 		if err := m.Export(envs); err != nil {
 			t.Fatal(err)
@@ -53,6 +53,9 @@ func TestExport(t *testing.T) {
 	}
 	if got, want := read("environment"), "MINE=1\n"+ownBegin+"\nPATH=/opt/tool/bin:/bin:/usr/bin\n"+ownEnd+"\n"; got != want {
 		t.Errorf("/etc/environment is %q, not %q", got, want)
+	}
+	if got, want := read("sudoers.d/zz-wrenn.env"), "JSON=\"{\"a\": 'b\\\\'}\"\nPATH=\"/opt/tool/bin:/bin:/usr/bin\"\nSET=\"sandbox's\"\n"; got != want {
+		t.Errorf("sudo's environment is %q, not %q", got, want)
 	}
 	if info, err := os.Stat(filepath.Join(etc, "sudoers.d/zz-wrenn")); err != nil || info.Mode() != 0o440 {
 		t.Errorf("for sudo: %v, %v", info, err)
