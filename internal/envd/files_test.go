@@ -579,8 +579,12 @@ func TestArchive(t *testing.T) {
 			t.Errorf("archive of %q answers %d %s", path, a.code, a.body)
 		}
 	}
-	// An unreadable file in the middle breaks the response off.
+	// An unreadable file in the middle is an error. It breaks off a response that has begun.
 	g.file("tree/sub/secret", "s", 0o600)
+	if a := g.do("GET", "/archive"+at(g.dir+"/tree"), testToken, nil, nil); a.code != 403 || !strings.Contains(a.body, "sub/secret: permission denied") {
+		t.Errorf("an archive with a file that the user may not read answers %d %s", a.code, a.body)
+	}
+	g.file("tree/sub/large", strings.Repeat("large", 1<<18), 0o644)
 	req, _ := http.NewRequestWithContext(t.Context(), "GET", g.url+"/archive"+at(g.dir+"/tree"), nil)
 	req.Header.Set(hostwire.AccessToken, testToken)
 	res, err := g.plain.Do(req)

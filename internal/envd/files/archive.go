@@ -2,6 +2,7 @@ package files
 
 import (
 	"archive/tar"
+	"bufio"
 	"bytes"
 	"errors"
 	"fmt"
@@ -49,14 +50,33 @@ func pack(w http.ResponseWriter, r *http.Request) {
 	if r.Method == http.MethodHead {
 		return
 	}
-	t := tar.NewWriter(w)
+	sent := &begun{Writer: w}
+	out := bufio.NewWriterSize(sent, buffer)
+	t := tar.NewWriter(out)
 	err = who.Do(func() error { return packTree(r, t, root) })
 	if err == nil {
 		err = t.Close()
 	}
-	if err != nil {
+	if err == nil {
+		err = out.Flush()
+	}
+	switch {
+	case err != nil && !sent.yes:
+		fault.WriteError(w, err)
+	case err != nil:
 		panic(http.ErrAbortHandler) // breaks the connection, so that the client notices
 	}
+}
+
+// begun is a writer that knows whether anything was written.
+type begun struct {
+	io.Writer
+	yes bool
+}
+
+func (b *begun) Write(p []byte) (int, error) {
+	b.yes = true
+	return b.Writer.Write(p)
 }
 
 // packTree writes the tree at root, with the rights of the calling thread. It follows a

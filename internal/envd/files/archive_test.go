@@ -5,11 +5,16 @@ import (
 	"bytes"
 	"fmt"
 	"io/fs"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/wrenn-dev/wrenn/internal/envd/account"
 	"github.com/wrenn-dev/wrenn/internal/linear"
 )
 
@@ -105,4 +110,23 @@ func TestUnpackTreeIsLinear(t *testing.T) {
 			t.Fatal(err)
 		}
 	})
+}
+
+// TestPackRefused packs a file that can be opened but not read. The client learns that
+// while it has nothing of the archive.
+func TestPackRefused(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: the daemon runs as root")
+	}
+	root, err := account.Lookup("root")
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := fmt.Sprintf("/proc/%d/mem", os.Getpid()) // nothing is at address 0
+	r := httptest.NewRequestWithContext(account.NewContext(t.Context(), root), http.MethodGet, "/?"+url.Values{"path": {file}}.Encode(), nil)
+	w := httptest.NewRecorder()
+	pack(w, r)
+	if w.Code < 400 || w.Header().Get("Content-Type") != "application/json" || !strings.Contains(w.Body.String(), file) {
+		t.Errorf("%d %v %q", w.Code, w.Header(), w.Body)
+	}
 }
