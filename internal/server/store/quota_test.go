@@ -235,7 +235,7 @@ func TestQuotaStored(t *testing.T) {
 	refused("a huge image", exec(template, uuid.New(), team, "a", 1048576, 0, "template"))
 	is("a refused import", 0)
 	one := uuid.New()
-	must(exec(template, one, team, "a", 0, 0, "template"))
+	must(exec(template, one, team, "a", 5120, 512, "template"))
 	is("an import under way", 5632)
 	refused("a layer beside it", exec(template, uuid.New(), team, "b", 2000, 128, "layer"))
 	must(exec("UPDATE templates SET state = 'ready', size_bytes = 3000::bigint << 20 WHERE id = $1", one))
