@@ -47,10 +47,24 @@ func installed(t *testing.T, in imagetest.Images) image.Template {
 	return imagetest.With(t, in, "engines", image.More{Name: "engines", Packages: packages, Customize: `chroot "$1" usermod --append --groups docker user`})
 }
 
-// TestImages builds the image for the other test if there is a network.
+// tailscaled is where TestImages puts tailscaled, which Debian 12 does not have.
+func tailscaled(in imagetest.Images) string {
+	return filepath.Join(string(in.Dir), "tailscale-1.96.5", "tailscaled")
+}
+
+// TestImages builds the image and tailscaled for the other test if there is a network.
 func TestImages(t *testing.T) {
 	slow(t)
-	installed(t, imagetest.Prepare(t))
+	in := imagetest.Prepare(t)
+	installed(t, in)
+	if _, err := os.Stat(tailscaled(in)); err == nil {
+		return
+	}
+	cmd := exec.CommandContext(t.Context(), "go", "install", "-trimpath", "-ldflags=-s -w", "tailscale.com/cmd/tailscaled@v1.96.5")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=", "GOBIN="+filepath.Dir(tailscaled(in)))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Logf("build tailscaled: %v: %s", err, out)
+	}
 }
 
 // host is an installation with an agent.
@@ -239,19 +253,34 @@ nft add table inet t && nft 'add chain inet t in { type filter hook input priori
 ! ip netns exec one curl -fsm 60 http://198.51.100.1:8090/page && nft list table inet t | grep -v 'packets 0' | grep counter`)
 	})
 	t.Run("tailscaled", func(t *testing.T) {
-		path, err := exec.LookPath("tailscaled")
+		program, err := os.Open(tailscaled(h.Images))
 		if err != nil {
-			t.Skip("needs tailscaled, which Debian 12 does not have: put a static one in $PATH")
+			t.Skip("needs tailscaled, which TestImages could not build: ", err)
 		}
-		program, err := os.ReadFile(path)
-		if err != nil {
+		defer program.Close()
+		s := h.WriteFileStream(t.Context())
+		if err := s.Send(&pb.WriteFileStreamRequest{Message: &pb.WriteFileStreamRequest_Start_{Start: &pb.WriteFileStreamRequest_Start{File: &pb.FileRef{SandboxId: m.id, Path: "/tmp/tailscaled"}}}}); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := m.WriteFile(t.Context(), connect.NewRequest(&pb.WriteFileRequest{File: &pb.FileRef{SandboxId: m.id, Path: "/tmp/tailscaled"}, Content: program})); err != nil {
+		for part := make([]byte, 64<<10); ; {
+			n, err := program.Read(part)
+			if err == io.EOF {
+				break
+			}
+			if err == nil {
+				err = s.Send(&pb.WriteFileStreamRequest{Message: &pb.WriteFileStreamRequest_Chunk{Chunk: part[:n]}})
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := s.CloseAndReceive(); err != nil {
 			t.Fatal(err)
 		}
-		m.run(t, "root", "chmod +x /tmp/tailscaled && setsid /tmp/tailscaled --state=mem: >/tmp/tailscaled.log 2>&1 </dev/null &")
-		m.await(t, "tailscaled makes its device", "root", "ip link show tailscale0")
+		// It takes a machine that has only a link-local address for one without a network.
+		m.run(t, "root", "chmod +x /tmp/tailscaled && ip addr add 10.0.0.1/32 dev eth0 && setsid /tmp/tailscaled --tun=tailscale0 --state=mem: --statedir=/tmp/tailscale >/tmp/tailscaled.log 2>&1 </dev/null &")
+		m.await(t, "tailscaled makes its device", "root", "ip link show tailscale0 && ip rule | grep -q 'lookup 52' && grep -q 'got LocalBackend' /tmp/tailscaled.log")
+		m.run(t, "root", "! grep 'all links down' /tmp/tailscaled.log")
 	})
 	t.Run("cron", func(t *testing.T) {
 		for _, user := range []string{"root", "user"} {
