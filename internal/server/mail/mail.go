@@ -26,8 +26,8 @@ const (
 	waiting = 256
 	// lastWords is how long the sender still sends queued mails when the server stops.
 	lastWords = 5 * time.Second
-	// workers is how many mails are sent at once, so that a slow or deferred one does not
-	// delay others.
+	// workers is how many mails are sent at once, and how many failed ones are retried at
+	// once, so that a slow one does not delay others.
 	workers = 4
 )
 
@@ -40,13 +40,16 @@ type Sender struct {
 	from   string
 	log    *slog.Logger
 	queue  chan Message
+	// failed has mails whose first attempt failed. Their retries have their own workers,
+	// so that a recipient whose mails fail delays no mail to others.
+	failed chan Message
 }
 
 // New returns a sender. server is smtp://user:password@host:port (requires STARTTLS
 // before the password), smtps://… (TLS from the start), smtp://…?tls=none (for a relay on
 // the same machine), or empty (write mails to the log). from is the sender's address.
 func New(server, from string, log *slog.Logger) (*Sender, error) {
-	s := &Sender{from: from, log: log, queue: make(chan Message, waiting)}
+	s := &Sender{from: from, log: log, queue: make(chan Message, waiting), failed: make(chan Message, waiting)}
 	if server == "" {
 		return s, nil
 	}
@@ -100,11 +103,18 @@ func (s *Sender) Run(ctx context.Context) {
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { time.AfterFunc(lastWords, cancel) })
 	defer stop()
-	var wg sync.WaitGroup
-	defer wg.Wait()
+	var first, again sync.WaitGroup
 	for range workers {
-		wg.Go(func() { s.work(ctx, last) })
+		first.Go(func() { s.work(ctx, last) })
+		again.Go(func() {
+			for message := range s.failed {
+				s.retry(last, message)
+			}
+		})
 	}
+	first.Wait()
+	close(s.failed)
+	again.Wait()
 }
 
 // work sends mails until ctx is done, and then the queued ones.
@@ -128,26 +138,48 @@ func (s *Sender) work(ctx, last context.Context) {
 	}
 }
 
-// deliver sends a mail, with retries.
+// deliver makes the first attempt to send a mail.
 func (s *Sender) deliver(ctx context.Context, message Message) {
 	if s.client == nil {
 		s.log.Info("no mail server is configured: writing mail to the log", "to", message.To, "subject", message.Subject, "text", message.Text)
 		return
 	}
+	err := s.try(ctx, message)
+	if err == nil {
+		return
+	}
+	select {
+	case s.failed <- message:
+		s.log.Warn("send mail: retrying", "subject", message.Subject, "error", err)
+	default:
+		s.log.Error("send mail: too many others failed to retry this one", "subject", message.Subject, "error", err)
+	}
+}
+
+// retry makes the other attempts.
+func (s *Sender) retry(ctx context.Context, message Message) {
 	waits := backoff.New(time.Second, 10*time.Second)
-	for n := 1; ; n++ {
-		err := fault.Guard(s.log, func() error { return s.try(ctx, message) })
+	for n := 2; ; n++ {
+		err := waits.Wait(ctx)
+		if err == nil {
+			err = s.try(ctx, message)
+		}
 		if err == nil {
 			return
 		}
-		if n == attempts || waits.Wait(ctx) != nil {
+		if n == attempts || ctx.Err() != nil {
 			s.log.Error("send mail", "subject", message.Subject, "error", err)
 			return
 		}
 	}
 }
 
+// try makes one attempt. A panic is an error.
 func (s *Sender) try(ctx context.Context, message Message) error {
+	return fault.Guard(s.log, func() error { return s.send(ctx, message) })
+}
+
+func (s *Sender) send(ctx context.Context, message Message) error {
 	m := gomail.NewMsg()
 	if err := m.From(s.from); err != nil {
 		return fmt.Errorf("sender's address: %w", err)

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -219,6 +220,42 @@ func TestSlowMail(t *testing.T) {
 	}
 	slow.Close()
 	l.Close()
+	cancel()
+	<-done
+}
+
+// TestDeferredMails queues mails that the server always defers: a mail after them does not
+// wait for their retries.
+func TestDeferredMails(t *testing.T) {
+	const mails, attempts = 20, 4
+	var deferred atomic.Int32
+	server := mailtest.Start(t, mailtest.Options{Defers: func(to string) bool {
+		if to != "ada@example.com" {
+			deferred.Add(1)
+			return true
+		}
+		return false
+	}})
+	s, err := mail.New("smtp://"+server.Addr+"?tls=none", "wrenn@example.com", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); s.Run(ctx) }()
+	for range mails {
+		s.Send(mail.Message{To: "full@example.com", Subject: "x", Text: "x"})
+	}
+	s.Send(mail.Message{To: "ada@example.com", Subject: "x", Text: "x"})
+	select {
+	case got := <-server.Messages:
+		// If it waited, all but the mails being retried have had all their attempts.
+		if n := deferred.Load(); n > mails*attempts/2 {
+			t.Errorf("%+v came after %d attempts for the mails before it", got, n)
+		}
+	case <-time.After(2 * time.Minute):
+		t.Error("no mail came")
+	}
 	cancel()
 	<-done
 }

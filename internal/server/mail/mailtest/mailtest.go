@@ -35,6 +35,8 @@ type Options struct {
 	User, Password string
 	// Busy is how many mails the server defers before it accepts one.
 	Busy int
+	// Defers, if set, decides about each recipient whether the server defers the mail.
+	Defers func(to string) bool
 }
 
 // Server is a mail server on loopback.
@@ -139,6 +141,9 @@ func (s *session) Mail(from string, _ *smtp.MailOptions) error {
 
 // Rcpt implements [smtp.Session].
 func (s *session) Rcpt(to string, _ *smtp.RcptOptions) error {
+	if defers := s.server.options.Defers; defers != nil && defers(to) {
+		return &smtp.SMTPError{Code: 450, EnhancedCode: smtp.EnhancedCode{4, 2, 0}, Message: "try again later"}
+	}
 	s.message.To += to
 	return nil
 }
