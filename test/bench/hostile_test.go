@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -69,6 +70,9 @@ func TestHostile(t *testing.T) {
 		if err := call(t.Context(), http.MethodPost, url+"/v1/sandboxes", "", key, strings.NewReader(`{"memory_mib":128}`), &made); err != nil {
 			t.Fatal(err)
 		}
+		build := uuid.New()
+		exec("INSERT INTO builds (id, team_id, name, tags, recipe, options, state, total_steps, created_at) VALUES ($1, $2, 'long', '{}', 'FROM minimal', '{}', 'failed', 12, now())", build, team)
+		exec(`INSERT INTO build_steps SELECT $1, n, jsonb_build_object('number', n, 'phase', 'recipe', 'text', 'RUN', 'state', 'succeeded', 'output', repeat(E'\x01', 1000000)) FROM generate_series(1, 12) n`, build)
 		return key, made.ID
 	}
 	person := func(email string) uuid.UUID {
@@ -367,6 +371,21 @@ var hostileDeeds = []struct {
 	}},
 	{"a body of one byte every 100 ms", func(ctx context.Context, url, key, box string) error {
 		return call(ctx, http.MethodPost, url+"/v1/sandboxes/"+box+"/exec", "", key, io.MultiReader(&trickle{ctx, 100}, strings.NewReader(`{"cmd":"true"}`)), nil)
+	}},
+	{"a build with a log of 12 MiB, read slowly", func(ctx context.Context, url, key, _ string) error {
+		var list struct {
+			Builds []struct {
+				ID string `json:"id"`
+			} `json:"builds"`
+		}
+		if err := call(ctx, http.MethodGet, url+"/v1/builds?limit=1", "", key, nil, &list); err != nil {
+			return err
+		}
+		if len(list.Builds) == 0 {
+			return errors.New("no build")
+		}
+		resp, err := ask(ctx, http.MethodGet, url+"/v1/builds/"+list.Builds[0].ID, "", key, nil)
+		return slowly(ctx, resp, err)
 	}},
 	{"a fork into 4", func(ctx context.Context, url, key, box string) error {
 		return call(ctx, http.MethodPost, url+"/v1/sandboxes/"+box+"/fork", "", key, strings.NewReader(`{"count":4}`), nil)
