@@ -5,6 +5,7 @@ import (
 	"context"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/wrenn-dev/wrenn/api"
 	"github.com/wrenn-dev/wrenn/internal/server"
@@ -74,18 +75,28 @@ func TestFirstAdmin(t *testing.T) {
 func TestConfig(t *testing.T) {
 	t.Parallel()
 	good := server.Config{DatabaseURL: "postgres:///x?host=/nowhere", RedisURL: "redis://localhost:1", Domain: "localhost", PublicURL: "http://localhost:8000", SecretKey: strings.Repeat("ab", 32), AgentURL: "unix:/nowhere", AgentToken: "t"}
-	for name, change := range map[string]func(*server.Config){
-		"short secret":  func(c *server.Config) { c.SecretKey = "abcd" },
-		"secret no hex": func(c *server.Config) { c.SecretKey = strings.Repeat("x", 64) },
-		"no agent":      func(c *server.Config) { c.AgentURL = "" },
-		"no token":      func(c *server.Config) { c.AgentToken = "" },
-		"redis":         func(c *server.Config) { c.RedisURL = "http://:hunter2@x" },
-		"database":      func(c *server.Config) { c.DatabaseURL = "mysql://u:hunter2@x/[" },
-		"no database":   func(*server.Config) {},
+	for name, c := range map[string]struct {
+		change func(*server.Config)
+		names  string // what the error names
+	}{
+		"short secret":      {func(c *server.Config) { c.SecretKey = "abcd" }, "WRENN_SECRET_KEY"},
+		"secret no hex":     {func(c *server.Config) { c.SecretKey = strings.Repeat("x", 64) }, "WRENN_SECRET_KEY"},
+		"no agent":          {func(c *server.Config) { c.AgentURL = "" }, "WRENN_AGENT_URL"},
+		"no token":          {func(c *server.Config) { c.AgentToken = "" }, "WRENN_AGENT_TOKEN"},
+		"no authority":      {func(c *server.Config) { c.CAKey = "key.pem" }, "WRENN_CA_CERT"},
+		"little memory":     {func(c *server.Config) { c.RequestMemoryMiB = 1 }, "WRENN_REQUEST_MEMORY_MIB"},
+		"negative requests": {func(c *server.Config) { c.RequestsAtOnce = -1 }, "WRENN_REQUESTS_AT_ONCE"},
+		"short heartbeat":   {func(c *server.Config) { c.Heartbeat = time.Nanosecond }, "WRENN_HEARTBEAT"},
+		"overcommit":        {func(c *server.Config) { c.OvercommitMemory = -1 }, "WRENN_OVERCOMMIT_MEMORY"},
+		"stop timeout":      {func(c *server.Config) { c.StopTimeout = -1 }, "WRENN_STOP_TIMEOUT"},
+		"redis":             {func(c *server.Config) { c.RedisURL = "http://:hunter2@x" }, "REDIS_URL"},
+		"database":          {func(c *server.Config) { c.DatabaseURL = "mysql://u:hunter2@x/[" }, "DATABASE_URL"},
+		"no database":       {func(*server.Config) {}, "/nowhere"},
 	} {
-		c := good
-		change(&c)
-		if _, err := server.New(context.Background(), c); err == nil || strings.Contains(err.Error(), "hunter2") || strings.Contains(err.Error(), strings.Repeat("x", 64)) {
+		config := good
+		c.change(&config)
+		_, err := server.New(context.Background(), config)
+		if err == nil || !strings.Contains(err.Error(), c.names) || strings.Contains(err.Error(), "hunter2") || strings.Contains(err.Error(), strings.Repeat("x", 64)) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

@@ -43,8 +43,7 @@ var daemon = sync.OnceValues(func() (string, error) {
 	return bin, nil
 })
 
-// roleEnv tells this program its role: none, the builder of images, or the tests, in
-// namespaces that stand for a host.
+// roleEnv is set in the process that runs the tests, in namespaces of its own.
 const roleEnv = "WRENN_GUEST_TEST_ROLE"
 
 func TestMain(m *testing.M) {
@@ -67,28 +66,21 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// outside starts the tests in their namespaces. It first builds the images, because there
-// may be no network for downloads inside.
+// outside starts the tests in network and mount namespaces of their own.
 func outside() int {
-	run := func(role string, flags uintptr, args ...string) int {
-		cmd := exec.Command("/proc/self/exe", args...)
-		cmd.Env = append(os.Environ(), roleEnv+"="+role)
-		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags, Pdeathsig: syscall.SIGKILL}
-		runtime.LockOSThread() // Pdeathsig applies to the thread
-		defer runtime.UnlockOSThread()
-		if err := cmd.Run(); err != nil {
-			if cmd.ProcessState == nil {
-				fmt.Fprintln(os.Stderr, err)
-			}
-			return 1
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Env = append(os.Environ(), roleEnv+"=inside")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	runtime.LockOSThread() // Pdeathsig applies to the thread
+	defer runtime.UnlockOSThread()
+	if err := cmd.Run(); err != nil {
+		if cmd.ProcessState == nil {
+			fmt.Fprintln(os.Stderr, err)
 		}
-		return 0
+		return 1
 	}
-	if code := run("prepare", 0, "-test.run=^TestImages$"); code != 0 {
-		return code
-	}
-	return run("inside", syscall.CLONE_NEWNET|syscall.CLONE_NEWNS, os.Args[1:]...)
+	return 0
 }
 
 func prepareHost() error {
