@@ -1,6 +1,7 @@
 package server_test
 
 import (
+	"bytes"
 	"fmt"
 	"net/http"
 	"strings"
@@ -297,4 +298,22 @@ func TestRowsTakeMemory(t *testing.T) {
 	empty()
 	check("with memory", false)
 	p.eventually("the requests' memory is released", func() bool { return memory.Used() == 0 })
+}
+
+// TestExportTakesPages exports audit records that are longer than all rows that an owner's
+// requests may have in memory. Each page takes memory only until it is written.
+func TestExportTakesPages(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	const records = 10_000 // of 2000 bytes, for which rows take four times as much
+	p.sql(`INSERT INTO audit_records (id, at, team_id, actor, action, object, object_id, address, request_id, result, code)
+		SELECT gen_random_uuid(), now(), team_id, 'platform', repeat('x', 2000), '', '', '', '', 'ok', '' FROM api_keys, generate_series(1, $1::integer)`, records)
+	for _, format := range []string{"ndjson", "csv"} {
+		body := p.call("GET", "/v1/audit?format="+format, nil).want(200).Body
+		if n := bytes.Count(body, []byte("\n")); n < records {
+			t.Errorf("%s: %d lines were exported, want %d", format, n, records)
+		}
+	}
+	memory := server.Memory(p.server)
+	p.eventually("the export's memory is released", func() bool { return memory.Used() == 0 })
 }

@@ -211,22 +211,17 @@ func (l *Log) List(ctx context.Context, f Filter) ([]Record, string, error) {
 	return records, next, nil
 }
 
-// Each calls do for every record that the filter selects, ignoring its limit, until do
-// fails.
-func (l *Log) Each(ctx context.Context, f Filter, do func(Record) error) error {
+// EachPage calls do with pages of all records that the filter selects, ignoring its limit,
+// until do fails.
+func (l *Log) EachPage(ctx context.Context, f Filter, do func([]Record) error) error {
 	f.Limit = batch
 	for {
 		records, next, err := l.List(ctx, f)
 		if err != nil {
 			return err
 		}
-		for _, r := range records {
-			if err := do(r); err != nil {
-				return err
-			}
-		}
-		if next == "" {
-			return nil
+		if err := do(records); err != nil || next == "" {
+			return err
 		}
 		f.Cursor = next
 	}

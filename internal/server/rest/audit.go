@@ -272,7 +272,7 @@ func (a *API) exportAudit(w http.ResponseWriter, r *http.Request, f audit.Filter
 		}
 		return table.Write([]string{"at", "team_id", "actor_kind", "actor", "user_id", "action", "object_kind", "object", "result", "code", "address", "request_id", "id", "count"})
 	}
-	err := a.Audit.Each(r.Context(), f, func(record audit.Record) error {
+	line := func(record audit.Record) error {
 		if !begun {
 			if err := head(); err != nil {
 				return err
@@ -286,6 +286,16 @@ func (a *API) exportAudit(w http.ResponseWriter, r *http.Request, f audit.Filter
 			out.At.Format(time.RFC3339Nano), or(out.TeamID, ""), string(out.ActorKind), out.Actor, or(out.UserID, ""), cell(out.Action), cell(out.ObjectKind), cell(out.Object),
 			string(out.Result), out.Code, out.Address, cell(out.RequestID), out.ID.String(), strconv.FormatInt(out.Count, 10),
 		})
+	}
+	held := observed(r).held
+	err := a.Audit.EachPage(r.Context(), f, func(records []audit.Record) error {
+		defer held.Release() // the page's rows
+		for _, record := range records {
+			if err := line(record); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 	if err == nil && !begun {
 		err = head()
