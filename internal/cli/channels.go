@@ -31,17 +31,17 @@ func (a *app) channelAddCommand() *cobra.Command {
 				return usage("want at least one --event")
 			}
 			o.Name, o.Kind = args[0], args[1]
-			made := false
-			switch {
-			case !slices.Contains(client.ChannelKinds, o.Kind):
+			if !slices.Contains(client.ChannelKinds, o.Kind) {
 				return usage("%q is not a kind of channel: want one of %s", o.Kind, strings.Join(client.ChannelKinds, ", "))
-			case o.Kind == "email":
+			}
+			if o.Kind == "email" {
 				o.Address = args[2]
-			case o.Kind == "webhook" && o.Secret == "":
-				o.Secret, made = rand.Text(), true
-				fallthrough
-			default:
+			} else {
 				o.URL = args[2]
+			}
+			made := o.Kind == "webhook" && o.Secret == ""
+			if made {
+				o.Secret = rand.Text()
 			}
 			c, err := a.client()
 			if err != nil {
