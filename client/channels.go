@@ -15,7 +15,8 @@ import (
 	"time"
 )
 
-// ChannelKinds are the kinds of channels. Those but "email" have a URL.
+// ChannelKinds are the kinds of channels. A channel of the kind "email" has an address, and
+// the others have a URL.
 var ChannelKinds = []string{"webhook", "slack", "discord", "email"}
 
 // ChannelEvents are the events that a channel can subscribe to. Only the platform's

@@ -254,7 +254,7 @@ type execRequest struct {
 	StdinEncoding string `json:"stdin_encoding,omitempty"`
 }
 
-// execResult is the response to it.
+// execResult is the response to an execRequest.
 type execResult struct {
 	Stdout     string `json:"stdout"`
 	Stderr     string `json:"stderr"`

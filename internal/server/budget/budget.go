@@ -69,7 +69,7 @@ func (c *InFlight) EnterFrom(address string) (leave func(), err error) {
 	return enter(c.addresses, address)
 }
 
-// Budget is what requests may hold at the same time: bytes, or places in a [InFlight]. It is
+// Budget is what requests may hold at the same time: bytes, or places in an [InFlight]. It is
 // safe for concurrent use.
 type Budget struct {
 	total, each int64
@@ -100,9 +100,9 @@ type Held struct {
 	budget *Budget
 	owner  string
 
-	mu    sync.Mutex
+	mu    sync.Mutex // locked before Budget.mu
 	bytes int64
-	rows  int // bytes of rows that take nothing, because they are free or taken for
+	rows  int // bytes that further rows may have before they take more
 }
 
 // Grow takes n more bytes; call it before you use them. If the budget lacks them, it

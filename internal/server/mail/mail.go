@@ -152,11 +152,11 @@ func (s *Sender) deliver(ctx context.Context, message Message) {
 	case s.failed <- message:
 		s.log.Warn("send mail: retrying", "subject", message.Subject, "error", err)
 	default:
-		s.log.Error("send mail: too many others failed to retry this one", "subject", message.Subject, "error", err)
+		s.log.Error("send mail: not retrying, because too many mails wait for a retry", "subject", message.Subject, "error", err)
 	}
 }
 
-// retry makes the other attempts.
+// retry makes the further attempts to send a mail.
 func (s *Sender) retry(ctx context.Context, message Message) {
 	waits := backoff.New(time.Second, 10*time.Second)
 	for n := 2; ; n++ {

@@ -115,11 +115,11 @@ func TestHangingReceiversOfOwner(t *testing.T) {
 func TestMailsHaveRate(t *testing.T) {
 	b := newBench(t, pgtest.New(t))
 	post := mailtest.Start(t, mailtest.Options{})
-	letters, err := mail.New("smtp://"+post.Addr+"?tls=none", "wrenn@example.com", slog.New(slog.DiscardHandler))
+	messages, err := mail.New("smtp://"+post.Addr+"?tls=none", "wrenn@example.com", slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.Mail = letters
+	b.Mail = messages
 	over := make(chan struct{})
 	defer close(over)
 	go func() {

@@ -115,7 +115,7 @@ func (s *Service) ChangedElsewhere(sandbox uuid.UUID) {
 	}
 }
 
-// Disconnected reports whether this server can miss other servers' changes from now on.
+// Disconnected records whether this server can miss other servers' changes from now on.
 // Before Disconnected(false), anything may have changed.
 func (s *Service) Disconnected(is bool) {
 	s.wakeAll()
