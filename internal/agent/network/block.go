@@ -312,9 +312,9 @@ func enableForwarding() (changed bool, err error) {
 }
 
 // noteForwarding records the links of a machine that does not forward IPv4, because it must
-// not forward between them later either. It adds those that appeared since and that
-// outward names.
-func noteForwarding() error {
+// not forward between them later either. Of links that appear later, it adds only those for
+// which [outward] returns true. h is a handle of the host's namespace.
+func noteForwarding(h *netlink.Handle) error {
 	all, err := lockBlocks()
 	if err != nil {
 		return err
@@ -333,9 +333,9 @@ func noteForwarding() error {
 	if err != nil {
 		return err
 	}
-	links, err := netlink.LinkList()
+	links, err := listLinks(h)
 	if err != nil {
-		return fmt.Errorf("list links: %w", err)
+		return err
 	}
 	known := len(names)
 	for _, l := range links {

@@ -152,7 +152,7 @@ func (p *Pool) writeRules() error {
 
 // mendForwarding turns IP forwarding on again.
 func (p *Pool) mendForwarding() error {
-	err := noteForwarding()
+	err := noteForwarding(p.host)
 	changed := false
 	if err == nil {
 		changed, err = enableForwarding()

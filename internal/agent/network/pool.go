@@ -176,7 +176,7 @@ func (p *Pool) indexes() func(yield func(int) bool) {
 }
 
 func (p *Pool) setUp(ctx context.Context) error {
-	if err := noteForwarding(); err != nil {
+	if err := noteForwarding(p.host); err != nil {
 		return err
 	}
 	// The rules first, so that no slot is without them.
@@ -245,12 +245,12 @@ func (p *Pool) removeStale(ctx context.Context) error {
 			found[i] = true
 		}
 	}
-	links, err := linkNames(p.host)
+	links, err := listLinks(p.host)
 	if err != nil {
 		return fmt.Errorf("cannot find the network slots that an earlier agent left: %w", err)
 	}
-	for _, name := range links {
-		if i, ok := linkSlot(name); ok {
+	for _, l := range links {
+		if i, ok := linkSlot(l.Attrs().Name); ok {
 			add(i)
 		}
 	}
@@ -302,7 +302,8 @@ func (p *Pool) spare(stale map[int]bool) error {
 	return nil
 }
 
-func linkNames(h *netlink.Handle) ([]string, error) {
+// listLinks returns the links in the namespace of h.
+func listLinks(h *netlink.Handle) ([]netlink.Link, error) {
 	// The kernel interrupts the dump if others add or remove links.
 	for range 20 {
 		links, err := h.LinkList()
@@ -312,11 +313,7 @@ func linkNames(h *netlink.Handle) ([]string, error) {
 		if err != nil {
 			return nil, fmt.Errorf("list links: %w", err)
 		}
-		names := make([]string, len(links))
-		for n, l := range links {
-			names[n] = l.Attrs().Name
-		}
-		return names, nil
+		return links, nil
 	}
 	return nil, fmt.Errorf("list links: %w", netlink.ErrDumpInterrupted)
 }
