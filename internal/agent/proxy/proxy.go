@@ -238,25 +238,23 @@ func explain(req *http.Request, err error, port int, silence error) error {
 func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 	var own *problem
 	var state *sandbox.StateError
+	level := slog.LevelInfo
 	switch {
 	case errors.As(err, &own):
 	case errors.As(err, &state):
+		level = slog.LevelDebug // The server resumes the sandbox, or logs why not.
 		own = &problem{http.StatusServiceUnavailable, string(state.State), err.Error()}
 	case errors.Is(err, sandbox.ErrNotFound):
 		own = &problem{http.StatusNotFound, "not_found", err.Error()}
 	case errors.Is(err, sandbox.ErrState), errors.Is(err, sandbox.ErrClosing), errors.Is(err, sandbox.ErrUnread):
 		own = &problem{http.StatusServiceUnavailable, "unavailable", err.Error()}
 	default:
-		p.log.Error("proxy", "request_id", requestid.From(r.Context()), "error", err)
+		level = slog.LevelError
 		own = &problem{http.StatusInternalServerError, "internal", "the host agent failed"}
-	}
-	level := slog.LevelInfo
-	if state != nil {
-		level = slog.LevelDebug // The server resumes the sandbox, or logs why not.
 	}
 	name, rest, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, Prefix), "/")
 	port, _, _ := strings.Cut(rest, "/")
-	p.log.Log(r.Context(), level, "request refused", "request_id", requestid.From(r.Context()), "sandbox", name, "port", port, "code", own.code, "error", own.message)
+	p.log.Log(r.Context(), level, "request refused", "request_id", requestid.From(r.Context()), "sandbox", name, "port", port, "code", own.code, "error", err)
 	p.requests.WithLabelValues(own.code).Inc()
 	Answer(w, own.status, own.code, own.message)
 }
