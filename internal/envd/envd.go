@@ -235,7 +235,7 @@ func (s *Server) look(w http.ResponseWriter, r *http.Request) {
 		wait, err = time.ParseDuration(q.Get("wait"))
 	}
 	if err != nil {
-		fault.Write(w, http.StatusBadRequest, connect.CodeInvalidArgument, "port and wait must be a port and a duration")
+		fault.Write(w, http.StatusBadRequest, connect.CodeInvalidArgument, "port must be a port number, and wait a duration")
 		return
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), min(wait, maxLook))

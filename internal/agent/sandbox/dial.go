@@ -69,15 +69,15 @@ type portsGuest struct {
 // newPorts makes the ports of a guest. Connecting ends with life, because the address may
 // be another sandbox's soon after; a request that is given up alone does not end it.
 func newPorts(life context.Context, d *net.Dialer, g portsGuest) *ports {
-	knocks, doors := singleflight.Group{}, make(chan struct{}, maxKnocks)
+	knocks, places := singleflight.Group{}, make(chan struct{}, maxKnocks)
 	knock := func(ctx context.Context, port string) bool {
 		n, err := strconv.ParseUint(port, 10, 16)
 		if err != nil {
 			return false
 		}
 		select {
-		case doors <- struct{}{}:
-			defer func() { <-doors }()
+		case places <- struct{}{}:
+			defer func() { <-places }()
 			return g.knock(ctx, uint16(n))
 		default:
 			return false

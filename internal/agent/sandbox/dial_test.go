@@ -173,8 +173,8 @@ func TestServerStartsLater(t *testing.T) {
 	}
 }
 
-// TestManyPortsWithoutServer: requests to many ports ask the guest daemon for few of them
-// at a time.
+// TestManyPortsWithoutServer checks that requests to many ports ask the guest daemon for
+// few of them at a time.
 func TestManyPortsWithoutServer(t *testing.T) {
 	host, _, _ := net.SplitHostPort(closedPort(t))
 	g := guestAt(host)

@@ -56,7 +56,7 @@ func (e *events) add(tracepoint uint64, cpu int) error {
 	if err != nil {
 		return fmt.Errorf("open event: %w", err)
 	}
-	err = unix.SetNonblock(fd, true) // os.NewFile needs to know
+	err = unix.SetNonblock(fd, true) // or os.NewFile would not poll it
 	file := os.NewFile(uintptr(fd), "tracepoint")
 	e.files = append(e.files, file)
 	if err != nil {
@@ -69,7 +69,7 @@ func (e *events) add(tracepoint uint64, cpu int) error {
 	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.PERF_EVENT_IOC_SET_FILTER, uintptr(unsafe.Pointer(filter))); errno != 0 {
 		return fmt.Errorf("set filter: %w", errno)
 	}
-	// The buffer cannot be written here, so the kernel overwrites what is old.
+	// The mapping is read-only, so the kernel overwrites old records.
 	ring, err := unix.Mmap(fd, 0, 2*os.Getpagesize(), unix.PROT_READ, unix.MAP_SHARED)
 	if err != nil {
 		return fmt.Errorf("map buffer: %w", err)

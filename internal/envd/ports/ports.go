@@ -28,9 +28,9 @@ const (
 	// interval is how often Run looks for sockets if the kernel reports no events. It costs
 	// reading two small files.
 	interval = time.Second
-	// settle is the time between an event and the look. The kernel lists a socket only after
-	// the event, and a program may open several at once.
-	settle = 10 * time.Millisecond
+	// scanDelay is the time between an event and the scan. The kernel lists a socket only
+	// after the event, and a program may open several at once.
+	scanDelay = 10 * time.Millisecond
 )
 
 // listener is one listening TCP socket.
@@ -141,7 +141,7 @@ func (f *Forwarder) Run(ctx context.Context) {
 	defer f.stop()
 	pause := interval
 	var changed <-chan struct{}
-	var settled <-chan time.Time
+	var scanDue <-chan time.Time
 	if f.cfg.Tracefs != "" {
 		e, err := newEvents(f.cfg.Tracefs)
 		if err != nil {
@@ -161,11 +161,11 @@ func (f *Forwarder) Run(ctx context.Context) {
 		case <-t.C:
 			f.scan()
 		case <-changed:
-			if settled == nil {
-				settled = time.After(settle)
+			if scanDue == nil {
+				scanDue = time.After(scanDelay)
 			}
-		case <-settled:
-			settled = nil
+		case <-scanDue:
+			scanDue = nil
 			f.scan()
 		case done := <-f.look:
 			f.scan()
