@@ -93,9 +93,9 @@ func withMetrics(listen string, bound func(net.Listener) net.Listener, metrics h
 }
 
 // serve serves handler at listen and calls run, until ctx is done or one of them ends.
-// It uses TLS if identity is not nil. A server, to which strangers connect, sets bound,
-// which limits connections and gives responses a deadline; an agent does not. toPort, if
-// it is not nil, selects the requests that [upstream.Server] receives.
+// It uses TLS if identity is not nil. Listeners to which strangers connect set bound, which
+// limits connections and gives responses a deadline; an agent's listener for its server
+// does not. toPort, if it is not nil, selects the requests that [upstream.Server] receives.
 func serve(ctx context.Context, listen string, bound func(net.Listener) net.Listener, identity *tls.Config, handler http.Handler, toPort func(*http.Request) bool, run func(context.Context) error) error {
 	l, err := netaddr.Listen(ctx, listen, 0o600)
 	if err != nil {

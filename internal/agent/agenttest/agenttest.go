@@ -156,7 +156,7 @@ func runAgent() error {
 	defer cancel()
 	ran := make(chan error, 1)
 	go func() { ran <- a.Run(ctx); cancel() }()
-	err = graceful.Serve(ctx, srv, plain, nil, 10*time.Second)
+	err = graceful.Serve(ctx, srv, plain, nil, graceful.InFlight)
 	cancel()
 	return errors.Join(err, <-ran, a.Close())
 }

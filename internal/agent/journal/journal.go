@@ -420,7 +420,8 @@ func (j *Journal) Follow(ctx context.Context, f func(Event) error) error {
 	}
 }
 
-// WaitAcknowledged waits until every event is acknowledged, ctx is done or the journal is closed.
+// WaitAcknowledged waits until every event is acknowledged, ctx is done or the journal is
+// closed.
 func (j *Journal) WaitAcknowledged(ctx context.Context) {
 	for {
 		j.mu.Lock()

@@ -79,8 +79,8 @@ func (b *box) mayBeStopped() bool {
 	return b.working || b.rec.State != Running
 }
 
-// setSilent records since when the guest has not responded (nil: it responds). It does nothing after
-// life has ended.
+// setSilent records since when the guest has not responded (nil: it responds). It does
+// nothing after life has ended.
 func (b *box) setSilent(life context.Context, since *time.Time) {
 	reason := condition.NoAnswer
 	if since != nil && b.m.DiskFull() {

@@ -86,9 +86,9 @@ func (b *box) snapshot(ctx context.Context, template uuid.UUID, name string, def
 	return image.Find(dir, spec.Team, template)
 }
 
-// reserveForCapture reserves room on the host's disk for a capture of the sandbox and for more bytes.
-// A capture of a running sandbox writes its memory and a copy of its overlay. A capture of a
-// paused one only makes links.
+// reserveForCapture reserves room on the host's disk for a capture of the sandbox and for
+// more bytes. A capture of a running sandbox writes its memory and a copy of its overlay. A
+// capture of a paused one only makes links.
 func (b *box) reserveForCapture(more int64) (release func(), err error) {
 	if b.rec.State == Running {
 		size, err := disk.Allocated(b.rec.disk(b.m.Dir, b.rec.Disks-1))

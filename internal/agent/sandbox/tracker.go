@@ -96,8 +96,8 @@ func (t *Tracker) Reopen() {
 	t.shut = false
 }
 
-// ShutAndWait refuses new uses, and waits until those in flight have ended or ctx is done. New uses
-// stay refused either way.
+// ShutAndWait refuses new uses, and waits until those in flight have ended or ctx is done.
+// New uses stay refused either way.
 func (t *Tracker) ShutAndWait(ctx context.Context) error {
 	t.mu.Lock()
 	t.shut = true
