@@ -19,7 +19,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
-// start runs a program in the group like a VMM driver.
+// start starts a program in the group, as a VMM driver does.
 func start(t *testing.T, g Group, cmd *exec.Cmd) {
 	t.Helper()
 	f, err := g.Open()
@@ -70,7 +70,7 @@ func TestLimitsAndDestroy(t *testing.T) {
 	cmd := exec.Command("sh", "-c", "sleep 1000 & sleep 1000")
 	start(t, g, cmd)
 	if m, err := g.Memory(); err != nil || m <= 0 {
-		t.Errorf("memory is %d, %v", m, err)
+		t.Errorf("the group uses %d bytes of memory, %v", m, err)
 	}
 	bomb := exec.Command("sh", "-c", "for i in 1 2 3 4 5 6 7 8 9; do sleep 1000 & done; wait")
 	start(t, g, bomb)
@@ -92,11 +92,11 @@ func TestLimitsAndDestroy(t *testing.T) {
 		}
 	}
 	if err := g.Destroy(t.Context()); err != nil {
-		t.Errorf("a removed group: %v", err)
+		t.Errorf("destroy a removed group: %v", err)
 	}
 }
 
-func TestMemoryLimitEndsTheProcess(t *testing.T) {
+func TestMemoryLimitKillsProcess(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
 	}
@@ -125,9 +125,9 @@ func TestBadNames(t *testing.T) {
 	}
 }
 
-// TestParentGoesWhileGroupsAreMade runs two agents on one machine: one removes the empty
-// parent as it closes, while the other creates groups in it.
-func TestParentGoesWhileGroupsAreMade(t *testing.T) {
+// TestRemoveParentDuringCreate plays two agents on one machine: one removes the empty parent
+// as it closes, while the other creates groups in it.
+func TestRemoveParentDuringCreate(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
 	}
@@ -163,8 +163,8 @@ func TestParentGoesWhileGroupsAreMade(t *testing.T) {
 	<-removed
 }
 
-// TestConfine moves a process out of its group and removes the group, as other software
-// may.
+// TestConfine checks that Confine puts a process back into its group after other software
+// moved it out, even if that software also removed the group.
 func TestConfine(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
@@ -223,9 +223,9 @@ func TestConfine(t *testing.T) {
 	}
 }
 
-// TestConfineOfAnEndedProcessLeavesNothing confines a process that has just ended, as the
-// watch of groups may do. That must leave no group.
-func TestConfineOfAnEndedProcessLeavesNothing(t *testing.T) {
+// TestConfineEndedProcess checks that Confine leaves no group for a process that has ended,
+// because a process can end just before the agent confines it.
+func TestConfineEndedProcess(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
 	}
@@ -248,8 +248,8 @@ func TestConfineOfAnEndedProcessLeavesNothing(t *testing.T) {
 	}
 }
 
-// TestWeight has two groups compute on one processor: each gets its part of it, and the
-// parent of all weighs less than a service of the host.
+// TestWeight runs busy loops in two groups on one processor, and checks that the heavier
+// group gets more of it. All groups together must weigh less than one service of the host.
 func TestWeight(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
@@ -296,23 +296,23 @@ func TestWeight(t *testing.T) {
 		}
 		pids = append(pids, cmd.Process.Pid)
 	}
-	// Both began; what each gets from now on counts.
+	// From here on, measure the processor time that each group uses.
 	used := func(pid int) int {
 		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 		if err != nil {
 			t.Fatal(err)
 		}
 		fields := strings.Fields(string(b[strings.LastIndexByte(string(b), ')'):]))
-		n, err := strconv.Atoi(fields[12]) // of a hundredth second, in user mode
+		n, err := strconv.Atoi(fields[12]) // user time, in hundredths of a second
 		system, e := strconv.Atoi(fields[13])
 		if err != nil || e != nil {
 			t.Fatal(err, e)
 		}
 		return n + system
 	}
-	await.Until(t, "both compute", func() bool { return used(pids[0]) > 0 && used(pids[1]) > 0 })
+	await.Until(t, "both use the processor", func() bool { return used(pids[0]) > 0 && used(pids[1]) > 0 })
 	before := []int{used(pids[0]), used(pids[1])}
-	await.Until(t, "the heavy one gets two seconds", func() bool { return used(pids[1])-before[1] >= 200 })
+	await.Until(t, "the heavier group uses two seconds", func() bool { return used(pids[1])-before[1] >= 200 })
 	if l, h := used(pids[0])-before[0], used(pids[1])-before[1]; h < 3*l {
 		t.Errorf("weights of %d and %d got %d and %d hundredths of a second", light, heavy, l, h)
 	}

@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-func TestOverlayIsWhatQEMUExpects(t *testing.T) {
+func TestQEMUAcceptsOverlay(t *testing.T) {
 	img, err := exec.LookPath("qemu-img")
 	if err != nil {
 		t.Skip("needs qemu-img")
@@ -59,7 +59,7 @@ func TestOverlayReadsAsItsBase(t *testing.T) {
 	want = append(want, make([]byte, 1<<20-len(want))...)
 	copy(want[65536:], bytes.Repeat([]byte{7}, 4096))
 	if !bytes.Equal(got, want) {
-		t.Error("the overlay does not read as its base with what was written to it")
+		t.Error("the overlay does not read as its base plus the writes")
 	}
 }
 
@@ -70,7 +70,7 @@ func TestOverlayRefusesBadSizes(t *testing.T) {
 			t.Errorf("%d bytes were accepted", size)
 		}
 		if _, err := os.Stat(path); err == nil {
-			t.Error("a file was left")
+			t.Error("the refused overlay left a file")
 		}
 	}
 }

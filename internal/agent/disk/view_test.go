@@ -17,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// spec returns the chain as QEMU's tools expect it.
+// spec describes a chain as the JSON file name that QEMU's tools take.
 func spec(base string, layers ...string) string {
 	s := `{"driver":"raw","file":{"driver":"file","filename":"` + base + `"}}`
 	for _, l := range layers {
@@ -35,7 +35,8 @@ func run(t testing.TB, name string, args ...string) string {
 	return string(out)
 }
 
-// readAll reads a disk in pieces of any size, and again its data alone.
+// readAll reads a disk in pieces of random size. It then reads only the ranges that Data
+// reports, and checks that the rest of the disk is zero.
 func readAll(t testing.TB, v *View, rng *rand.Rand) []byte {
 	t.Helper()
 	whole := make([]byte, v.Size())
@@ -53,7 +54,7 @@ func readAll(t testing.TB, v *View, rng *rand.Rand) []byte {
 			t.Fatal(err)
 		}
 		if r.Start < end || r.End <= r.Start || r.End > v.Size() {
-			t.Fatalf("data at %+v after %d", r, end)
+			t.Fatalf("the data range %+v is invalid after a range that ends at %d", r, end)
 		}
 		if _, err := v.ReadAt(parts[r.Start:r.End], r.Start); err != nil {
 			t.Fatal(err)
@@ -61,7 +62,7 @@ func readAll(t testing.TB, v *View, rng *rand.Rand) []byte {
 		end = r.End
 	}
 	if !bytes.Equal(whole, parts) {
-		t.Fatal("there is data where the view reports none")
+		t.Fatal("Data omits a range that is not zero")
 	}
 	if n, err := v.ReadAt(make([]byte, 10), v.Size()-4); n != 4 || !errors.Is(err, io.EOF) {
 		t.Errorf("read %d bytes past the end: %v", n, err)
@@ -127,7 +128,7 @@ func TestReadsAsQEMU(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got := readAll(t, v, rng); !bytes.Equal(got, want) {
-			t.Errorf("seed %d: does not read like QEMU", seed)
+			t.Errorf("seed %d: View reads other data than QEMU", seed)
 		}
 		out, err := os.Create(filepath.Join(dir, "out"))
 		if err != nil {
@@ -137,7 +138,7 @@ func TestReadsAsQEMU(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got, _ := os.ReadFile(out.Name()); !bytes.Equal(got, want) {
-			t.Errorf("seed %d: does not write like QEMU", seed)
+			t.Errorf("seed %d: writeTo writes other data than QEMU", seed)
 		}
 		if err := errors.Join(out.Close(), v.Close()); err != nil {
 			t.Fatal(err)
@@ -189,18 +190,18 @@ func readOverlay(t testing.TB, base string, b []byte) ([]byte, error) {
 	}
 	for _, err := range v.Data() {
 		if err != nil {
-			t.Fatalf("reading worked, listing failed: %v", err)
+			t.Fatalf("ReadAt succeeded, but Data failed: %v", err)
 		}
 	}
 	return got, nil
 }
 
-func TestRefusesWhatOverlaysNeverAre(t *testing.T) {
+func TestRefusesInvalidOverlays(t *testing.T) {
 	base := baseOf(t, 1)
 	want := append(bytes.Repeat([]byte{7}, clusterSize), make([]byte, 1<<20-clusterSize)...)
 	copy(want[2*clusterSize:300<<10], bytes.Repeat([]byte{1}, 300<<10))
 	if got, err := readOverlay(t, base, small(t)); err != nil || !bytes.Equal(got, want) {
-		t.Fatalf("the overlay itself: %v", err)
+		t.Fatalf("read the unchanged overlay: %v", err)
 	}
 	be := binary.BigEndian
 	for name, change := range map[string]func(b []byte) []byte{
@@ -210,12 +211,12 @@ func TestRefusesWhatOverlaysNeverAre(t *testing.T) {
 		"version 2":           func(b []byte) []byte { b[7] = 2; return b },
 		"backing file":        func(b []byte) []byte { be.PutUint64(b[8:], 200); return b },
 		"backing file's name": func(b []byte) []byte { be.PutUint32(b[16:], 5); return b },
-		"other clusters":      func(b []byte) []byte { be.PutUint32(b[20:], 12); return b },
+		"other cluster size":  func(b []byte) []byte { be.PutUint32(b[20:], 12); return b },
 		"another size":        func(b []byte) []byte { be.PutUint64(b[24:], 2<<20); return b },
-		"immense":             func(b []byte) []byte { be.PutUint64(b[24:], 1<<63); return b },
+		"huge size":           func(b []byte) []byte { be.PutUint64(b[24:], 1<<63); return b },
 		"encrypted":           func(b []byte) []byte { be.PutUint32(b[32:], 2); return b },
 		"no L1":               func(b []byte) []byte { be.PutUint32(b[36:], 0); return b },
-		"L1 nowhere":          func(b []byte) []byte { be.PutUint64(b[40:], 1<<40); return b },
+		"L1 beyond the end":   func(b []byte) []byte { be.PutUint64(b[40:], 1<<40); return b },
 		"L1 in the header":    func(b []byte) []byte { be.PutUint64(b[40:], 0); return b },
 		"snapshots":           func(b []byte) []byte { be.PutUint32(b[60:], 1); return b },
 		"corrupt":             func(b []byte) []byte { be.PutUint64(b[72:], 2); return b },
@@ -225,12 +226,12 @@ func TestRefusesWhatOverlaysNeverAre(t *testing.T) {
 		"refcount bits":       func(b []byte) []byte { be.PutUint32(b[96:], 3); return b },
 		"short header":        func(b []byte) []byte { be.PutUint32(b[100:], 72); return b },
 		"L1 reserved":         func(b []byte) []byte { b[3*clusterSize+7] |= 2; return b },
-		"L2 behind the end":   func(b []byte) []byte { be.PutUint64(b[3*clusterSize:], 6*clusterSize); return b },
+		"L2 beyond the end":   func(b []byte) []byte { be.PutUint64(b[3*clusterSize:], 6*clusterSize); return b },
 		"L2 cut off":          func(b []byte) []byte { return b[:4*clusterSize+100] },
 		"L2 compressed":       func(b []byte) []byte { be.PutUint64(b[4*clusterSize:], compressed|5*clusterSize); return b },
 		"L2 reserved":         func(b []byte) []byte { b[4*clusterSize+7] |= 2; return b },
 		"L2 unaligned":        func(b []byte) []byte { be.PutUint64(b[4*clusterSize:], 5*clusterSize+512); return b },
-		"data behind the end": func(b []byte) []byte { return b[:5*clusterSize] },
+		"data beyond the end": func(b []byte) []byte { return b[:5*clusterSize] },
 	} {
 		if _, err := readOverlay(t, base, change(small(t))); !errors.Is(err, ErrCorrupt) {
 			t.Errorf("%s: got %v", name, err)
@@ -239,19 +240,19 @@ func TestRefusesWhatOverlaysNeverAre(t *testing.T) {
 	dirty := small(t)
 	be.PutUint64(dirty[72:], featureDirty)
 	if got, err := readOverlay(t, base, dirty); err != nil || !bytes.Equal(got, want) {
-		t.Errorf("damaged reference counts, which nobody reads: %v", err)
+		t.Errorf("read an overlay whose reference counts are dirty: %v", err)
 	}
 	if _, err := Open(Chain{Format: Qcow2, Base: t.TempDir(), Size: 512}); err == nil {
-		t.Error("opened a folder")
+		t.Error("opened a folder as a disk")
 	}
 	if _, err := Open(Chain{Format: Qcow2, Base: base, Size: maxSize + 512}); err == nil {
-		t.Error("opened with an immense size")
+		t.Error("opened a disk above the maximum size")
 	}
 }
 
 func FuzzOverlay(f *testing.F) {
 	base := baseOf(f, 1)
-	// Only the clusters' first bytes matter.
+	// The corpus holds only the first bytes of each cluster, because the others do not matter.
 	join := func(b []byte) (head []byte) {
 		for i := 0; i < len(b); i += clusterSize {
 			head = append(head, b[i:i+128]...)
@@ -355,7 +356,7 @@ func TestFlattenAndExpand(t *testing.T) {
 	if err := Create(Qcow2, c.Layers[0], size, os.Getuid()); err != nil {
 		t.Fatal(err)
 	}
-	// What a guest would write: a file system with the tree, written by QEMU.
+	// QEMU writes a file system with the tree, as a guest would.
 	raw := filepath.Join(dir, "raw")
 	run(t, "mke2fs", "-q", "-t", "ext4", "-d", tree, raw, "256M")
 	run(t, "qemu-img", "convert", "-n", "--target-image-opts", "-f", "raw", raw,
@@ -374,7 +375,7 @@ func TestFlattenAndExpand(t *testing.T) {
 	if err := unix.Stat(flat, &st); err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("%d MiB became %d, %d on disk", size>>20, info.Size()>>20, st.Blocks*512>>20)
+	t.Logf("flattened %d MiB to %d MiB, %d MiB on disk", size>>20, info.Size()>>20, st.Blocks*512>>20)
 	if info.Size() > 32<<20 || st.Mode&0o7777 != 0o400 || st.Uid != uint32(os.Getuid()) {
 		t.Errorf("%d bytes, mode %o, owner %d", info.Size(), st.Mode, st.Uid)
 	}
@@ -383,16 +384,16 @@ func TestFlattenAndExpand(t *testing.T) {
 	}
 	sameTree(t, flat, tree)
 	if out := run(t, "dumpe2fs", "-h", flat); !strings.Contains(out, "Block count:              131072\n") && !strings.Contains(out, "Block count:              32768\n") {
-		t.Errorf("expanded to: %s", out)
+		t.Errorf("the expanded file system: %s", out)
 	}
 	if err := Expand(t.Context(), flat, 1<<20, testUID); err == nil {
-		t.Error("expanded to less")
+		t.Error("expanded to a smaller size")
 	}
 	if err := Flatten(t.Context(), flat, c, testUID); !errors.Is(err, os.ErrExist) {
 		t.Errorf("got %v", err)
 	}
 
-	// Anything but a file system is an error, and leaves nothing.
+	// Flatten refuses a disk without a file system, and leaves no file.
 	other := filepath.Join(dir, "other")
 	for name, c := range map[string]Chain{
 		"zeros":   {Format: Qcow2, Base: c.Base, Size: 8 << 20},

@@ -31,7 +31,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
-// binDir is the folder of the real guest daemon. Each test runs one at its own loopback address.
+// binDir is the folder of the guest daemon's program. Each test runs the daemon at its own
+// loopback address.
 var binDir string
 
 var daemon = sync.OnceValues(func() (string, error) {
@@ -143,24 +144,24 @@ func TestExec(t *testing.T) {
 		// wantReason is the reason in the error.
 		wantReason string
 	}{
-		"output and code":    {cmd: sh("echo out; echo err >&2; exit 7"), want: Result{Exit: Exit{Code: 7}, Stdout: []byte("out\n"), Stderr: []byte("err\n")}},
-		"binary":             {cmd: Command{Cmd: "cat"}, stdin: binary, want: Result{Stdout: binary}},
-		"no input":           {cmd: Command{Cmd: "cat"}},
-		"environment":        {cmd: Command{Cmd: "sh", Args: []string{"-c", "echo $FROM $OWN; pwd"}, Envs: map[string]string{"OWN": "mine"}, Dir: "/usr"}, want: Result{Stdout: []byte("sandbox mine\n/usr\n")}},
-		"signal":             {cmd: sh("kill -9 $$"), want: Result{Exit: Exit{Code: 137, Error: "signal: killed"}}},
-		"input not read":     {cmd: sh("exec <&-; sleep 0.3; echo done"), stdin: binary, want: Result{Stdout: []byte("done\n")}},
-		"input read by half": {cmd: sh("head -c 1 >/dev/null; exit 3"), stdin: binary, want: Result{Exit: Exit{Code: 3}}},
-		"no such command":    {cmd: Command{Cmd: "no-such-command"}, wantError: connect.CodeNotFound, wantReason: hostwire.CommandNotFound},
-		"no program":         {cmd: Command{Cmd: "/etc"}, wantError: connect.CodePermissionDenied, wantReason: hostwire.CommandNotExecutable},
-		"no such user":       {cmd: Command{Cmd: "true", User: "nobody-here"}, wantError: connect.CodeInvalidArgument},
-		"no such folder":     {cmd: Command{Cmd: "true", Dir: "/no/such"}, wantError: connect.CodeInvalidArgument},
+		"output and code":   {cmd: sh("echo out; echo err >&2; exit 7"), want: Result{Exit: Exit{Code: 7}, Stdout: []byte("out\n"), Stderr: []byte("err\n")}},
+		"binary":            {cmd: Command{Cmd: "cat"}, stdin: binary, want: Result{Stdout: binary}},
+		"no input":          {cmd: Command{Cmd: "cat"}},
+		"environment":       {cmd: Command{Cmd: "sh", Args: []string{"-c", "echo $FROM $OWN; pwd"}, Envs: map[string]string{"OWN": "mine"}, Dir: "/usr"}, want: Result{Stdout: []byte("sandbox mine\n/usr\n")}},
+		"signal":            {cmd: sh("kill -9 $$"), want: Result{Exit: Exit{Code: 137, Error: "signal: killed"}}},
+		"input not read":    {cmd: sh("exec <&-; sleep 0.3; echo done"), stdin: binary, want: Result{Stdout: []byte("done\n")}},
+		"input partly read": {cmd: sh("head -c 1 >/dev/null; exit 3"), stdin: binary, want: Result{Exit: Exit{Code: 3}}},
+		"no such command":   {cmd: Command{Cmd: "no-such-command"}, wantError: connect.CodeNotFound, wantReason: hostwire.CommandNotFound},
+		"no program":        {cmd: Command{Cmd: "/etc"}, wantError: connect.CodePermissionDenied, wantReason: hostwire.CommandNotExecutable},
+		"no such user":      {cmd: Command{Cmd: "true", User: "nobody-here"}, wantError: connect.CodeInvalidArgument},
+		"no such folder":    {cmd: Command{Cmd: "true", Dir: "/no/such"}, wantError: connect.CodeInvalidArgument},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got, err := c.Exec(t.Context(), test.cmd, test.stdin)
 			if test.wantError != 0 {
 				var ce *connect.Error
 				if !errors.As(err, &ce) || ce.Code() != test.wantError || ce.Meta().Get(SourceHeader) != SourceGuest || ce.Meta().Get(hostwire.ErrorReason) != test.wantReason {
-					t.Fatalf("error %v, want %v of the guest", err, test.wantError)
+					t.Fatalf("error %v, want %v from the guest", err, test.wantError)
 				}
 				return
 			}
@@ -174,9 +175,9 @@ func TestExec(t *testing.T) {
 	}
 }
 
-// TestExecKeepsItsConnection checks that commands reuse a connection, because a new one
-// costs the guest more than the request.
-func TestExecKeepsItsConnection(t *testing.T) {
+// TestExecReusesConnection checks that commands reuse a connection, because a new one costs
+// the guest more than the request.
+func TestExecReusesConnection(t *testing.T) {
 	c := start(t)
 	var dials atomic.Int32
 	dial := c.transport.Dial
@@ -345,11 +346,11 @@ func TestFiles(t *testing.T) {
 		if r.length > 0 {
 			want = want[:min(int64(len(want)), r.length)]
 		}
-		told := int64(len(content))
+		wantSize := int64(len(content))
 		if r.offset == 0 && r.length == 0 {
-			told = -1 // A large file may shrink while it is read.
+			wantSize = -1 // A large file may shrink while it is read.
 		}
-		if err != nil || !bytes.Equal(got, want) || size != told {
+		if err != nil || !bytes.Equal(got, want) || size != wantSize {
 			t.Errorf("%v: %d bytes of %d, %v", r, len(got), size, err)
 		}
 	}
@@ -359,7 +360,7 @@ func TestFiles(t *testing.T) {
 	if body, _, err := c.Read(t.Context(), "", "/proc/self/status", 6, 4); err != nil {
 		t.Error(err)
 	} else if got, err := io.ReadAll(body); err != nil || string(got) != "envd" {
-		t.Errorf("a part of a kernel file is %q, %v", got, err)
+		t.Errorf("part of a file in /proc is %q, %v", got, err)
 	}
 	if _, _, err := c.Read(t.Context(), "", dir, 0, 0); connect.CodeOf(err) != connect.CodeInvalidArgument {
 		t.Errorf("a directory: %v", err)
@@ -379,7 +380,7 @@ func TestFiles(t *testing.T) {
 	if body, size, err := c.Read(t.Context(), "", filepath.Join(dir, "empty"), 0, 10); err != nil {
 		t.Error(err)
 	} else if got, _ := io.ReadAll(body); len(got) != 0 || size != 0 {
-		t.Errorf("an empty file has %q of %d", got, size)
+		t.Errorf("an empty file has the content %q and the size %d", got, size)
 	}
 
 	// Download a tree and upload it again.
@@ -424,7 +425,7 @@ func TestMetricsAndTokens(t *testing.T) {
 	}
 }
 
-func TestWaitEndsWithItsReason(t *testing.T) {
+func TestWaitReturnsCause(t *testing.T) {
 	c := New(netip.MustParseAddr("127.99.99.99"), "x")
 	defer c.Close()
 	ctx, cancel := context.WithCancelCause(t.Context())

@@ -60,12 +60,12 @@ func TestInitChangesTheToken(t *testing.T) {
 	if err != nil || string(res.Stdout) != "clone\n" {
 		t.Errorf("after the change: %q, %v", res.Stdout, err)
 	}
-	// An agent that does not know whether its guest has the new token.
+	// An agent may not know whether its guest has the new token yet.
 	addr, _ := netip.ParseAddrPort(strings.TrimPrefix(c.base, "http://"))
 	unsure := New(addr.Addr(), "the-token")
 	defer unsure.Close()
 	if _, err := unsure.Init(await.Context(t), Settings{Token: "another"}); err != nil {
-		t.Error("again: ", err)
+		t.Error("init with the new token in place: ", err)
 	}
 	if res, err := unsure.Exec(t.Context(), sh("echo -$FROM-"), nil); err != nil || string(res.Stdout) != "--\n" {
 		t.Errorf("with an empty environment: %q, %v", res.Stdout, err)
@@ -76,7 +76,7 @@ func TestInitChangesTheToken(t *testing.T) {
 	late := New(addr.Addr(), "the-token")
 	defer late.Close()
 	if _, err := late.Init(await.Context(t), Settings{Token: "mine"}); !Said(err) {
-		t.Errorf("a stranger's: %v", err)
+		t.Errorf("init with a wrong token: %v", err)
 	}
 }
 
@@ -111,7 +111,7 @@ func TestInitEndsOldConnections(t *testing.T) {
 	p.Close()
 }
 
-func TestInitAgainWhenTheAnswerIsLost(t *testing.T) {
+func TestInitRetriesLostResponse(t *testing.T) {
 	var mu sync.Mutex
 	var bodies []map[string]any
 	var tokens []string
@@ -141,10 +141,10 @@ func TestInitAgainWhenTheAnswerIsLost(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !slices.Equal(tokens, []string{"old", "old", "new"}) {
-		t.Errorf("showed %v", tokens)
+		t.Errorf("the client sent the tokens %v", tokens)
 	}
 	if r.Disk != 4096 || len(r.Warnings) != 2 || len(r.Warnings[1]) > maxError {
-		t.Errorf("the report has %d bytes: %.100q", r.Disk, r.Warnings)
+		t.Errorf("the result has a disk of %d bytes and the warnings %.100q", r.Disk, r.Warnings)
 	}
 	m := bodies[1]
 	at, err := time.Parse(time.RFC3339Nano, m["timestamp"].(string))
@@ -156,7 +156,7 @@ func TestInitAgainWhenTheAnswerIsLost(t *testing.T) {
 	}
 }
 
-func TestInitDoesNotBelieveEverything(t *testing.T) {
+func TestInitHostileResponses(t *testing.T) {
 	answers := []http.HandlerFunc{
 		func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(bytes.Repeat([]byte("["), 1<<20)) },
 		func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusUnauthorized) },
@@ -171,7 +171,7 @@ func TestInitDoesNotBelieveEverything(t *testing.T) {
 			t.Errorf("%d: %v, %.200v", i, r, err)
 		}
 	}
-	// Many warnings are truncated, and an endless response ends with the context.
+	// Init drops surplus warnings, and stops waiting for a response when its context ends.
 	c, _ := fake(t, func(w http.ResponseWriter, _ *http.Request) {
 		_, _ = w.Write([]byte(`{"warnings":["a"` + strings.Repeat(`,"a"`, 1000) + `]}`))
 	})
@@ -190,10 +190,9 @@ func TestInitDoesNotBelieveEverything(t *testing.T) {
 	}
 }
 
-// TestInitReachesAGuestThatWasNotThere checks that a paused guest, which accepts no
-// connection, is reached when it continues, without the second that the kernel waits
-// before it retransmits.
-func TestInitReachesAGuestThatWasNotThere(t *testing.T) {
+// TestInitRetriesRefusedConnection checks that Init reaches a guest that refuses connections
+// at first.
+func TestInitRetriesRefusedConnection(t *testing.T) {
 	c, srv := fake(t, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
 	addr := srv.Listener.Addr().String()
 	srv.Close()
@@ -228,8 +227,8 @@ func TestInitReachesAGuestThatWasNotThere(t *testing.T) {
 	}
 }
 
-// TestDialDoesNotWaitForTheKernel checks that a connection takes less than the second
-// after which the kernel retransmits. A machine may be too busy for that, but not always.
+// TestDialDoesNotWaitForTheKernel checks that dial connects in less than the second after
+// which the kernel retransmits. It repeats the attempt, because the machine may be busy.
 func TestDialDoesNotWaitForTheKernel(t *testing.T) {
 	await.Until(t, "a connection before the kernel retransmits", func() bool {
 		d := dialLate(t)
@@ -288,7 +287,7 @@ func dialLate(t *testing.T) time.Duration {
 	conn.Close()
 	d := time.Since(begin)
 	if d < late {
-		t.Errorf("connected after %v, before the listener took connections", d)
+		t.Errorf("connected after %v, before the listener accepted connections", d)
 	}
 	return d
 }

@@ -13,8 +13,8 @@ import (
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
 )
 
-// TestLongMessage checks that the client refuses a message longer than the guest daemon's
-// own, instead of buffering it.
+// TestLongMessage checks that the client refuses a message longer than any that the guest
+// daemon sends, instead of buffering it.
 func TestLongMessage(t *testing.T) {
 	for name, tt := range map[string]struct {
 		size    int

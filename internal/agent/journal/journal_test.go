@@ -39,11 +39,11 @@ func add(t testing.TB, j *Journal, reason string) Event {
 	return e
 }
 
-func TestEventsOutliveTheJournal(t *testing.T) {
+func TestEventsSurviveRestart(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	j := open(t, dir)
 	want := []Event{add(t, j, "a"), add(t, j, "b"), add(t, j, "c")}
-	// Do not close it, as after a kill.
+	// Leave the first journal open, like an agent that was killed.
 	j2 := open(t, dir)
 	if got := j2.Pending(); !slices.EqualFunc(got, want, func(a, b Event) bool {
 		return a.Seq == b.Seq && a.Kind == b.Kind && a.Sandbox == b.Sandbox && a.Time.Equal(b.Time) && a.Reason == b.Reason
@@ -67,18 +67,18 @@ func TestEventsOutliveTheJournal(t *testing.T) {
 	}
 	j3 := open(t, dir)
 	if got := j3.Pending(); len(got) != 0 {
-		t.Errorf("acknowledged events came again: %v", got)
+		t.Errorf("acknowledged events are still pending: %v", got)
 	}
 	if e := add(t, j3, "d"); e.Seq != 4 {
-		t.Errorf("numbers went back to %d", e.Seq)
+		t.Errorf("the next event has the number %d, want 4", e.Seq)
 	}
 	if _, err := j2.Append(Event{}); !errors.Is(err, ErrClosed) {
 		t.Errorf("append after close: %v", err)
 	}
 }
 
-// TestTornAnywhere truncates a journal and flips a bit at every byte: everything before
-// is kept, and the journal stays usable.
+// TestTornAnywhere truncates a journal at each byte, and damages each byte. Open must keep
+// all events before that byte, and the journal must stay usable.
 func TestTornAnywhere(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	path := dir.Events()
@@ -127,8 +127,8 @@ func TestTornAnywhere(t *testing.T) {
 	}
 }
 
-// TestRewriteFails makes a compaction fail after the file lost its name: later events
-// must not go to a file that nobody can find.
+// TestRewriteFails makes a compaction fail after the file lost its name. Append must refuse
+// events until it can store them under that name again.
 func TestRewriteFails(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	path := dir.Events()
@@ -156,8 +156,8 @@ func TestRewriteFails(t *testing.T) {
 	}
 }
 
-// TestFullDisk opens a journal on a full disk: no event is lost, an event that cannot be
-// written is refused, and a damaged journal is copied before it is replaced.
+// TestFullDisk opens a journal on a full disk. It must lose no event and refuse an event that
+// it cannot write, and it must copy a damaged file before it replaces it.
 func TestFullDisk(t *testing.T) {
 	for _, damaged := range []bool{false, true} {
 		t.Run(fmt.Sprintf("damaged %v", damaged), func(t *testing.T) {
@@ -204,7 +204,7 @@ func TestFullDisk(t *testing.T) {
 				j = open(t, dir)
 				has(j, want...)
 				if !errors.Is(j.Full(), unix.ENOSPC) || j.Damaged() != nil {
-					t.Errorf("the disk is full: %v, kept %v", j.Full(), j.Damaged())
+					t.Errorf("on a full disk, Full is %v and Damaged is %v", j.Full(), j.Damaged())
 				}
 				if _, err := j.Append(Event{Kind: Expired, Reason: "refused"}); !errors.Is(err, unix.ENOSPC) {
 					t.Errorf("adding an event: %v", err)
@@ -223,7 +223,7 @@ func TestFullDisk(t *testing.T) {
 			add(t, j, "d")
 			has(open(t, dir), append(want, "d")...)
 			if (j.Damaged() != nil) != damaged {
-				t.Fatalf("kept %v", j.Damaged())
+				t.Fatalf("Damaged is %v", j.Damaged())
 			}
 			if damaged {
 				if kept, err := os.ReadFile(j.Damaged().Path); err != nil || !bytes.Equal(kept, data) {
@@ -352,7 +352,7 @@ func FuzzOpen(f *testing.F) {
 		}
 		again := &Journal{}
 		if again.load(data[:whole]) != whole || len(again.pending) != len(j.pending) {
-			t.Fatal("the intact part alone reads differently")
+			t.Fatal("the intact part alone has other events")
 		}
 	})
 }

@@ -52,7 +52,7 @@ func (l *Launcher) run(limits Limits, script string, files ...*os.File) (string,
 	return strings.TrimSpace(out.String()), err
 }
 
-var some = Limits{Files: 64, Tasks: 4096}
+var testLimits = Limits{Files: 64, Tasks: 4096}
 
 // TestPrivateProgram checks that a launcher that only root may execute can launch
 // programs of other users.
@@ -66,24 +66,24 @@ func TestPrivateProgram(t *testing.T) {
 	if l.self, err = sealed("wrenn", b, unix.MFD_EXEC); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := l.run(some, "echo begun"); err != nil || out != "begun" {
+	if out, err := l.run(testLimits, "echo begun"); err != nil || out != "begun" {
 		t.Errorf("%q, %v", out, err)
 	}
 }
 
 func TestExecutesOnce(t *testing.T) {
 	const script = "echo begun; exec /bin/true"
-	if out, err := newLauncher(t).run(some, script); err != nil || out != "begun" {
+	if out, err := newLauncher(t).run(testLimits, script); err != nil || out != "begun" {
 		t.Errorf("without filters: %q, %v", out, err)
 	}
-	out, err := newLauncher(t, asking(unix.SYS_EXECVE)).run(some, script)
+	out, err := newLauncher(t, asking(unix.SYS_EXECVE)).run(testLimits, script)
 	if !strings.Contains(out, "begun") || err == nil {
-		t.Errorf("under a filter, the shell started and executed another program: %q, %v", out, err)
+		t.Errorf("under a filter, the shell must start and its exec must fail: %q, %v", out, err)
 	}
 }
 
-// TestAnotherListener checks that the program starts even if another process already
-// answers for its system calls.
+// TestAnotherListener checks that the program starts even if it inherits a filter that
+// already has a listener.
 func TestAnotherListener(t *testing.T) {
 	l := newLauncher(t, asking(unix.SYS_EXECVE))
 	done := make(chan error, 1)
@@ -95,9 +95,9 @@ func TestAnotherListener(t *testing.T) {
 			return
 		}
 		defer unix.Close(fd)
-		out, err := l.run(some, "echo begun; exec /bin/true")
+		out, err := l.run(testLimits, "echo begun; exec /bin/true")
 		if out != "begun" {
-			err = errors.Join(fmt.Errorf("it printed %q", out), err)
+			err = errors.Join(fmt.Errorf("the program printed %q", out), err)
 		}
 		done <- err
 	}()
@@ -117,25 +117,25 @@ func TestLimits(t *testing.T) {
 	defer own.Close()
 	out, err := l.run(Limits{FileBytes: 4096, Files: 64, Tasks: 4096},
 		`read line </proc/self/coredump_filter; echo $(ulimit -c) $(ulimit -n) $(ulimit -Hn) $line; ls -l /proc/$$/fd; echo $PATH >&3`, own)
-	// The shell counts a core dump of one byte in blocks.
+	// The shell prints the limit of core dumps in blocks, so one byte becomes 0.
 	rest, ok := strings.CutPrefix(out, "0 64 64 00000000\n")
 	if err != nil || !ok || strings.Contains(rest, "memfd:") || strings.Contains(rest, filepath.Base(os.Args[0])) || !strings.Contains(rest, own.Name()) {
-		t.Errorf("it printed %q, %v", out, err)
+		t.Errorf("the program printed %q, %v", out, err)
 	}
 	if text, err := os.ReadFile(own.Name()); err != nil || strings.TrimSpace(string(text)) != os.Getenv("PATH") {
-		t.Errorf("it wrote %q, %v", text, err)
+		t.Errorf("the program wrote %q, %v", text, err)
 	}
 
 	big := filepath.Join(t.TempDir(), "big")
 	if out, err := l.run(Limits{FileBytes: 4096, Files: 64, Tasks: 4096}, `while :; do echo 0123456789abcdef || exit 1; done >`+big); err == nil {
-		t.Errorf("it exceeded the limit: %q", out)
+		t.Errorf("the program exceeded the limit: %q", out)
 	}
 	if info, err := os.Stat(big); err != nil || info.Size() > 4096 {
-		t.Errorf("it wrote %v, %v", info, err)
+		t.Errorf("the file is %v, %v", info, err)
 	}
 }
 
-// TestSetFileBytes: the limit can be raised and lowered from outside.
+// TestSetFileBytes checks that the agent can raise and lower the limit of a program that runs.
 func TestSetFileBytes(t *testing.T) {
 	l := newLauncher(t)
 	in, out, err := os.Pipe()
@@ -164,7 +164,7 @@ func TestSetFileBytes(t *testing.T) {
 		}
 	}
 	if err := SetFileBytes(1<<30, 1); err == nil {
-		t.Error("it set the limit of no process")
+		t.Error("set the limit of a process that does not exist")
 	}
 }
 

@@ -81,7 +81,7 @@ func materialized(t testing.TB, m *Image) []byte {
 	return got
 }
 
-// same compares an image with the expected memory, in every way of reading it.
+// same checks that an image has the expected memory, with each method that reads it.
 func same(t testing.TB, m *Image, mem []byte) {
 	t.Helper()
 	got := make([]byte, len(mem))
@@ -94,15 +94,15 @@ func same(t testing.TB, m *Image, mem []byte) {
 	if !bytes.Equal(materialized(t, m), mem) {
 		t.Fatal("the image's file differs from the memory")
 	}
-	overIs(t, m, nil, make([]byte, len(mem)), mem)
+	restoresTo(t, m, nil, make([]byte, len(mem)), mem)
 	if err := m.h.check(); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// overIs writes the changes since base over base's memory, like a restore, and compares
-// the result with mem. It returns the number of changed pages.
-func overIs(t testing.TB, m, base *Image, baseMem, mem []byte) int {
+// restoresTo writes the changes since base over base's memory, like a restore, and checks that
+// the result is mem. It returns the number of changed pages.
+func restoresTo(t testing.TB, m, base *Image, baseMem, mem []byte) int {
 	t.Helper()
 	restored := bytes.Clone(baseMem)
 	n := 0
@@ -114,7 +114,7 @@ func overIs(t testing.TB, m, base *Image, baseMem, mem []byte) int {
 		n++
 	}
 	if !bytes.Equal(restored, mem) {
-		t.Fatal("the base with the changes differs from the memory")
+		t.Fatal("base with the changes differs from the memory")
 	}
 	return n
 }
@@ -130,7 +130,7 @@ type world struct {
 	dir         string // of image
 	baseMem     []byte
 	dirty       map[uint64]bool // what a driver would report: every block written since base
-	longest     int             // how many adjacent blocks one write covers
+	longest     int             // the most adjacent blocks that one write covers
 	merges      int
 }
 
@@ -161,20 +161,20 @@ func (w *world) run() {
 }
 
 func (w *world) pause() {
-	before := w.h()
+	before := w.layerCount()
 	w.image, w.dir = appended(w.t, w.image, w.mem, w.dirty, w.base)
 	if kept := w.image.h.shared(w.base.h); kept < len(w.base.h.layers) && len(w.base.h.layers) < maxLayers && w.base.h.above(0) <= (allSpread-ownSpread-1)*w.base.h.blocks {
-		w.t.Fatalf("%d of the base's %d layers are left", kept, len(w.base.h.layers))
+		w.t.Fatalf("the image kept %d of its base's %d layers", kept, len(w.base.h.layers))
 	} else if n := len(w.image.h.layers); n > kept+MaxGenerations || n > maxLayers {
-		w.t.Fatalf("%d layers above %d, after %d", n, kept, before)
+		w.t.Fatalf("the image has %d layers, %d of them its base's; before the pause it had %d", n, kept, before)
 	} else if before == kept+MaxGenerations && n == kept+1 {
 		w.merges++
 	}
 }
 
-func (w *world) h() int { return len(w.image.h.layers) }
+func (w *world) layerCount() int { return len(w.image.h.layers) }
 
-// capture makes a template of the sandbox, which continues from it.
+// capture captures a template of the sandbox, which then continues on that template.
 func (w *world) capture() {
 	w.pause()
 	w.base, w.baseMem, w.dirty = w.image, bytes.Clone(w.mem), map[uint64]bool{}
@@ -198,12 +198,12 @@ func TestAgainstByteArray(t *testing.T) {
 	var merges atomic.Int64
 	t.Cleanup(func() {
 		if n := merges.Load(); !t.Failed() && n < 4 {
-			t.Errorf("generations were merged %d times", n)
+			t.Errorf("generations were merged %d times, want at least 4", n)
 		}
 	})
 	for seed := range uint64(12) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			t.Parallel() // the test waits for the disk
+			t.Parallel() // the test mostly waits for the disk
 			rng := rand.New(rand.NewPCG(seed, 1))
 			blocks := 1 + rng.IntN(100)
 			w := &world{t: t, rng: rng, longest: 10, dirty: map[uint64]bool{}}
@@ -231,16 +231,16 @@ func TestAgainstByteArray(t *testing.T) {
 				}
 				same(t, w.image, w.mem)
 				same(t, w.base, w.baseMem)
-				if n := overIs(t, w.image, w.base, w.baseMem, w.mem); n > len(w.dirty) {
-					t.Fatalf("%d pages differ, %d were written", n, len(w.dirty))
+				if n := restoresTo(t, w.image, w.base, w.baseMem, w.mem); n > len(w.dirty) {
+					t.Fatalf("%d pages differ, but only %d were written", n, len(w.dirty))
 				}
 			}
 		})
 	}
 }
 
-// TestThinLayersGo checks that a layer is dropped when little of it is still in use.
-func TestThinLayersGo(t *testing.T) {
+// TestThinLayersAreDropped checks that Append drops a layer of which little is in use.
+func TestThinLayersAreDropped(t *testing.T) {
 	const blocks = 64
 	mem := make([]byte, blocks*BlockSize)
 	base, _ := create(t, mem)
@@ -291,11 +291,11 @@ func TestLayersAreBounded(t *testing.T) {
 		if n := m.Generations(); n > maxLayers {
 			t.Fatalf("%d layers", n)
 		}
-		overIs(t, m, base, materialized(t, base), mem)
+		restoresTo(t, m, base, materialized(t, base), mem)
 	}
 	same(t, m, mem)
 	if flat != 1 {
-		t.Errorf("rewritten %d times", flat)
+		t.Errorf("all layers were rewritten into one %d times, want once", flat)
 	}
 }
 
@@ -308,7 +308,7 @@ func TestUnchangedAndZeroCostNothing(t *testing.T) {
 		t.Errorf("zero or unchanged pages created a layer: %d generations", n)
 	}
 	same(t, next, mem)
-	if n := overIs(t, next, m, bytes.Repeat([]byte{1}, len(mem)), mem); n != 50 {
+	if n := restoresTo(t, next, m, bytes.Repeat([]byte{1}, len(mem)), mem); n != 50 {
 		t.Errorf("%d pages differ, not 50", n)
 	}
 	if entries, _ := os.ReadDir(dir); len(entries) != 2 {
@@ -346,7 +346,7 @@ func TestHolesTakeNoSpace(t *testing.T) {
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 		t.Fatal(err)
 	}
-	if n := st.Blocks * 512; n > 2<<20 { // a huge page, where files in memory have them
+	if n := st.Blocks * 512; n > 2<<20 { // one huge page, if memfds use them
 		t.Errorf("one page takes %d bytes of memory", n)
 	}
 }
@@ -360,14 +360,14 @@ func TestMaterializedIsSealed(t *testing.T) {
 	}
 	defer f.Close()
 	if _, err := f.WriteAt([]byte{2}, 0); err == nil {
-		t.Error("it is writable")
+		t.Error("the file is writable")
 	}
 	if f.Truncate(0) == nil || f.Truncate(1<<20) == nil {
-		t.Error("it can be resized")
+		t.Error("the file can be resized")
 	}
 	if b, err := unix.Mmap(int(f.Fd()), 0, len(mem), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err == nil {
 		unix.Munmap(b)
-		t.Error("it can be mapped writable")
+		t.Error("the file can be mapped writable")
 	}
 	b, err := unix.Mmap(int(f.Fd()), 0, len(mem), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE)
 	if err != nil {
@@ -376,7 +376,7 @@ func TestMaterializedIsSealed(t *testing.T) {
 	defer unix.Munmap(b)
 	b[0] = 2
 	if !bytes.Equal(materialized(t, m), mem) {
-		t.Error("a private mapping wrote to it")
+		t.Error("a write to a private mapping changed the file")
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -401,12 +401,12 @@ func TestImagesAreIndependent(t *testing.T) {
 	}
 	defer again.Close()
 	same(t, again, changed)
-	same(t, template, mem) // it is still open
+	same(t, template, mem) // its files are still open
 	other, _ := appended(t, template, mem, nil, template)
 	if got, want := linksOf(t, other, 0), linksOf(t, again, 0); got != want {
-		t.Errorf("the layer has %d links in one folder, %d in the other", got, want)
+		t.Errorf("the layer has %d links seen from one image, %d from the other", got, want)
 	}
-	// Without a name to link to, the layer is copied.
+	// Append copies a layer that has no name left to link to.
 	if err := errors.Join(os.RemoveAll(dir), other.Close()); err != nil {
 		t.Fatal(err)
 	}
@@ -470,7 +470,7 @@ func TestFailureLeavesNothing(t *testing.T) {
 		"out of order": func(yield func(Page, error) bool) {
 			_ = yield(Page{1, changed}, nil) && yield(Page{0, changed}, nil)
 		},
-		"behind the end": func(yield func(Page, error) bool) { yield(Page{10, changed}, nil) },
+		"beyond the end": func(yield func(Page, error) bool) { yield(Page{10, changed}, nil) },
 		"half a page":    func(yield func(Page, error) bool) { yield(Page{0, changed[1:]}, nil) },
 	} {
 		if _, err := m.Append(t.Context(), dir, pages, m); err == nil {
@@ -487,7 +487,7 @@ func TestFailureLeavesNothing(t *testing.T) {
 	if _, err := m.Append(ctx, dir, pagesOf(mem, everyBlock(10)), m); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v", err)
 	}
-	empty("ended context")
+	empty("cancelled context")
 	for _, size := range []int64{0, -BlockSize, 100} {
 		if _, err := Create(t.Context(), dir, size, nil); err == nil {
 			t.Errorf("created with %d bytes", size)
@@ -564,7 +564,8 @@ func TestFullDisk(t *testing.T) {
 	same(t, m, mem)
 }
 
-// damaged returns an image of three layers with one byte of one file changed.
+// damaged copies the image in home, changes one byte of one file, and returns the copy's
+// folder.
 func damaged(t testing.TB, home, file string, at int64, xor byte) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -599,8 +600,8 @@ func layered(t testing.TB) (m *Image, dir string, mem []byte) {
 	return m, dir, mem
 }
 
-// checkDamaged opens an image that may be damaged: every read returns the memory or
-// reports damage.
+// checkDamaged opens an image that may be damaged, and checks that every read returns the
+// right memory or reports the damage.
 func checkDamaged(t testing.TB, dir string, mem []byte) (noticed bool) {
 	t.Helper()
 	m, err := Open(dir)
@@ -650,7 +651,7 @@ func TestDamageIsNoticed(t *testing.T) {
 		for at := 0; at < int(info.Size()); at += e.step {
 			noticed := checkDamaged(t, damaged(t, home, e.file, int64(at), 0x10), mem)
 			if block := at / BlockSize; !noticed && (e.file != m.h.layers[0].id.String()+layerExt || block < 3 || block > 6) {
-				t.Errorf("%s: nothing protects byte %d", e.file, at)
+				t.Errorf("%s: damage of byte %d is not noticed", e.file, at)
 			}
 		}
 		dir := damaged(t, home, e.file, 0, 0)
@@ -664,14 +665,14 @@ func TestDamageIsNoticed(t *testing.T) {
 			t.Fatal(err)
 		}
 		if _, err := Open(dir); err == nil {
-			t.Errorf("%s: opened without it", e.file)
+			t.Errorf("%s: the image opened without the file", e.file)
 		}
 	}
 }
 
-// TestDamageIsHealedByWhatIsStoredAnew appends to an image with a damaged block the page
-// that the block should have.
-func TestDamageIsHealedByWhatIsStoredAnew(t *testing.T) {
+// TestAppendReplacesDamagedBlock checks that an image with a damaged block can be read again
+// once a later append has stored that block.
+func TestAppendReplacesDamagedBlock(t *testing.T) {
 	m, home, mem := layered(t)
 	m, err := Open(damaged(t, home, m.h.layers[1].id.String()+layerExt, 100, 1))
 	if err != nil {
@@ -702,7 +703,7 @@ func FuzzDecodeHeader(f *testing.F) {
 			return
 		}
 		if !bytes.Equal(h.encode(), b) {
-			t.Error("a header does not encode to what was decoded")
+			t.Error("a decoded header encodes to other bytes")
 		}
 		var end uint64 // each block must be in exactly one place
 		for i := 0; end < h.blocks && i <= 2*len(h.extents); i++ {
@@ -716,7 +717,7 @@ func FuzzDecodeHeader(f *testing.F) {
 			t.Errorf("%d of %d blocks have a place", end, h.blocks)
 		}
 		if o := h.overlay(h.extents); !slices.Equal(o.extents, h.overlay(nil).extents) {
-			t.Error("a header over itself differs")
+			t.Error("a header overlaid on itself changes")
 		}
 	})
 }

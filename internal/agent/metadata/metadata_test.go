@@ -62,10 +62,10 @@ func TestToken(t *testing.T) {
 		}
 	}
 	if code, _, _ := ask(s, "PUT", tokenPath); code != 400 {
-		t.Errorf("no lifetime: %d", code)
+		t.Errorf("a token without a lifetime: %d", code)
 	}
 	if code, _, _ := ask(s, "PUT", tokenPath, "X-metadata-token-ttl-seconds: 60", "X-Forwarded-For: 1.2.3.4"); code != 400 {
-		t.Errorf("forwarded: %d", code)
+		t.Errorf("a forwarded request: %d", code)
 	}
 	if code, _, _ := ask(s, "PUT", "/sandbox_id", "X-metadata-token-ttl-seconds: 60"); code != 404 {
 		t.Errorf("PUT to another path: %d", code)
@@ -142,7 +142,7 @@ func TestSet(t *testing.T) {
 	s := New()
 	auth := "X-metadata-token: " + newToken(t, s)
 	if code, _, _ := ask(s, "GET", "/", auth); code != 404 {
-		t.Errorf("before there is a document: %d", code)
+		t.Errorf("without a document: %d", code)
 	}
 	for _, bad := range []any{nil, "text", 1, []int{1}, func() {}} {
 		if err := s.Set(bad); err == nil {
@@ -161,7 +161,7 @@ func TestSet(t *testing.T) {
 	}
 }
 
-func TestServeBoundsAGuest(t *testing.T) {
+func TestServeLimitsConnections(t *testing.T) {
 	s := document(t)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -169,7 +169,7 @@ func TestServeBoundsAGuest(t *testing.T) {
 	}
 	done := make(chan error, 1)
 	go func() { done <- s.Serve(l) }()
-	// Open as many silent connections as are served at once, then one more, which waits.
+	// Open as many silent connections as the server serves at once. One more must wait.
 	var idle []net.Conn
 	for range maxConnections {
 		c, err := net.Dial("tcp", l.Addr().String())

@@ -35,8 +35,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// one is a proxy to one sandbox, which has a loopback address.
-type one struct {
+// testProxy is a proxy that knows one sandbox, at a loopback address.
+type testProxy struct {
 	*httptest.Server
 	sandbox uuid.UUID
 	end     context.CancelCauseFunc // ends the sandbox
@@ -46,7 +46,7 @@ type one struct {
 	log       *strings.Builder // read it when the request is over
 }
 
-func start(t *testing.T) *one {
+func start(t *testing.T) *testProxy {
 	t.Helper()
 	address := netip.MustParseAddr("127.66.0.1")
 	transport := &upstream.Transport{
@@ -57,7 +57,7 @@ func start(t *testing.T) *one {
 	}
 	t.Cleanup(transport.Close)
 	life, end := context.WithCancelCause(t.Context())
-	o := &one{sandbox: uuid.New(), end: end, tracker: sandbox.NewTracker(), transport: transport, log: new(strings.Builder)}
+	o := &testProxy{sandbox: uuid.New(), end: end, tracker: sandbox.NewTracker(), transport: transport, log: new(strings.Builder)}
 	p := New(func(ctx context.Context, u uuid.UUID) (*sandbox.Use, error) {
 		if u != o.sandbox {
 			return nil, fmt.Errorf("%w: no such sandbox", sandbox.ErrNotFound)
@@ -75,11 +75,11 @@ func start(t *testing.T) *one {
 	return o
 }
 
-func (o *one) path(port any, rest string) string {
+func (o *testProxy) path(port any, rest string) string {
 	return fmt.Sprintf("%s%s/%v%s", Prefix, id.Format(id.Sandbox, o.sandbox), port, rest)
 }
 
-// listen serves h in the "sandbox" and returns the port.
+// listen serves h at the sandbox's address and returns the port.
 func listen(t *testing.T, port int, h http.Handler) int {
 	t.Helper()
 	l, err := net.Listen("tcp", net.JoinHostPort("127.66.0.1", strconv.Itoa(port)))
@@ -94,7 +94,7 @@ func listen(t *testing.T, port int, h http.Handler) int {
 	return l.Addr().(*net.TCPAddr).Port
 }
 
-func (o *one) get(t *testing.T, path string) (int, string) {
+func (o *testProxy) get(t *testing.T, path string) (int, string) {
 	t.Helper()
 	resp, err := http.Get(o.URL + path)
 	if err != nil {
@@ -105,14 +105,14 @@ func (o *one) get(t *testing.T, path string) (int, string) {
 		Error struct{ Code, Message string }
 	}
 	if err := json.NewDecoder(resp.Body).Decode(&e); err != nil || e.Error.Code != resp.Header.Get(hostwire.Error) {
-		t.Errorf("%s: %v, not an error of the agent's: %v", path, resp.Status, err)
+		t.Errorf("%s: %v is not an error of the agent: %v", path, resp.Status, err)
 	}
 	return resp.StatusCode, e.Error.Message
 }
 
 // send sends a request to a guest's port, and returns the response. It closes the
 // response's body when the test ends.
-func (o *one) send(ctx context.Context, t *testing.T, method string, port int, body io.Reader) *http.Response {
+func (o *testProxy) send(ctx context.Context, t *testing.T, method string, port int, body io.Reader) *http.Response {
 	t.Helper()
 	req, err := http.NewRequestWithContext(ctx, method, o.URL+o.path(port, "/"), body)
 	if err != nil {
@@ -163,13 +163,13 @@ func TestBadTargets(t *testing.T) {
 	}
 	o.tracker.Shut()
 	if got, _ := o.get(t, o.path(80, "/")); got != 503 {
-		t.Errorf("a sandbox that is shut: %d", got)
+		t.Errorf("a sandbox whose tracker is shut: %d", got)
 	}
 }
 
-// TestBodyThatNobodyReads posts to a port where nothing listens. Two goroutines once read
-// from the server's connection then, which panicked.
-func TestBodyThatNobodyReads(t *testing.T) {
+// TestUnreadBody posts to a port where nothing listens. Once, two goroutines read from the
+// client's connection in that case, and the server panicked.
+func TestUnreadBody(t *testing.T) {
 	o := start(t)
 	var log bytes.Buffer
 	server := httptest.NewUnstartedServer(o.Config.Handler)
@@ -199,8 +199,8 @@ func TestBodyThatNobodyReads(t *testing.T) {
 	}
 }
 
-// TestFailureDoesNotWaitForBody stalls a client in its body while the server in the
-// sandbox ends: the client learns at once.
+// TestFailureDoesNotWaitForBody checks that a client gets the error at once if the server in
+// the sandbox closes the connection while the client has not sent its whole body.
 func TestFailureDoesNotWaitForBody(t *testing.T) {
 	o := start(t)
 	port := listen(t, 0, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -261,8 +261,8 @@ func TestRequestArrivesAsItWas(t *testing.T) {
 	}
 }
 
-// TestRequestID checks that the guest daemon gets the id of the log, and programs in the
-// guest get what the client sent.
+// TestRequestID checks that the guest daemon gets the request id that the agent logs, while
+// programs in the guest get the header that the client sent.
 func TestRequestID(t *testing.T) {
 	o := start(t)
 	saw := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.Header.Get(requestid.Header)) })
@@ -277,9 +277,9 @@ func TestRequestID(t *testing.T) {
 	}
 }
 
-// TestGuestsSayNothingPrivate has a guest that tries to set the agent's own headers in
-// each part of a response.
-func TestGuestsSayNothingPrivate(t *testing.T) {
+// TestGuestCannotForgeHeaders checks that a guest cannot send the agent's own headers in any
+// part of a response.
+func TestGuestCannotForgeHeaders(t *testing.T) {
 	o := start(t)
 	port := listen(t, 0, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set(hostwire.Error, "paused")
@@ -306,7 +306,7 @@ func TestGuestsSayNothingPrivate(t *testing.T) {
 	look(resp.Header)
 	look(resp.Trailer)
 	if len(private) > 0 || early != 1 || string(b) != "body" || err != nil {
-		t.Errorf("%q, %v; %d early responses; the guest says %q", b, err, early, private)
+		t.Errorf("%q, %v; %d early responses; the guest sent the headers %q", b, err, early, private)
 	}
 }
 
@@ -389,7 +389,7 @@ func TestStreamsBothWays(t *testing.T) {
 	}
 	w.Close()
 	if lines.Scan() {
-		t.Error("more came")
+		t.Error("the response has another line")
 	}
 }
 
@@ -418,8 +418,8 @@ func TestPartOfKnownLengthArrives(t *testing.T) {
 	}
 }
 
-// TestBrokenResponse breaks responses off: the client gets the bytes sent before, and
-// then an error, not a response that says that nothing served the request.
+// TestBrokenResponse breaks responses off. The client must get the bytes that the guest sent
+// and then an error, and not an error response of the proxy.
 func TestBrokenResponse(t *testing.T) {
 	o := start(t)
 	port := listen(t, 0, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -467,7 +467,7 @@ func TestBigBodiesTakeNoMemory(t *testing.T) {
 		t.Errorf("%d bytes down, %s up, %v", n, resp.Header.Get("X-Got"), err)
 	}
 	if grown := after.TotalAlloc - before.TotalAlloc; grown > 32<<20 {
-		t.Errorf("%d MiB were allocated for it", grown>>20)
+		t.Errorf("the request allocated %d MiB", grown>>20)
 	}
 }
 
@@ -475,7 +475,7 @@ type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { return len(p), nil }
 
-func TestClientGoes(t *testing.T) {
+func TestClientDisconnects(t *testing.T) {
 	o := start(t)
 	arrived, left := make(chan struct{}), make(chan struct{})
 	port := listen(t, 0, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
@@ -499,11 +499,11 @@ func TestClientGoes(t *testing.T) {
 	if err := <-done; !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
-	await.Recv(t, "the guest hears that its client has gone", left)
+	await.Recv(t, "the guest notices that its client disconnected", left)
 }
 
-// TestPauseCutsOff pauses a sandbox during requests. The control plane repeats those that
-// the agent refuses with the state; the guest may have seen part of the others.
+// TestPauseCutsOff pauses a sandbox during requests. The agent must refuse a request with the
+// sandbox's state, on which the control plane retries it, only if a retry does no harm.
 func TestPauseCutsOff(t *testing.T) {
 	for _, want := range []struct {
 		method, body string
@@ -528,7 +528,7 @@ func TestPauseCutsOff(t *testing.T) {
 				close(arrived)
 				<-r.Context().Done()
 			}))
-			refused(t, o, port, want.method, want.body, arrived, want.again)
+			cutOff(t, o, port, want.method, want.body, arrived, want.again)
 		})
 	}
 	t.Run("nothing was sent", func(t *testing.T) {
@@ -539,13 +539,13 @@ func TestPauseCutsOff(t *testing.T) {
 			<-ctx.Done()
 			return nil, ctx.Err()
 		}
-		refused(t, o, 8000, "POST", "a body", dialling, true)
+		cutOff(t, o, 8000, "POST", "a body", dialling, true)
 	})
 }
 
-// refused sends a request, pauses the sandbox at a moment, and checks whether the
-// response allows the request to be repeated.
-func refused(t *testing.T, o *one, port int, method, body string, moment <-chan struct{}, again bool) {
+// cutOff sends a request, pauses the sandbox once moment is closed, and checks whether the
+// response lets the control plane retry the request.
+func cutOff(t *testing.T, o *testProxy, port int, method, body string, moment <-chan struct{}, again bool) {
 	t.Helper()
 	go func() {
 		<-moment
