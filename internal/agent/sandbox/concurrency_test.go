@@ -30,7 +30,7 @@ func TestLockOrder(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.tracker.Shut() // like a sandbox that is just expiring
+	b.tracker.Shut() // as if the sandbox were expiring
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	for range 2 {
@@ -38,7 +38,7 @@ func TestLockOrder(t *testing.T) {
 			func() {
 				if u, err := h.Use(t.Context(), s.ID); err == nil {
 					u.End()
-					t.Error("it was used")
+					t.Error("a sandbox was used although its tracker is shut")
 				}
 			},
 			func() { _, _ = h.Create(t.Context(), s) },
@@ -65,7 +65,7 @@ func TestLockOrder(t *testing.T) {
 			_, _ = h.Use(t.Context(), s.ID)
 		}
 		h.close()
-		for range 100 { // a closed host also gets calls
+		for range 100 { // callers do not know that the host is closed
 			_, _ = h.Use(t.Context(), s.ID)
 		}
 		close(stop)
@@ -75,12 +75,12 @@ func TestLockOrder(t *testing.T) {
 	case <-done:
 	case <-time.After(await.Hang):
 		buf := make([]byte, 1<<20)
-		t.Fatalf("it hangs:\n%s", buf[:runtime.Stack(buf, true)])
+		t.Fatalf("the callers hang:\n%s", buf[:runtime.Stack(buf, true)])
 	}
 }
 
-// TestRandomLives lets many callers make random calls while steps fail at random and
-// agents restart. In the end nothing is left.
+// TestRandomLives lets many callers make random calls while steps fail at random and agents
+// restart. In the end, no machine, slot or file may be left.
 func TestRandomLives(t *testing.T) {
 	for seed := range uint64(4) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
@@ -115,7 +115,7 @@ func randomLives(t *testing.T, seed uint64) {
 			rng := rand.New(rand.NewPCG(seed, worker<<8|uint64(generation)))
 			wg.Go(func() {
 				for range 25 {
-					h.doSomething(rng, ids, templates, &known)
+					h.randomCall(rng, ids, templates, &known)
 				}
 			})
 		}
@@ -143,7 +143,7 @@ func randomLives(t *testing.T, seed uint64) {
 	}
 }
 
-func (h *host) doSomething(rng *rand.Rand, ids, templates []uuid.UUID, known *lives) {
+func (h *host) randomCall(rng *rand.Rand, ids, templates []uuid.UUID, known *lives) {
 	id, template := ids[rng.IntN(len(ids))], templates[rng.IntN(len(templates))]
 	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(1+rng.IntN(300))*time.Millisecond)
 	defer cancel()
@@ -181,11 +181,11 @@ func (h *host) doSomething(rng *rand.Rand, ids, templates []uuid.UUID, known *li
 		h.List()
 		_, _ = h.Console(ctx, id)
 	default:
-		h.change(ctx, n-6, id, template)
+		h.randomChange(ctx, n-6, id, template)
 	}
 }
 
-// lives records how far sandboxes have counted.
+// lives records the last count of each sandbox.
 type lives struct {
 	mu    sync.Mutex
 	known map[uuid.UUID]life
@@ -194,15 +194,15 @@ type lives struct {
 type life struct {
 	born   time.Time
 	count  byte
-	deaths int // of its machines, before this count
+	deaths int // how many of its machines had died before this count
 }
 
-// use counts in a sandbox. The count must continue, or start again if a machine of the
-// sandbox died since.
+// use counts once in a sandbox. The count must continue, or start at 1 if a machine of the
+// sandbox died since the last count.
 func (l *lives) use(h *host, u *Use) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	vm := u.VM.(*worldVM) // its id is not the sandbox's if it waited for a sandbox
+	vm := u.VM.(*worldVM) // its id is not the sandbox's if it was a warm machine
 	h.w.mu.Lock()
 	deaths := h.w.deaths[vm.spec.ID]
 	h.w.mu.Unlock()
@@ -212,13 +212,13 @@ func (l *lives) use(h *host, u *Use) {
 	}
 	last, ok := l.known[u.ID]
 	if lost := deaths > last.deaths && n == 1; ok && last.born.Equal(u.CreatedAt) && n != last.count+1 && !lost {
-		h.w.t.Errorf("%s counted to %d, before to %d", u.ID, n, last.count)
+		h.w.t.Errorf("%s counted to %d, and before that to %d", u.ID, n, last.count)
 	}
 	l.known[u.ID] = life{u.CreatedAt, n, deaths}
 }
 
-// change makes a random call that saves a sandbox or starts one from saved state.
-func (h *host) change(ctx context.Context, n int, id, template uuid.UUID) {
+// randomChange makes a random call that saves a sandbox or starts one from saved state.
+func (h *host) randomChange(ctx context.Context, n int, id, template uuid.UUID) {
 	switch n {
 	case 0, 1:
 		_, _ = h.Pause(ctx, id)

@@ -47,7 +47,7 @@ func TestCreateUseDestroy(t *testing.T) {
 	if err := h.Destroy(t.Context(), s.ID); err != nil {
 		t.Fatal(err)
 	}
-	await.Recv(t, "a use ends with its sandbox", u.Context.Done())
+	await.Recv(t, "the use ends with its sandbox", u.Context.Done())
 	if cause := context.Cause(u.Context); !strings.Contains(cause.Error(), "destroyed") {
 		t.Error(cause)
 	}
@@ -60,7 +60,7 @@ func TestCreateUseDestroy(t *testing.T) {
 		t.Error(err)
 	}
 	if p := h.Journal.Pending(); len(p) != 0 {
-		t.Errorf("a requested end is an event: %v", p)
+		t.Errorf("destroying a sandbox added the events %v", p)
 	}
 	h.nothingLeft()
 }
@@ -71,18 +71,18 @@ func TestBadSpecs(t *testing.T) {
 		change func(*Spec)
 		want   error
 	}{
-		"no processor":      {func(s *Spec) { s.VCPUs = 0 }, ErrInvalid},
-		"too many at all":   {func(s *Spec) { s.VCPUs = MaxVCPUs + 1 }, ErrInvalid},
-		"no memory":         {func(s *Spec) { s.MemoryMiB = 0 }, ErrInvalid},
-		"negative memory":   {func(s *Spec) { s.MemoryMiB = -5 }, ErrInvalid},
-		"too much memory":   {func(s *Spec) { s.MemoryMiB = MaxMemoryMiB + 1 }, ErrInvalid},
-		"more than host":    {func(s *Spec) { s.MemoryMiB = 4096 }, ErrExhausted},
-		"small disk":        {func(s *Spec) { s.DiskMiB = 63 }, ErrInvalid},
-		"huge disk":         {func(s *Spec) { s.DiskMiB = MaxDiskMiB + 1 }, ErrInvalid},
-		"negative time-out": {func(s *Spec) { s.Timeout = -time.Second }, ErrInvalid},
-		"long time-out":     {func(s *Spec) { s.Timeout = MaxTimeout + 1 }, ErrInvalid},
-		"no token":          {func(s *Spec) { s.Token = "" }, ErrInvalid},
-		"no such template":  {func(s *Spec) { s.Template = uuid.New() }, ErrNotFound},
+		"no processor":           {func(s *Spec) { s.VCPUs = 0 }, ErrInvalid},
+		"too many processors":    {func(s *Spec) { s.VCPUs = MaxVCPUs + 1 }, ErrInvalid},
+		"no memory":              {func(s *Spec) { s.MemoryMiB = 0 }, ErrInvalid},
+		"negative memory":        {func(s *Spec) { s.MemoryMiB = -5 }, ErrInvalid},
+		"too much memory":        {func(s *Spec) { s.MemoryMiB = MaxMemoryMiB + 1 }, ErrInvalid},
+		"more than the host has": {func(s *Spec) { s.MemoryMiB = 4096 }, ErrExhausted},
+		"small disk":             {func(s *Spec) { s.DiskMiB = 63 }, ErrInvalid},
+		"huge disk":              {func(s *Spec) { s.DiskMiB = MaxDiskMiB + 1 }, ErrInvalid},
+		"negative timeout":       {func(s *Spec) { s.Timeout = -time.Second }, ErrInvalid},
+		"long timeout":           {func(s *Spec) { s.Timeout = MaxTimeout + 1 }, ErrInvalid},
+		"no token":               {func(s *Spec) { s.Token = "" }, ErrInvalid},
+		"no such template":       {func(s *Spec) { s.Template = uuid.New() }, ErrNotFound},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := spec()
@@ -95,14 +95,14 @@ func TestBadSpecs(t *testing.T) {
 	h.nothingLeft()
 }
 
-func TestMemoryIsAdmittedOnce(t *testing.T) {
+func TestMemoryAdmission(t *testing.T) {
 	h := newHost(t)
 	var ok, refused atomic.Int32
 	var wg sync.WaitGroup
 	for range 12 {
 		wg.Go(func() {
 			s := spec()
-			s.MemoryMiB = 512 // with overhead 576: seven fit
+			s.MemoryMiB = 512 // 576 with overhead, so seven fit
 			switch _, err := h.Create(t.Context(), s); {
 			case err == nil:
 				ok.Add(1)
@@ -132,7 +132,7 @@ func TestMemoryIsAdmittedOnce(t *testing.T) {
 		}
 	}
 	if reserved := h.reservedMiB; reserved != 0 {
-		t.Errorf("paused sandboxes have %d MiB", reserved)
+		t.Errorf("paused sandboxes still reserve %d MiB", reserved)
 	}
 	h.destroyAll()
 	h.nothingLeft()
@@ -160,11 +160,11 @@ func TestEveryFailureLeavesNothing(t *testing.T) {
 			case "die", "init":
 				blamed = ErrGuest
 			case "hang":
-				blamed = ErrSlow // The error does not say which of the two it was.
+				blamed = ErrSlow // The error does not tell whether the host or guest was slow.
 			}
 			for _, kind := range []error{ErrStart, ErrGuest, ErrSlow} {
 				if errors.Is(err, kind) != (kind == blamed) {
-					t.Errorf("error %q: want %q", err, blamed)
+					t.Errorf("error %q is of the wrong kind, want %q", err, blamed)
 				}
 			}
 			h.nothingLeft()
@@ -185,21 +185,21 @@ func TestEveryFailureLeavesNothing(t *testing.T) {
 
 func TestDestroyWhileCreating(t *testing.T) {
 	h := newHost(t)
-	h.w.hold = make(chan struct{}) // never healthy
+	h.w.responds = make(chan struct{}) // never healthy
 	s := spec()
 	created := make(chan error)
 	go func() {
 		_, err := h.Create(context.Background(), s)
 		created <- err
 	}()
-	await.Until(t, "it starts", func() bool { return h.info(s.ID).State == Starting })
+	await.Until(t, "the sandbox is starting", func() bool { return h.info(s.ID).State == Starting })
 	if err := h.Destroy(t.Context(), s.ID); err != nil {
 		t.Fatal(err)
 	}
 	if err := <-created; !errors.Is(err, ErrState) || !strings.Contains(err.Error(), "destroyed") {
 		t.Errorf("create ended with %v", err)
 	}
-	close(h.w.hold) // Let the capture end that it waited for.
+	close(h.w.responds) // Let the template's capture end, for which the create waited.
 	h.nothingLeft()
 }
 
@@ -207,14 +207,14 @@ func TestDestroyWhileCreating(t *testing.T) {
 // when the first one does.
 func TestAbandonedCreate(t *testing.T) {
 	h := newHost(t)
-	h.w.hold = make(chan struct{})
+	h.w.responds = make(chan struct{})
 	s := spec()
 	first, leaveFirst := context.WithCancel(t.Context())
 	second, leaveSecond := context.WithCancel(t.Context())
 	defer leaveSecond()
 	ended := make(chan error)
 	go func() { _, err := h.Create(first, s); ended <- err }()
-	await.Until(t, "it starts", func() bool { return h.info(s.ID).State == Starting })
+	await.Until(t, "the sandbox is starting", func() bool { return h.info(s.ID).State == Starting })
 	go func() { _, err := h.Create(second, s); ended <- err }()
 	b, err := h.find(s.ID)
 	if err != nil {
@@ -235,6 +235,6 @@ func TestAbandonedCreate(t *testing.T) {
 	leaveSecond()
 	<-ended
 	h.awaitGone(t, s.ID)
-	close(h.w.hold) // Let the capture end that it waited for.
+	close(h.w.responds) // Let the template's capture end, for which the create waited.
 	h.nothingLeft()
 }

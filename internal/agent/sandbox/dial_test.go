@@ -34,13 +34,13 @@ func closedPort(t *testing.T) string {
 	return l.Addr().String()
 }
 
-// guestAt is a guest whose daemon finds no new servers.
+// guestAt returns a guest whose daemon reports no new servers.
 func guestAt(host string) portsGuest {
 	return portsGuest{host: host, knock: func(context.Context, uint16) bool { return false }, suspect: func() {}, silent: func() bool { return false }}
 }
 
-// TestSilentPort connects to a port whose backlog is full until the guest is found not
-// to answer. There are more requests than may connect at a time.
+// TestSilentPort checks that requests to a port with a full backlog wait until the agent finds
+// that the guest does not respond. It makes more requests than may connect at a time.
 func TestSilentPort(t *testing.T) {
 	l, err := net.Listen("tcp", closedPort(t))
 	if err != nil {
@@ -95,20 +95,20 @@ func TestSilentPort(t *testing.T) {
 	await.Until(t, "attempts fail", func() bool { return suspected.Load() > 0 })
 	select {
 	case err := <-failures:
-		t.Errorf("a request does not wait: %v", err)
+		t.Errorf("a request did not wait: %v", err)
 	default:
 	}
 	close(silent)
 	for range requests {
 		var late net.Error
 		if err := await.Recv(t, "the end of a request", failures); !errors.As(err, &late) || !late.Timeout() || !errors.Is(err, upstream.ErrUnsent) {
-			t.Errorf("a request to a guest that does not answer: %v", err)
+			t.Errorf("a request to a guest that does not respond: %v", err)
 		}
 	}
 }
 
-// TestDialEndsWithSandbox ends a sandbox while a request waits for a server in it: nobody
-// may connect to its address afterwards.
+// TestDialEndsWithSandbox ends a sandbox while a request waits for a server in it. The agent
+// must not connect to its address afterwards.
 func TestDialEndsWithSandbox(t *testing.T) {
 	life, end := context.WithCancel(t.Context())
 	defer end()
@@ -136,8 +136,8 @@ func TestDialEndsWithSandbox(t *testing.T) {
 	}
 }
 
-// TestServerStartsLater has a server start while a request waits for it. The request gets
-// through when the guest daemon tells of the server, with no further attempt in between.
+// TestServerStartsLater starts a server while a request waits for it. The agent must connect
+// again once the guest daemon reports the server, and not before.
 func TestServerStartsLater(t *testing.T) {
 	address := closedPort(t)
 	host, port, _ := net.SplitHostPort(address)
@@ -213,7 +213,7 @@ func TestManyPortsWithoutServer(t *testing.T) {
 			}
 		})
 	}
-	await.Recv(t, "many knocks", full)
+	await.Recv(t, "the agent asks for as many ports as it may", full)
 	cancel()
 	all.Wait()
 }
@@ -283,8 +283,8 @@ type peeked struct {
 
 func (c peeked) Read(p []byte) (int, error) { return c.r.Read(p) }
 
-// TestOnlyHTTP2 checks that a request which can be repeated finds out that a server
-// speaks only HTTP/2, and that every later request reaches it.
+// TestOnlyHTTP2 checks that the agent learns from a failed request that a server speaks only
+// HTTP/2. A request that it can repeat succeeds at once, any other from the second one on.
 func TestOnlyHTTP2(t *testing.T) {
 	l, err := net.Listen("tcp", closedPort(t))
 	if err != nil {

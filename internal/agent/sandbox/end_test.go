@@ -28,7 +28,7 @@ func TestExpiry(t *testing.T) {
 			t.Fatal(err)
 		}
 		if at := info.ExpiresAt; at.Before(begun.Add(s.Timeout)) || at.After(time.Now().Add(s.Timeout)) {
-			t.Errorf("it expires at %v, created between %v and now", at, begun)
+			t.Errorf("the sandbox expires at %v, created between %v and now", at, begun)
 		}
 		if u, err = h.Use(t.Context(), s.ID); err == nil {
 			break
@@ -38,7 +38,7 @@ func TestExpiry(t *testing.T) {
 	}
 	time.Sleep(2 * s.Timeout)
 	if u.Context.Err() != nil || h.info(s.ID).State != Running {
-		t.Fatal("it expired while it was used")
+		t.Fatal("the sandbox expired while it was in use")
 	}
 	ended := time.Now()
 	u.End()
@@ -47,7 +47,7 @@ func TestExpiry(t *testing.T) {
 		t.Errorf("event %+v", e)
 	}
 	if e.Time.Before(ended.Add(s.Timeout)) {
-		t.Errorf("it expired at %v, its use having ended at %v", e.Time, ended)
+		t.Errorf("the sandbox expired at %v, but its use ended only at %v", e.Time, ended)
 	}
 	h.awaitGone(t, s.ID)
 	h.nothingLeft()
@@ -57,7 +57,7 @@ func TestExpiry(t *testing.T) {
 func TestGuestShutsDown(t *testing.T) {
 	h := newHost(t)
 	id := h.create(t, nil)
-	h.machine(id).dieOf(&vmm.GuestEnd{Off: true, Reason: "guest-shutdown"}, "")
+	h.machine(id).dieWith(&vmm.GuestEnd{Off: true, Reason: "guest-shutdown"}, "")
 	if e := h.event(t, id); e.Kind != journal.Exited || e.Reason != "the guest shut down (guest-shutdown)" {
 		t.Errorf("event %+v", e)
 	}
@@ -65,7 +65,7 @@ func TestGuestShutsDown(t *testing.T) {
 	h.nothingLeft()
 }
 
-func TestRemovalIsTriedAgain(t *testing.T) {
+func TestRemovalIsRetried(t *testing.T) {
 	for _, step := range []string{"kill", "release"} {
 		t.Run(step, func(t *testing.T) {
 			h := newHost(t)
@@ -78,11 +78,11 @@ func TestRemovalIsTriedAgain(t *testing.T) {
 				t.Fatalf("destroy: %v", err)
 			}
 			if h.info(s.ID).State != Stopping {
-				t.Error("it is not stopping")
+				t.Error("the sandbox is not stopping")
 			}
 			h.w.setFailing(nil)
 			err := h.Destroy(t.Context(), s.ID)
-			if errors.Is(err, errInjected) { // an attempt from before
+			if errors.Is(err, errInjected) { // the result of an attempt that began before
 				err = h.Destroy(t.Context(), s.ID)
 			}
 			if err != nil {
@@ -93,9 +93,9 @@ func TestRemovalIsTriedAgain(t *testing.T) {
 	}
 }
 
-// TestLeftoversAreTriedAgain checks that an agent starts although it cannot remove what a
-// killed one left. It reports a problem until the removal succeeds.
-func TestLeftoversAreTriedAgain(t *testing.T) {
+// TestLeftoversAreRetried checks that an agent starts even if it cannot remove the files that
+// a killed agent left. It must report a problem until the removal succeeds.
+func TestLeftoversAreRetried(t *testing.T) {
 	w := newWorld(t, 1)
 	dir := layout.Dir(t.TempDir())
 	w.open(dir).close()

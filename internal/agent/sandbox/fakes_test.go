@@ -33,7 +33,7 @@ import (
 
 var errInjected = errors.New("injected failure")
 
-// world is a fake host. It outlives managers.
+// world is a fake host with its machines and networks. It outlives its managers.
 type world struct {
 	t   testing.TB
 	net byte // second byte of its addresses, see [claimNet]
@@ -44,9 +44,9 @@ type world struct {
 	slots    map[int]*worldSlot
 	nextSlot int
 	vms      map[uuid.UUID]*worldVM
-	deaths   map[uuid.UUID]int // by machine: how often it died
+	deaths   map[uuid.UUID]int // by machine id: how often the machine died
 	started  int
-	hold     chan struct{}  // machines become healthy when it is closed; nil: at once
+	responds chan struct{}  // guest daemons respond once it is closed; nil: at once
 	warm     int            // how many warm machines a template has
 	tracks   bool           // the driver tracks dirty pages
 	onStart  func(vmm.Spec) // called when a machine starts, if set
@@ -179,7 +179,7 @@ func (w *world) Reclaim(_ context.Context, i, _ int) (Slot, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if s := w.slots[i]; s != nil {
-		s.rates = rates.Rates{} // as the pool resets them
+		s.rates = rates.Rates{} // like the network pool, which resets them
 		return s, nil
 	}
 	return nil, errors.New("no such slot")
@@ -252,7 +252,7 @@ func (w *world) run(s vmm.Spec, kind string, data, base []byte) (*worldVM, error
 	}
 	w.vms[s.ID] = vm
 	w.started++
-	vm.hold = w.hold
+	vm.responds = w.responds
 	w.mu.Unlock()
 	go func() { _ = http.Serve(l, vm) }()
 	return vm, nil
@@ -309,7 +309,7 @@ func (w *world) Restore(_ context.Context, s vmm.Spec, from vmm.Saved) (vmm.VM, 
 	return w.run(s, w.Kind(w.Nested(from.Kind)), data, base)
 }
 
-// worldBlocks is how many blocks of a machine's memory are ever used.
+// worldBlocks is the number of blocks in a machine's memory.
 const worldBlocks = 4
 
 // Attach implements vmm.Driver.
@@ -352,22 +352,22 @@ type worldVM struct {
 	kind     string // the kind of monitor that started it
 	mu       sync.Mutex
 	data     []byte        // its memory
-	base     []byte        // its memory before its changes
-	runs     chan struct{} // closed while it is not stopped
+	base     []byte        // what Pages compares data with
+	runs     chan struct{} // closed while the machine is not stopped
 	frozen   bool
 	once     sync.Once
 	done     chan struct{}
-	hold     chan struct{}
+	responds chan struct{}
 	listener net.Listener
-	why      error  // why it ended; nil: it died
+	why      error  // why it ended; nil: it crashed
 	said     string // its console; empty: a panic
 }
 
 func (v *worldVM) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	v.mu.Lock()
-	runs, hold := v.runs, v.hold
+	runs, responds := v.runs, v.responds
 	v.mu.Unlock()
-	for _, c := range []chan struct{}{runs, hold} {
+	for _, c := range []chan struct{}{runs, responds} {
 		if c == nil {
 			continue
 		}
@@ -424,7 +424,7 @@ func (v *worldVM) count() (n byte, ok bool) {
 		v.mu.Lock()
 		runs := v.runs
 		select {
-		case <-v.done: // even if it was running
+		case <-v.done: // checked first, because runs may be closed as well
 			v.mu.Unlock()
 			return 0, false
 		default:
@@ -433,7 +433,7 @@ func (v *worldVM) count() (n byte, ok bool) {
 		case <-runs:
 			for _, other := range []int{1, 3} {
 				if was := v.data[other*memory.BlockSize]; was != v.data[2*memory.BlockSize] {
-					v.w.t.Errorf("page %d was written with %d, and has %d", other, v.data[2*memory.BlockSize], was)
+					v.w.t.Errorf("page %d should equal page 2, which has %d, but has %d", other, v.data[2*memory.BlockSize], was)
 				}
 			}
 			for page := 1; page < worldBlocks; page++ {
@@ -452,10 +452,10 @@ func (v *worldVM) count() (n byte, ok bool) {
 	}
 }
 
-// die ends the machine by itself.
+// die ends the machine as if it had crashed.
 func (v *worldVM) die() { v.end(1) }
 
-// end ends the machine and adds to its sandbox's deaths.
+// end ends the machine and adds to the deaths that the world counts for it.
 func (v *worldVM) end(deaths int) {
 	v.once.Do(func() {
 		_ = v.listener.Close()
@@ -506,7 +506,7 @@ func (v *worldVM) Run(context.Context) error {
 		return nil
 	}
 	if v.w.fails("hang") {
-		v.set(func() { v.hold = make(chan struct{}) })
+		v.set(func() { v.responds = make(chan struct{}) })
 	}
 	v.set(func() {
 		select {

@@ -37,14 +37,14 @@ func TestFork(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.runs(t, copies[0].ID, 2)
-	// All forks or none.
+	// Fork creates all copies or none.
 	h.w.setFailing(map[string]float64{"restore": .5})
 	for range 8 {
 		more := []Copy{{uuid.New(), "d"}, {uuid.New(), "e"}, {uuid.New(), "f"}}
 		_, err := h.Fork(t.Context(), copies[0].ID, more)
 		for _, c := range more {
 			if _, e := h.Get(c.ID); (e == nil) != (err == nil) {
-				t.Errorf("Fork: %v, and of a fork: %v", err, e)
+				t.Errorf("Fork returned %v, but Get of a copy returned %v", err, e)
 			}
 			_ = h.Destroy(t.Context(), c.ID)
 		}
@@ -57,7 +57,7 @@ func TestFork(t *testing.T) {
 }
 
 // TestForkShares checks that forks share the memory layers below the sandbox, unless one
-// new memory for all of them takes less space.
+// new memory image for all of them takes less space.
 func TestForkShares(t *testing.T) {
 	for _, test := range []struct {
 		name    string
@@ -77,7 +77,7 @@ func TestForkShares(t *testing.T) {
 			h := w.open(layout.Dir(t.TempDir()))
 			id := h.create(t, nil)
 			var n byte
-			if test.changed { // three times the size of its template
+			if test.changed { // adds three times as many pages as the template has
 				n = h.counts(t, id)
 			}
 			copies := make([]Copy, test.copies)

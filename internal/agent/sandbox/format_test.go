@@ -56,7 +56,7 @@ func TestDiskFormat(t *testing.T) {
 	h = w.open(dir)
 	look()
 	if err := snapshot(); !errors.Is(err, ErrState) || !strings.Contains(err.Error(), "format other") {
-		t.Errorf("captured: %v", err)
+		t.Errorf("snapshot under another driver: %v", err)
 	}
 	h.close()
 	look()

@@ -56,7 +56,7 @@ func (w *world) open(dir layout.Dir) *host {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	// Like the network pool: drop the slots that nobody keeps.
+	// Remove the slots that nobody keeps, like the network pool.
 	keep := r.Slots()
 	w.mu.Lock()
 	for i, s := range w.slots {
@@ -88,7 +88,8 @@ func (w *world) open(dir layout.Dir) *host {
 	return &host{m, w, dir}
 }
 
-// close releases everything, like an agent that ends.
+// close closes the manager and the journal, like an agent that stops. It returns the slots in
+// use.
 func (h *host) close() []int {
 	h.w.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), await.Hang)
@@ -180,7 +181,7 @@ func (h *host) awaitGone(t testing.TB, id uuid.UUID) {
 	if err != nil {
 		return
 	}
-	await.Recv(t, "the sandbox goes", b.gone)
+	await.Recv(t, "the sandbox is gone", b.gone)
 }
 
 func (h *host) info(id uuid.UUID) Info {
@@ -219,10 +220,10 @@ func (h *host) counts(t testing.TB, id uuid.UUID) byte {
 func (h *host) runs(t testing.TB, id uuid.UUID, n byte) {
 	t.Helper()
 	if got := h.info(id).State; got != Running {
-		t.Fatalf("it is %s", got)
+		t.Fatalf("the sandbox is %s", got)
 	}
 	if got := h.counts(t, id); got != n+1 {
-		t.Errorf("it counted to %d, before to %d", got, n)
+		t.Errorf("the sandbox counted to %d, and before that to %d", got, n)
 	}
 	h.w.mu.Lock()
 	defer h.w.mu.Unlock()
@@ -262,7 +263,7 @@ func (h *host) isReleased(t testing.TB, id uuid.UUID) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// It accepts orders only after its machine is gone.
+	// The sandbox accepts orders only once its machine is gone.
 	if err := b.order(t.Context(), func(context.Context) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
@@ -273,7 +274,7 @@ func (h *host) isReleased(t testing.TB, id uuid.UUID) {
 	}
 }
 
-// noneHidden checks that nothing is left that was not published.
+// noneHidden checks that no unpublished forks or images are left.
 func (h *host) noneHidden(t testing.TB) {
 	t.Helper()
 	for _, dir := range []string{h.dir.Forks(), h.dir.Images()} {
@@ -325,7 +326,7 @@ func immutable(t testing.TB, dir string, on bool) {
 	defer f.Close()
 	flags, err := unix.IoctlGetInt(int(f.Fd()), unix.FS_IOC_GETFLAGS)
 	if err != nil {
-		t.Skipf("no attributes of files here: %v", err)
+		t.Skipf("this file system has no file attributes: %v", err)
 	}
 	const immutable = 0x10
 	flags &^= immutable
@@ -333,6 +334,6 @@ func immutable(t testing.TB, dir string, on bool) {
 		flags |= immutable
 	}
 	if err := unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, flags); err != nil {
-		t.Skipf("no attributes of files here: %v", err)
+		t.Skipf("this file system has no file attributes: %v", err)
 	}
 }

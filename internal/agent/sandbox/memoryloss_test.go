@@ -26,8 +26,8 @@ func (h *host) machine(id uuid.UUID) *worldVM {
 	return h.w.vms[id]
 }
 
-// dieOf ends the machine for a reason, after some last words of its guest.
-func (v *worldVM) dieOf(why error, said string) {
+// dieWith ends the machine with the error why, after its console printed said.
+func (v *worldVM) dieWith(why error, said string) {
 	v.set(func() { v.why, v.said = why, said })
 	v.die()
 }
@@ -69,9 +69,9 @@ func (h *host) mark(t *testing.T, id uuid.UUID) (check func()) {
 	}
 }
 
-// TestMachineEndsByItself checks that a sandbox keeps its disk when its machine dies,
-// boots from it, and can then be paused and forked.
-func TestMachineEndsByItself(t *testing.T) {
+// TestMachineDies checks that a sandbox keeps its disk when its machine dies, boots from it,
+// and can then be paused and forked.
+func TestMachineDies(t *testing.T) {
 	for _, tracks := range []bool{false, true} {
 		t.Run(fmt.Sprintf("tracks %v", tracks), func(t *testing.T) {
 			h := newHost(t)
@@ -103,7 +103,7 @@ func TestMachineEndsByItself(t *testing.T) {
 				t.Fatalf("%+v %v", i, err)
 			}
 			kept()
-			h.runs(t, id, 0) // from the start
+			h.runs(t, id, 0) // it booted
 			for n := byte(1); n < 4; n++ {
 				if _, err := h.Pause(t.Context(), id); err != nil {
 					t.Fatal(err)
@@ -152,7 +152,7 @@ func TestReboot(t *testing.T) {
 				t.Fatalf("%+v %v", i, err)
 			}
 			if h.machine(id) == before {
-				t.Error("it still has its old machine")
+				t.Error("the sandbox still has its old machine")
 			}
 			kept()
 			h.runs(t, id, 0)
@@ -194,7 +194,7 @@ func TestRebootFails(t *testing.T) {
 				}
 				h.w.setFailing(nil)
 				if i := h.info(id); err != nil && (i.State != Paused || i.Condition == nil || i.Condition.Reason != condition.Reboot) {
-					t.Errorf("it is %+v", i)
+					t.Errorf("the sandbox is %+v", i)
 				}
 				if _, err := h.Reboot(t.Context(), id); err != nil {
 					t.Fatal(err)
@@ -208,9 +208,8 @@ func TestRebootFails(t *testing.T) {
 	}
 }
 
-// TestRebootIsNotWritten checks that a reboot that cannot write its record changes
-// nothing.
-func TestRebootIsNotWritten(t *testing.T) {
+// TestRebootWithoutRecord checks that a reboot changes nothing if it cannot write the record.
+func TestRebootWithoutRecord(t *testing.T) {
 	h := newHost(t)
 	id := h.create(t, nil)
 	n := h.counts(t, id)
@@ -222,7 +221,7 @@ func TestRebootIsNotWritten(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := h.Reboot(t.Context(), id); err == nil {
-		t.Error("it was rebooted without a record")
+		t.Error("the sandbox was rebooted without a record")
 	}
 	if err := os.Rename(away, h.dir.Sandbox(id)); err != nil {
 		t.Fatal(err)
@@ -232,9 +231,9 @@ func TestRebootIsNotWritten(t *testing.T) {
 	h.nothingLeft()
 }
 
-// TestLossIsNotWritten ends a sandbox's machine while the disk is read-only. Once it is
-// writable, the same agent, or the next, boots the sandbox.
-func TestLossIsNotWritten(t *testing.T) {
+// TestLossWithoutRecord ends a sandbox's machine while the agent cannot write the record. Once
+// the folder is back, the same agent, or the next, must boot the sandbox from its disk.
+func TestLossWithoutRecord(t *testing.T) {
 	for _, next := range []bool{false, true} {
 		t.Run(fmt.Sprintf("next agent %v", next), func(t *testing.T) {
 			w := newWorld(t, 1)
@@ -255,7 +254,7 @@ func TestLossIsNotWritten(t *testing.T) {
 				t.Fatal(err)
 			}
 			h.machine(id).die()
-			await.Until(t, "it is paused", func() bool { return h.info(id).State == Paused })
+			await.Until(t, "the sandbox is paused", func() bool { return h.info(id).State == Paused })
 			if next {
 				h.close()
 			}
@@ -294,7 +293,8 @@ func TestRebootNeedsTheFormat(t *testing.T) {
 	h.runs(t, id, n)
 }
 
-// TestWhyLost distinguishes a guest that ran out of memory from other crashes.
+// TestWhyLost checks that whyLost distinguishes a guest that ran out of memory from other
+// crashes.
 func TestWhyLost(t *testing.T) {
 	reset := &vmm.GuestEnd{Reason: "guest-reset"}
 	const initDied = "[   12.3] Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000009\r\n[   12.4] CPU: 0 PID: 1\r\n"
@@ -304,17 +304,17 @@ func TestWhyLost(t *testing.T) {
 		want    condition.Reason
 		detail  string
 	}{
-		"killed":           {errors.New("QEMU was killed by SIGKILL"), "", condition.Killed, "QEMU was killed by SIGKILL"},
-		"restarted":        {reset, "[ 1.0] reboot: Restarting system\r\n", condition.Restarted, ""},
-		"silent":           {reset, "", condition.Restarted, ""},
-		"deadlock":         {reset, "x\n[ 9.1] Kernel panic - not syncing: System is deadlocked on memory\r\nmore", condition.OOM, "Kernel panic - not syncing: System is deadlocked on memory"},
-		"panic on oom":     {reset, "Kernel panic - not syncing: Out of memory: system-wide panic_on_oom is enabled\n", condition.OOM, "Kernel panic - not syncing: Out of memory: system-wide panic_on_oom is enabled"},
-		"daemon killed":    {reset, "[ 12.2] Out of memory: Killed process 312 (envd) total-vm:1kB\r\n" + initDied, condition.OOM, "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000009"},
-		"other killed":     {reset, "[ 2.2] Out of memory: Killed process 312 (python3) total-vm:1kB\r\n" + initDied, condition.Crashed, "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000009"},
-		"long ago":         {reset, "[ 2.2] Out of memory: Killed process 312 (envd)\r\n" + strings.Repeat("hello\n", 1000) + initDied, condition.Crashed, "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000009"},
-		"crashed":          {reset, "[ 3.0] Kernel panic - not syncing: sysrq triggered crash\n", condition.Crashed, "Kernel panic - not syncing: sysrq triggered crash"},
-		"the last counts":  {reset, "Kernel panic - not syncing: a joke\n" + strings.Repeat(".\n", 2000) + "Kernel panic - not syncing: System is deadlocked on memory\n", condition.OOM, "Kernel panic - not syncing: System is deadlocked on memory"},
-		"terminal's codes": {reset, "Kernel panic - not syncing: \x1b[31mred\x00\n", condition.Crashed, ""},
+		"killed":         {errors.New("QEMU was killed by SIGKILL"), "", condition.Killed, "QEMU was killed by SIGKILL"},
+		"restarted":      {reset, "[ 1.0] reboot: Restarting system\r\n", condition.Restarted, ""},
+		"silent":         {reset, "", condition.Restarted, ""},
+		"deadlock":       {reset, "x\n[ 9.1] Kernel panic - not syncing: System is deadlocked on memory\r\nmore", condition.OOM, "Kernel panic - not syncing: System is deadlocked on memory"},
+		"panic on oom":   {reset, "Kernel panic - not syncing: Out of memory: system-wide panic_on_oom is enabled\n", condition.OOM, "Kernel panic - not syncing: Out of memory: system-wide panic_on_oom is enabled"},
+		"daemon killed":  {reset, "[ 12.2] Out of memory: Killed process 312 (envd) total-vm:1kB\r\n" + initDied, condition.OOM, "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000009"},
+		"other killed":   {reset, "[ 2.2] Out of memory: Killed process 312 (python3) total-vm:1kB\r\n" + initDied, condition.Crashed, "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000009"},
+		"long ago":       {reset, "[ 2.2] Out of memory: Killed process 312 (envd)\r\n" + strings.Repeat("hello\n", 1000) + initDied, condition.Crashed, "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000009"},
+		"crashed":        {reset, "[ 3.0] Kernel panic - not syncing: sysrq triggered crash\n", condition.Crashed, "Kernel panic - not syncing: sysrq triggered crash"},
+		"the last panic": {reset, "Kernel panic - not syncing: a joke\n" + strings.Repeat(".\n", 2000) + "Kernel panic - not syncing: System is deadlocked on memory\n", condition.OOM, "Kernel panic - not syncing: System is deadlocked on memory"},
+		"terminal codes": {reset, "Kernel panic - not syncing: \x1b[31mred\x00\n", condition.Crashed, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got := whyLost(test.err, test.console)
@@ -325,12 +325,12 @@ func TestWhyLost(t *testing.T) {
 	}
 }
 
-// TestEndsAreTold checks that what the guest reports before its machine ends decides what
-// becomes of the sandbox.
-func TestEndsAreTold(t *testing.T) {
+// TestGuestOutOfMemory checks that the console output of a crashed guest decides the condition
+// and the event of its sandbox.
+func TestGuestOutOfMemory(t *testing.T) {
 	h := newHost(t)
 	id := h.create(t, nil)
-	h.machine(id).dieOf(&vmm.GuestEnd{Reason: "guest-reset"}, "Kernel panic - not syncing: System is deadlocked on memory\n")
+	h.machine(id).dieWith(&vmm.GuestEnd{Reason: "guest-reset"}, "Kernel panic - not syncing: System is deadlocked on memory\n")
 	h.loses(t, id, condition.OOM)
 	if e := h.event(t, id); e.Kind != journal.Paused || !strings.Contains(e.Reason, "the guest ran out of memory") {
 		t.Errorf("event %+v", e)
@@ -343,14 +343,14 @@ func TestEndsAreTold(t *testing.T) {
 // failed request or without one, and that this affects no other sandbox. The condition
 // ends when the guest responds.
 func TestSilentGuest(t *testing.T) {
-	for name, every := range map[string]time.Duration{"a request fails": time.Hour, "nobody asks": 50 * time.Millisecond} {
+	for name, every := range map[string]time.Duration{"a request fails": time.Hour, "no request": 50 * time.Millisecond} {
 		t.Run(name, func(t *testing.T) {
 			h := newHost(t)
 			h.probing = probing{every: every, timeout: 200 * time.Millisecond, first: 20 * time.Millisecond, last: 50 * time.Millisecond, after: 300 * time.Millisecond}
 			id, other := h.create(t, nil), h.create(t, nil)
 			vm := h.machine(id)
 			hung := make(chan struct{})
-			vm.set(func() { vm.hold = hung })
+			vm.set(func() { vm.responds = hung })
 			if every == time.Hour {
 				u, err := h.Use(t.Context(), id)
 				if err != nil {
@@ -358,7 +358,7 @@ func TestSilentGuest(t *testing.T) {
 				}
 				ctx, cancel := context.WithTimeout(u.Context, 100*time.Millisecond)
 				if _, err := u.Guest.Metrics(ctx); err == nil {
-					t.Error("it responds")
+					t.Error("the hung guest responded")
 				}
 				cancel()
 				u.End()
@@ -367,14 +367,14 @@ func TestSilentGuest(t *testing.T) {
 			await.Until(t, "the agent notices", func() bool { return h.info(id).Condition != nil })
 			i := h.info(id)
 			if i.State != Running || i.Condition.Reason != condition.NoAnswer || time.Since(i.Condition.Since) > time.Since(begun)+time.Minute {
-				t.Errorf("it is %+v", i)
+				t.Errorf("the sandbox is %+v", i)
 			}
 			if c := h.info(other).Condition; c != nil {
-				t.Errorf("the other has %+v", c)
+				t.Errorf("the other sandbox has the condition %+v", c)
 			}
 			h.counts(t, other)
 			close(hung)
-			await.Until(t, "it responds again", func() bool { return h.info(id).Condition == nil })
+			await.Until(t, "the guest responds again", func() bool { return h.info(id).Condition == nil })
 			h.destroyAll()
 			h.nothingLeft()
 		})
@@ -388,7 +388,7 @@ func TestSilentGuestReboots(t *testing.T) {
 	h.probing = probing{every: 20 * time.Millisecond, timeout: 100 * time.Millisecond, first: 20 * time.Millisecond, last: 50 * time.Millisecond, after: 100 * time.Millisecond}
 	id := h.create(t, nil)
 	vm := h.machine(id)
-	vm.set(func() { vm.hold = make(chan struct{}) })
+	vm.set(func() { vm.responds = make(chan struct{}) })
 	await.Until(t, "the agent notices", func() bool { return h.info(id).Condition != nil })
 	i, err := h.Reboot(t.Context(), id)
 	if err != nil || i.State != Running || i.Condition != nil {
@@ -421,7 +421,7 @@ func TestSilenceWhileHeld(t *testing.T) {
 		defer func() { _ = b.vm.Run(ctx) }()
 		for end := time.Now().Add(time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 			if c := b.info().Condition; c != nil {
-				return fmt.Errorf("it has the condition %+v", *c)
+				return fmt.Errorf("the sandbox has the condition %+v", *c)
 			}
 		}
 		return nil
@@ -453,7 +453,7 @@ func TestRebootChangesModules(t *testing.T) {
 	check := func(want string) {
 		t.Helper()
 		if got, err := os.ReadFile(h.modules(t, id)); err != nil || string(got) != want {
-			t.Errorf("it has the modules %q, %v", got, err)
+			t.Errorf("the sandbox has the modules %q, %v", got, err)
 		}
 	}
 	check("old")

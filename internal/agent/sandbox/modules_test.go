@@ -53,7 +53,7 @@ func TestModules(t *testing.T) {
 		}
 	}
 
-	// A release without modules.
+	// An earlier release had no modules.
 	h := w.open(dir)
 	none := h.create(t, nil)
 	h.close()
@@ -63,13 +63,13 @@ func TestModules(t *testing.T) {
 	h = w.open(dir)
 	pauseAndResume(h, none)
 	if got := h.modules(t, none); got != "" {
-		t.Errorf("a sandbox of a release without modules has %s", got)
+		t.Errorf("a sandbox of a release without modules has the modules %s", got)
 	}
 	first := h.create(t, nil)
 	same("a sandbox", h.modules(t, first), old)
 	for _, s := range h.Samples() {
 		if s.DiskBytes >= 1<<20 {
-			t.Errorf("the modules count for a sandbox, which takes %d bytes", s.DiskBytes)
+			t.Errorf("a sandbox takes %d bytes, so the modules count for it", s.DiskBytes)
 		}
 	}
 	snapshot, err := h.Snapshot(t.Context(), first, uuid.New(), "snapshot", nil)
@@ -77,7 +77,7 @@ func TestModules(t *testing.T) {
 		t.Fatal(err)
 	}
 	if snapshot.SizeBytes >= 3<<20 {
-		t.Errorf("the modules count for a snapshot, which takes %d bytes", snapshot.SizeBytes)
+		t.Errorf("a snapshot takes %d bytes, so the modules count for it", snapshot.SizeBytes)
 	}
 	h.close()
 
@@ -90,16 +90,16 @@ func TestModules(t *testing.T) {
 	h = w.open(dir)
 	defer h.close()
 	pauseAndResume(h, first)
-	same("a sandbox of before", h.modules(t, first), kept)
+	same("a sandbox with the old kernel", h.modules(t, first), kept)
 	team := h.info(first).Team
-	same("a sandbox of a snapshot of before", h.modules(t, h.create(t, func(s *Spec) {
+	same("a sandbox of a snapshot with the old kernel", h.modules(t, h.create(t, func(s *Spec) {
 		s.Team, s.Template, s.VCPUs, s.MemoryMiB = team, snapshot.ID, 0, 0
 	})), kept)
 	fork := Copy{ID: uuid.New(), Token: "fork"}
 	if _, err := h.Fork(t.Context(), first, []Copy{fork}); err != nil {
 		t.Fatal(err)
 	}
-	same("a copy of a sandbox of before", h.modules(t, fork.ID), kept)
+	same("a fork of a sandbox with the old kernel", h.modules(t, fork.ID), kept)
 	same("a new sandbox", h.modules(t, h.create(t, nil)), w.modules)
 
 	h.destroyAll()

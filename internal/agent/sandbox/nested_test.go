@@ -22,8 +22,8 @@ func (h *host) nests(t *testing.T, sandbox uuid.UUID) bool {
 	return h.w.Nested(h.w.vms[home].kind)
 }
 
-// TestNestedTeams checks that only guests of the configured teams may run VMs, for life,
-// and that their saved states start only for those teams.
+// TestNestedTeams checks that only guests of the configured teams may run VMs, that this never
+// changes for a sandbox, and that its saved state starts only while its team may run VMs.
 func TestNestedTeams(t *testing.T) {
 	ours, theirs := uuid.New(), uuid.New()
 	w := newWorld(t, 1)
@@ -70,16 +70,16 @@ func TestNestedTeams(t *testing.T) {
 	}
 	h.close()
 
-	// The host no longer allows it: no sandbox that has it starts again.
+	// Once the host no longer allows nesting, no sandbox with it starts again.
 	w.nested = nil
 	h = w.open(dir)
 	if _, err := h.Resume(t.Context(), first); !errors.Is(err, ErrState) || !strings.Contains(err.Error(), "nested") {
-		t.Errorf("resumed: %v", err)
+		t.Errorf("resume without nesting: %v", err)
 	}
 	s := spec()
 	ofTemplate(ours, template.ID)(&s)
 	if _, err := h.Create(t.Context(), s); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "nested") {
-		t.Errorf("created: %v", err)
+		t.Errorf("create without nesting: %v", err)
 	}
 	if h.nests(t, h.create(t, of(ours))) {
 		t.Error("a new sandbox may run VMs")
@@ -103,7 +103,7 @@ func TestTeamSetting(t *testing.T) {
 	}
 	for _, bad := range []string{"", want.String(), id.Format(id.Sandbox, want)} {
 		if err := got.UnmarshalText([]byte(bad)); err == nil {
-			t.Errorf("%q is a team", bad)
+			t.Errorf("%q was accepted as a team", bad)
 		}
 	}
 }

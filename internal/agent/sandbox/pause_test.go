@@ -19,9 +19,9 @@ func TestPauseAndResume(t *testing.T) {
 	h := newHost(t)
 	id := h.create(t, nil)
 	reserved, _ := h.Memory()
-	for n := byte(1); n < 12; n++ { // for more than one merge of its memory
+	for n := byte(1); n < 12; n++ { // often enough for more than one merge of its memory
 		if got := h.counts(t, id); got != n {
-			t.Fatalf("it counted to %d, not %d", got, n)
+			t.Fatalf("the sandbox counted to %d, not %d", got, n)
 		}
 		for range 2 { // the second has nothing to do
 			i, err := h.Pause(t.Context(), id)
@@ -84,8 +84,8 @@ func TestPauseIdle(t *testing.T) {
 	}
 }
 
-// TestResumedStandsAlone checks that a sandbox whose changes outweigh what it shares gets
-// its own memory, so that the next pause compares and writes only what changed since.
+// TestResumedStandsAlone checks that a sandbox with more changed than shared memory gets its
+// own base, so that the next pause compares and writes only what changed since.
 func TestResumedStandsAlone(t *testing.T) {
 	for _, test := range []struct {
 		name        string
@@ -118,14 +118,14 @@ func TestResumedStandsAlone(t *testing.T) {
 				}
 				h.isReleased(t, id)
 				if n := len(h.bases.known); n != 1 {
-					t.Errorf("%d memories are left", n)
+					t.Errorf("%d memory bases are left", n)
 				}
 				if _, err := h.Resume(t.Context(), id); err != nil {
 					t.Fatal(err)
 				}
 				h.runs(t, id, n)
 				if alone := b.base != shared; alone != test.alone {
-					t.Errorf("it has its own memory: %v", alone)
+					t.Errorf("the sandbox has its own base: %v", alone)
 				}
 			}
 			h.destroyAll()
@@ -266,8 +266,8 @@ func TestCapturesTakeBoundedSpace(t *testing.T) {
 	t.Error("no capture was refused")
 }
 
-// TestUpgradedMonitor checks that what runs, is paused or was captured under a monitor
-// starts under a later one, and is refused, and kept, by an earlier one.
+// TestUpgradedMonitor checks that a later version of the monitor starts the sandboxes and
+// snapshots of an earlier one. An earlier version must refuse and keep those of a later one.
 func TestUpgradedMonitor(t *testing.T) {
 	w := newWorld(t, 1)
 	dir := layout.Dir(t.TempDir())
@@ -296,7 +296,7 @@ func TestUpgradedMonitor(t *testing.T) {
 	if _, err := h.Snapshot(t.Context(), paused, later, "second", nil); err != nil {
 		t.Fatal(err)
 	}
-	// A sandbox of the former monitor still runs under it.
+	// This sandbox still runs under the former version.
 	before := uuid.New()
 	if _, err := h.Snapshot(t.Context(), runs, before, "third", nil); err != nil {
 		t.Fatal(err)

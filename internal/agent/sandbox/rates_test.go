@@ -22,7 +22,7 @@ func (h *host) limited(t *testing.T, when string, sandbox uuid.UUID, want rates.
 	defer h.w.mu.Unlock()
 	vm := h.w.vms[home]
 	if vm == nil {
-		t.Fatalf("%s: it has no machine", when)
+		t.Fatalf("%s: the sandbox has no machine", when)
 	}
 	if vm.spec.Rates != want {
 		t.Errorf("%s: its machine has the rates %+v, not %+v", when, vm.spec.Rates, want)
@@ -35,8 +35,8 @@ func (h *host) limited(t *testing.T, when string, sandbox uuid.UUID, want rates.
 }
 
 // limitedForLife pauses, resumes, forks and captures a sandbox, and restarts the agent.
-// It checks that the sandbox and its fork always have the rates own, and a sandbox of the
-// snapshot has ofSnapshot. It closes the host.
+// It checks that the sandbox and its fork always have the rates own, and that a sandbox of
+// the snapshot has the rates ofSnapshot. It closes the host.
 func (h *host) limitedForLife(t *testing.T, sandbox uuid.UUID, own, ofSnapshot rates.Rates) {
 	t.Helper()
 	if _, err := h.Pause(t.Context(), sandbox); err != nil {
@@ -59,7 +59,7 @@ func (h *host) limitedForLife(t *testing.T, sandbox uuid.UUID, own, ofSnapshot r
 	h.close()
 	h = h.w.open(h.dir)
 	h.limited(t, "taken back", sandbox, own)
-	h.limited(t, "a fork that was taken back", fork.ID, own)
+	h.limited(t, "a fork, taken back", fork.ID, own)
 	other := h.create(t, func(s *Spec) { s.Team, s.Template = template.Team, template.ID })
 	h.limited(t, "of a snapshot", other, ofSnapshot)
 	h.destroyAll()
@@ -86,8 +86,8 @@ func TestTemplateRates(t *testing.T) {
 	}
 }
 
-// TestLimits checks that a template's limits, within the host's, apply to its sandboxes,
-// their forks and what starts from their snapshots, for life.
+// TestLimits checks that a template's limits, within the host's, apply for life to its
+// sandboxes, to their forks and to the sandboxes of their snapshots.
 func TestLimits(t *testing.T) {
 	for _, warm := range []int{0, 1} {
 		w := newWorld(t, 1)

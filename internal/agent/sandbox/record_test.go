@@ -15,10 +15,10 @@ func FuzzParseRecord(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte) {
 		r, err := parseRecord("sandbox.json", b, id)
 		if err == nil && r.State == Running && (r.Slot == nil || r.VM == nil) {
-			t.Error("it accepts a running sandbox without slot or machine")
+			t.Error("parseRecord accepts a running sandbox without slot or machine")
 		}
 		if err == nil && r.State == Paused && (r.Saved == nil || r.Disks < 1 || r.Sealed > r.Disks) {
-			t.Error("it accepts a paused sandbox without its saved state")
+			t.Error("parseRecord accepts a paused sandbox without its saved state")
 		}
 	})
 }

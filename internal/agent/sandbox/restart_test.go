@@ -32,7 +32,7 @@ func TestNextAgentTakesBack(t *testing.T) {
 		t.Errorf("slots %v are in use", slots)
 	}
 	w.vms[lost.ID].die()
-	// Folders as a killed agent leaves them.
+	// A killed agent can leave folders like these.
 	bare := uuid.New()
 	if err := os.Mkdir(dir.Sandbox(bare), 0o700); err != nil {
 		t.Fatal(err)
@@ -54,7 +54,7 @@ func TestNextAgentTakesBack(t *testing.T) {
 		t.Errorf("event %+v", e)
 	}
 	if i := h.info(lost.ID); i.State != Paused || i.Condition == nil || i.Condition.Reason != condition.Killed {
-		t.Errorf("the one whose machine ended is %+v", i)
+		t.Errorf("the sandbox whose machine ended is %+v", i)
 	}
 	after := h.info(keep.ID)
 	if after.State != Running || after.ID != before.ID || after.MemoryMiB != before.MemoryMiB || !after.CreatedAt.Equal(before.CreatedAt) || after.ExpiresAt.IsZero() {
@@ -69,7 +69,7 @@ func TestNextAgentTakesBack(t *testing.T) {
 	h.nothingLeft()
 }
 
-func TestNextAgentTakesPausedBack(t *testing.T) {
+func TestNextAgentTakesBackPaused(t *testing.T) {
 	w := newWorld(t, 1)
 	dir := layout.Dir(t.TempDir())
 	h := w.open(dir)
@@ -93,7 +93,7 @@ func TestNextAgentTakesPausedBack(t *testing.T) {
 		t.Error("a killed agent's unfinished files are left")
 	}
 	if got := h.info(paused).State; got != Paused {
-		t.Fatalf("it is %s", got)
+		t.Fatalf("the paused sandbox is %s", got)
 	}
 	if _, err := h.Resume(t.Context(), paused); err != nil {
 		t.Fatal(err)
@@ -130,9 +130,9 @@ func TestTerminatePauses(t *testing.T) {
 	h.runs(t, id, 1)
 }
 
-// TestTerminateWhileItEnds shuts the host down while a caller ends a sandbox: the
-// sandbox's failed pause is no error then.
-func TestTerminateWhileItEnds(t *testing.T) {
+// TestTerminateDuringDestroy shuts the host down while a caller destroys a sandbox. The
+// sandbox's failed pause must not be an error then.
+func TestTerminateDuringDestroy(t *testing.T) {
 	h := newHost(t)
 	id := h.create(t, nil)
 	h.w.setFailing(map[string]float64{"devices": 1}) // the pause fails too

@@ -66,9 +66,9 @@ func TestSnapshot(t *testing.T) {
 			t.Fatal(err)
 		}
 		h.destroyAll()
-		// A memory from which nothing can start any more is released.
+		// The manager releases a memory base from which nothing can start any more.
 		if n := len(h.bases.known); n > 2 {
-			t.Errorf("%d memories are kept", n)
+			t.Errorf("%d memory bases are kept", n)
 		}
 		h.nothingLeft()
 		fourth := h.create(t, func(s *Spec) { s.Template = third })
@@ -92,7 +92,7 @@ func TestFailedSnapshotLeavesNothing(t *testing.T) {
 			h.w.setFailing(nil)
 			h.runs(t, id, 1)
 			if _, err := image.Find(h.dir, uuid.Nil, tpl); err == nil {
-				t.Error("there is a template")
+				t.Error("the failed snapshot left a template")
 			}
 			h.noneHidden(t)
 			if _, err := h.Snapshot(t.Context(), id, tpl, "mine", nil); err != nil {
@@ -110,8 +110,8 @@ func TestFailedSnapshotLeavesNothing(t *testing.T) {
 	}
 }
 
-// TestFlattenWaits checks that a sandbox can end while its own work on a file system
-// waits for another's, which hangs.
+// TestFlattenWaits checks that a sandbox can be destroyed while the flattening of its disk
+// waits for that of another, which hangs.
 func TestFlattenWaits(t *testing.T) {
 	h := newHost(t)
 	id := h.create(t, nil)
@@ -121,7 +121,7 @@ func TestFlattenWaits(t *testing.T) {
 		_, err := h.SnapshotDisk(context.Background(), id, uuid.New(), "mine", nil, nil)
 		done <- err
 	}()
-	// After the disks are captured, the work comes next.
+	// Flattening is the next step after the disks are captured.
 	await.Until(t, "the disks are captured", func() bool {
 		return slices.ContainsFunc(h.info(id).Steps, func(s Step) bool { return s.Name == "disks" })
 	})
@@ -131,7 +131,7 @@ func TestFlattenWaits(t *testing.T) {
 		t.Errorf("destroy: %v", err)
 	}
 	if err := <-done; err == nil {
-		t.Error("it was captured")
+		t.Error("the snapshot of a destroyed sandbox succeeded")
 	}
 	<-h.flattening
 	h.destroyAll()
@@ -139,19 +139,19 @@ func TestFlattenWaits(t *testing.T) {
 }
 
 // TestSnapshotsTogether checks that no more snapshots start at once than the disk has
-// room for, and that one that fails releases its room.
+// room for, and that a failed snapshot releases its room.
 func TestSnapshotsTogether(t *testing.T) {
 	h := newHost(t)
 	one, other := h.create(t, nil), h.create(t, nil)
 	const free, reserve = 300 << 20, 100 << 20 // room for the memory of one, 128 MiB
 	h.room = room.New(reserve, func() (int64, error) { return free, nil })
-	begun, goOn := make(chan struct{}), make(chan struct{})
+	begun, proceed := make(chan struct{}), make(chan struct{})
 	var first sync.Once
 	h.Hook = func(step string) {
 		if step == "snapshot: captured" {
 			first.Do(func() {
 				close(begun)
-				<-goOn
+				<-proceed
 			})
 		}
 	}
@@ -163,12 +163,12 @@ func TestSnapshotsTogether(t *testing.T) {
 	<-begun
 	_, err := h.Snapshot(t.Context(), other, uuid.New(), "x", nil)
 	if !errors.Is(err, ErrExhausted) {
-		t.Errorf("a second snapshot where there is room for one: %v", err)
+		t.Errorf("a second snapshot, with room for one: %v", err)
 	}
 	if _, err := h.Pause(t.Context(), other); err != nil {
-		t.Errorf("a pause beside it: %v", err)
+		t.Errorf("a pause during a snapshot: %v", err)
 	}
-	close(goOn)
+	close(proceed)
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}

@@ -75,7 +75,7 @@ func TestWriteFixture(t *testing.T) {
 	}
 }
 
-// fixtures unpacks each earlier release's data.
+// fixtures calls f with the unpacked data of each earlier release.
 func fixtures(t *testing.T, f func(t *testing.T, dir layout.Dir)) {
 	all, err := filepath.Glob("testdata/data-*.tar.gz")
 	if err != nil || len(all) == 0 {
@@ -96,10 +96,10 @@ func fixtures(t *testing.T, f func(t *testing.T, dir layout.Dir)) {
 func TestEarlierFormats(t *testing.T) {
 	fixtures(t, func(t *testing.T, dir layout.Dir) {
 		if n := Newer(dir); len(n) != 0 {
-			t.Fatalf("it takes this for a later release's: %v", n[0])
+			t.Fatalf("files of an earlier release count as a later one's: %v", n[0])
 		}
 		if damaged, err := image.Examine(dir); err != nil || len(damaged) != 0 {
-			t.Fatalf("damaged are %v, %v", damaged, err)
+			t.Fatalf("damaged images: %v, %v", damaged, err)
 		}
 		h := newWorld(t, 1).open(dir)
 		defer h.close()
@@ -168,19 +168,19 @@ func TestNewerFormats(t *testing.T) {
 			got[e.Path] = e.Version
 		}
 		if len(got) != 3 || got[header] != 2 || got[origin] != 7 || got[originHeader] != 3 {
-			t.Errorf("a later release wrote %v", got)
+			t.Errorf("the files of a later release are %v", got)
 		}
 		record := dir.SandboxRecord(fixturePaused)
 		edit(t, record, `"version": 2`, `"version": 3, "disks": {"new": "shape"}, "old": 0`)
 		if all := Newer(dir); len(all) != 3 || all[0].Path != record || all[0].Version != 3 || all[0].Known != format.Sandbox.Version {
-			t.Errorf("a later release wrote %v", all)
+			t.Errorf("the files of a later release are %v", all)
 		}
 	})
 }
 
-// TestLaterMembersStay checks that an agent that was rolled back keeps the members of a
-// record that it does not know, so that the later release finds them again.
-func TestLaterMembersStay(t *testing.T) {
+// TestUnknownMembersAreKept checks that an agent that was rolled back keeps the members of
+// a record that it does not know, so that the later release finds them again.
+func TestUnknownMembersAreKept(t *testing.T) {
 	fixtures(t, func(t *testing.T, dir layout.Dir) {
 		path := dir.SandboxRecord(fixturePaused)
 		edit(t, path, `"version": 2,`, `"version": 2, "later": {"reason": ["x"]},`)
@@ -220,14 +220,14 @@ func TestLaterMembersStay(t *testing.T) {
 	})
 }
 
-// damages are the ways in which a record can be unreadable for good.
+// damages make a record unreadable for good, each in another way.
 var damages = map[string]func(path string) error{
 	"torn":            func(path string) error { return os.WriteFile(path, []byte(`{"version": 2,`), 0o600) },
 	"empty":           func(path string) error { return os.Truncate(path, 0) },
 	"gone":            os.Remove,
 	"an old version":  func(path string) error { return os.WriteFile(path, []byte(`{"version": 1}`), 0o600) },
-	"of no state":     func(path string) error { return replace(path, `"state": "`, `"state": "un`) },
-	"of another":      func(path string) error { return os.WriteFile(path, []byte(`{"version": 2}`), 0o600) },
+	"unknown state":   func(path string) error { return replace(path, `"state": "`, `"state": "un`) },
+	"of no sandbox":   func(path string) error { return os.WriteFile(path, []byte(`{"version": 2}`), 0o600) },
 	"not even a file": func(path string) error { return errors.Join(os.Remove(path), os.Mkdir(path, 0o700)) },
 }
 
@@ -345,8 +345,8 @@ func (h *host) mayHave(t *testing.T, want ...uuid.UUID) {
 	}
 }
 
-// TestUnreadableWithoutLabel checks that the host may have any sandbox if a folder of the
-// previous release does not name its own.
+// TestUnreadableWithoutLabel checks that the list of sandboxes counts as incomplete if an
+// unreadable folder, of the previous release, does not name its sandbox.
 func TestUnreadableWithoutLabel(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	w := newWorld(t, 1)
@@ -386,7 +386,7 @@ func TestUnreadableWarm(t *testing.T) {
 	}
 	home := b.rec.Home
 	if home == sandbox {
-		t.Fatal("it was not a warm machine")
+		t.Fatal("the sandbox did not start from a warm machine")
 	}
 	h.close()
 	w.warm = 0
@@ -432,9 +432,9 @@ func TestEarlierFolderIsLabelled(t *testing.T) {
 	}
 }
 
-// TestDamagedRecordIsPutRight checks that a sandbox is taken back as it was once its
-// damaged record is repaired.
-func TestDamagedRecordIsPutRight(t *testing.T) {
+// TestDamagedRecordIsRepaired checks that the agent takes a sandbox back as it was, once
+// somebody has repaired its damaged record.
+func TestDamagedRecordIsRepaired(t *testing.T) {
 	for name, damage := range damages {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t, 1)
@@ -486,9 +486,9 @@ func sizes(t *testing.T, dir string) map[string]int64 {
 	return all
 }
 
-// TestNotTakenBackGoesOn checks that a machine keeps running if the agent cannot take it,
-// its network or its record back now. The agent starts, reports that, and retries.
-func TestNotTakenBackGoesOn(t *testing.T) {
+// TestNotTakenBackKeepsRunning checks that a machine keeps running while the agent cannot take
+// back the machine, its network or its record. The agent must start, report that, and retry.
+func TestNotTakenBackKeepsRunning(t *testing.T) {
 	for _, step := range []string{"attach", "run", "reclaim", "record"} {
 		for _, end := range []string{"taken back", "taken back by the next agent", "destroyed", "dies"} {
 			t.Run(step+", "+end, func(t *testing.T) { testNotTakenBack(t, step, end) })
@@ -594,7 +594,7 @@ func testNotTakenBack(t *testing.T, step, end string) {
 		await.Until(t, "it is taken back", func() bool { i, err := h.Get(id); return err == nil && i.State == Running })
 		h.runs(t, id, 1)
 		if w.vms[id] != vm {
-			t.Error("it has another machine")
+			t.Error("the sandbox has another machine")
 		}
 		h.destroyAll()
 	}
@@ -605,8 +605,8 @@ func testNotTakenBack(t *testing.T, step, end string) {
 	h.nothingLeft()
 }
 
-// TestKeptByEarlierAgent starts on the files of an agent of the previous release that
-// killed a machine it could not take back, and was killed before it set the files aside.
+// TestKeptByEarlierAgent starts an agent on files of the previous release, whose agent killed
+// a machine that it could not take back and was killed before it set the files aside.
 func TestKeptByEarlierAgent(t *testing.T) {
 	w := newWorld(t, 1)
 	dir := layout.Dir(t.TempDir())
@@ -646,7 +646,7 @@ func TestStoppedWhileItStarts(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if _, err := Recover(ctx, dir, w, slog.New(slog.DiscardHandler)); err == nil {
-		t.Error("it did not stop")
+		t.Error("the agent did not stop")
 	}
 	h = w.open(dir)
 	defer h.close()
@@ -655,9 +655,9 @@ func TestStoppedWhileItStarts(t *testing.T) {
 	h.nothingLeft()
 }
 
-// TestSetAsideIsTriedAgain checks that a machine that does not end, or a full disk, only
-// delays the agent's setting files aside.
-func TestSetAsideIsTriedAgain(t *testing.T) {
+// TestSetAsideIsRetried checks that the agent sets files aside only once their machine has
+// ended, and retries until then.
+func TestSetAsideIsRetried(t *testing.T) {
 	w := newWorld(t, 1)
 	dir := layout.Dir(t.TempDir())
 	h := w.open(dir)
@@ -669,10 +669,10 @@ func TestSetAsideIsTriedAgain(t *testing.T) {
 	w.setFailing(map[string]float64{"kill": 1})
 	h = w.open(dir)
 	if err := h.Destroy(t.Context(), id); err == nil {
-		t.Error("it is gone while its machine runs")
+		t.Error("the sandbox was destroyed while its machine runs")
 	}
 	if items, err := unreadable.List(dir); err != nil || len(items) != 0 {
-		t.Errorf("set aside under a machine that runs: %+v, %v", items, err)
+		t.Errorf("set aside while the machine runs: %+v, %v", items, err)
 	}
 	h.close()
 	w.setFailing(nil)
@@ -721,7 +721,7 @@ func TestUnendedMachineKeepsItsSlot(t *testing.T) {
 			for range 2 { // the agent after the next one keeps the slot too
 				h = w.open(dir)
 				if !kept() {
-					t.Fatal("another machine can get the slot of one that runs")
+					t.Fatal("another machine can get the slot of a running one")
 				}
 				h.close()
 			}

@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// TestTrackerClock checks that setting the host's clock neither ends a sandbox nor keeps
-// it: the tracker compares times of use by the monotonic clock.
+// TestTrackerClock checks that the tracker measures times of use by the monotonic clock, so
+// that a change of the host's clock neither expires a sandbox nor keeps it.
 func TestTrackerClock(t *testing.T) {
 	tr := NewTracker()
 	monotonic := func(when string) {
@@ -20,7 +20,7 @@ func TestTrackerClock(t *testing.T) {
 			t.Errorf("%s: %v has no reading of the monotonic clock", when, tr.last)
 		}
 	}
-	monotonic("made")
+	monotonic("new")
 	leave, ok := tr.Enter()
 	if !ok {
 		t.Fatal("refused")
@@ -41,7 +41,7 @@ func TestTrackerWaits(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
 	if err := tr.ShutAndWait(ctx); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("waited for none, with one in flight: %v", err)
+		t.Errorf("ShutAndWait with a use in flight: %v", err)
 	}
 	if _, ok := tr.Enter(); ok {
 		t.Error("entered a tracker that is shut")

@@ -44,14 +44,14 @@ func TestTurns(t *testing.T) {
 		}
 		entered <- leave
 	}()
-	// A select with two ready cases chooses by chance.
+	// Repeat this, because a select with two ready cases chooses at random.
 	for range 50 {
 		if !full("a") || !full("c") {
-			t.Fatal("more turns than there may be")
+			t.Fatal("more turns than the limits allow")
 		}
 	}
 	a1()
-	a3 := await.Recv(t, "the place that was left", entered)
+	a3 := await.Recv(t, "a turn after another has ended", entered)
 	b()
 	a2()
 	a3()
@@ -60,7 +60,8 @@ func TestTurns(t *testing.T) {
 	}
 }
 
-// TestTurnsBegin: one begins when the one before has left, or after the gap.
+// TestTurnsBegin checks that a turn begins when the previous one of its key has ended, or
+// after the gap.
 func TestTurnsBegin(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const gap = time.Second
@@ -73,7 +74,7 @@ func TestTurnsBegin(t *testing.T) {
 				t.Fatal(err)
 			}
 			if since := time.Since(begun); since != after {
-				t.Errorf("it begins after %v, not %v", since, after)
+				t.Errorf("the turn begins after %v, not %v", since, after)
 			}
 			return leave
 		}

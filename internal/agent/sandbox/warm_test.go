@@ -22,11 +22,11 @@ func TestWarm(t *testing.T) {
 	second := h.create(t, nil)
 	for _, s := range h.info(second).Steps {
 		if s.Name == "restore" {
-			t.Error("it was restored although a warm machine was ready")
+			t.Error("the sandbox was restored although a warm machine was ready")
 		}
 	}
 	if got := h.counts(t, second); got != 1 {
-		t.Errorf("it counted to %d", got)
+		t.Errorf("the sandbox counted to %d", got)
 	}
 	h.awaitWarm(t, 2)
 	if got := w.count(); got != started+1 {
@@ -66,18 +66,18 @@ func TestWarm(t *testing.T) {
 func TestWarmBesideDefault(t *testing.T) {
 	w := newWorld(t, 1)
 	w.warm, w.usual = 1, 192
-	held := make(chan struct{})
-	let := sync.OnceFunc(func() { close(held) })
+	gate := make(chan struct{})
+	release := sync.OnceFunc(func() { close(gate) })
 	w.onStart = func(s vmm.Spec) {
 		if s.MemoryMiB == w.usual {
-			<-held
+			<-gate
 		}
 	}
 	h := w.open(layout.Dir(t.TempDir()))
 	defer h.close()
-	defer let()
+	defer release()
 	h.create(t, nil)
 	h.awaitWarm(t, 1)
-	let()
+	release()
 	h.destroyAll()
 }
