@@ -83,7 +83,7 @@ func TestAll(t *testing.T) {
 	for _, m := range all {
 		key := m.Name() + " " + m.Accelerator()
 		if seen[key] || m.Name() == "" || m.Accelerator() != vmm.KVM && m.Accelerator() != vmm.TCG {
-			t.Errorf("%q is there twice, or has no name or accelerator", key)
+			t.Errorf("%q is listed twice, or has no name or accelerator", key)
 		}
 		seen[key] = true
 	}

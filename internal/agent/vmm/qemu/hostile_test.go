@@ -60,7 +60,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// attack is something that a hostile QEMU tries. target names its object.
+// attack is something that a hostile QEMU tries. target is a folder or a process id.
 type attack struct {
 	name string
 	try  func(target string) error
@@ -126,7 +126,7 @@ var attacks = []attack{
 	{"userfaultfd", call(unix.SYS_USERFAULTFD, 1), unix.ENOSYS},
 	{"memfd_create", call(unix.SYS_MEMFD_CREATE, text("x")), unix.ENOSYS},
 	{"the x32 interface", call(0x40000000 | unix.SYS_GETPID), unix.ENOSYS},
-	{"a call of tomorrow", call(1000), unix.ENOSYS},
+	{"a future call", call(1000), unix.ENOSYS},
 	{"netlink", call(unix.SYS_SOCKET, unix.AF_NETLINK, unix.SOCK_RAW), unix.EPERM},
 	{"packets", call(unix.SYS_SOCKET, unix.AF_PACKET, unix.SOCK_RAW), unix.EPERM},
 	{"vsock", call(unix.SYS_SOCKET, unix.AF_VSOCK, unix.SOCK_STREAM), unix.EPERM},
@@ -154,7 +154,7 @@ var attacks = []attack{
 	{"a huge file", func(string) error {
 		_, err := unix.Pwrite(overlayFD, []byte("x"), 1<<40)
 		return err
-	}, unix.EFBIG}, // a program that ignores the signal gets this
+	}, unix.EFBIG}, // the error if the program ignores SIGXFSZ
 	{"a huge hole", func(string) error { return unix.Ftruncate(overlayFD, 1<<40) }, unix.EFBIG},
 	{"core dump", func(string) error {
 		var limit unix.Rlimit
@@ -193,7 +193,7 @@ func TestHostileQEMU(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(other, "secret"), []byte("secret"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	// The test's own folders must not be what protects the files.
+	// The jail, and not the mode of the test's folders, must protect the files.
 	for dir := other; dir != "/" && dir != "."; dir = filepath.Dir(dir) {
 		if info, err := os.Stat(dir); err != nil || info.Mode()&0o001 == 0 {
 			if err := os.Chmod(dir, 0o755); err != nil {
@@ -211,15 +211,15 @@ func TestHostileQEMU(t *testing.T) {
 			switch want := a.want.(type) {
 			case unix.Signal:
 				if !status.Signaled() || status.Signal() != want {
-					t.Errorf("it ended with %#x, not by %v: %s", status, want, said)
+					t.Errorf("the fake ended with %#x, not by %v: %s", status, want, said)
 				}
 			case string: // one of the Go runtime's messages
 				if !strings.Contains(said, "failed to create new OS thread") && !strings.Contains(said, "pthread_create failed") {
-					t.Errorf("it ended with %#x and got %q, not %q", status, said, want)
+					t.Errorf("the fake ended with %#x and printed %q, not %q", status, said, want)
 				}
 			default:
 				if status != 0 || said != fmt.Sprintf("answer: %v\n", want) {
-					t.Errorf("it ended with %#x and got %q, not %v", status, said, want)
+					t.Errorf("the fake ended with %#x and printed %q, not %v", status, said, want)
 				}
 			}
 		})
@@ -236,7 +236,7 @@ func TestWithoutSeccomp(t *testing.T) {
 	defer d.Close()
 	d.standIn = attacker
 	if status, said := d.attack(t, s.Overlay, "ptrace", ""); status != 0 || said != "answer: <nil>\n" {
-		t.Errorf("it ended with %#x and got %q", status, said)
+		t.Errorf("the fake ended with %#x and printed %q", status, said)
 	}
 }
 
@@ -278,7 +278,7 @@ func (d *Driver) attack(t *testing.T, overlay, name, target string) (syscall.Wai
 	return cmd.ProcessState.Sys().(syscall.WaitStatus), string(said)
 }
 
-// takenOver plays QEMU in the role of its last argument.
+// takenOver plays a QEMU that its guest has taken over. The last argument is its role.
 func takenOver(args []string) error {
 	var fd uintptr
 	for _, a := range args {
@@ -357,8 +357,8 @@ func speak(c *net.UnixConn, as string) {
 	}
 }
 
-// TestForbiddenCallIsReported checks that the machine of a QEMU that made a forbidden
-// call reports so, also to an agent that attached to it if the kernel supports that.
+// TestForbiddenCallIsReported checks that a machine's error says that QEMU made a forbidden
+// call. On kernels that support it, an agent that attached to the machine must say so too.
 func TestForbiddenCallIsReported(t *testing.T) {
 	d := subject.Open(t).(*Driver)
 	s := vmmtest.NewSpec(t, d)

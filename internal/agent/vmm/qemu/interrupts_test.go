@@ -54,7 +54,7 @@ func TestRedeliver(t *testing.T) {
 		want interrupts // after the repair
 		n    int
 	}{
-		{name: "nothing awaited", is: interrupts{entries: [2]uint64{vector | entryLevel}}},
+		{name: "nothing pending", is: interrupts{entries: [2]uint64{vector | entryLevel}}},
 		{name: "edge", is: interrupts{entries: [2]uint64{0, vector | entryRemoteIRR}}},
 		{name: "masked", is: interrupts{entries: [2]uint64{0, level | entryMasked}}},
 		{name: "in service", is: interrupts{entries: [2]uint64{0, level}, isr: [2]uint8{0, vector}}},
@@ -97,7 +97,7 @@ func TestRedeliver(t *testing.T) {
 			}
 		}
 		if n != c.n || !bytes.Equal(got, want) {
-			t.Errorf("%s: repaired %d, want %d; the state is as it should be: %v", c.name, n, c.n, bytes.Equal(got, want))
+			t.Errorf("%s: repaired %d, want %d; the state is right: %v", c.name, n, c.n, bytes.Equal(got, want))
 		}
 		if _, again := redeliver(got); again != 0 {
 			t.Errorf("%s: %d interrupts are lost after the repair", c.name, again)

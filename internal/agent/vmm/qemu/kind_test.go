@@ -53,8 +53,8 @@ func TestRestores(t *testing.T) {
 		{real, "qemu-2 7.2.22 kvm " + host, ""},
 		{real, "qemu-2 7.2.22 kvm fedcba9876543210", "another model"},
 		{real, "qemu-6 7.2.22 kvm " + host, "this release does not have"},
-		// A named processor is the same on each host that has it, but an emulated one
-		// counts its time like its host.
+		// A named processor is the same on each host that has it. An emulated one still
+		// depends on its host, because its clock does.
 		{named, named.Kind(false), ""},
 		{named, named.Kind(true), ""},
 		{named, "qemu-4 7.2.22 kvm EPYC-v1", ""},
@@ -168,8 +168,8 @@ func hostNests(t *testing.T) bool {
 	return false
 }
 
-// TestProcessors boots guests that read their processor's features: exactly those that
-// may nest have virtualization.
+// TestProcessors boots guests and reads their processors' features. Only guests that may nest
+// must have virtualization.
 func TestProcessors(t *testing.T) {
 	subject.Open(t) // skips where virtual machines cannot run
 	for name, test := range map[string]struct {
@@ -194,7 +194,7 @@ func TestProcessors(t *testing.T) {
 				t.Errorf("the guest has virtualization: %v; its kind is %q", has, st.Kind)
 			}
 			if test.processor != "" && !strings.Contains(st.Kind, test.processor+"-v1") {
-				t.Errorf("its kind is %q", st.Kind)
+				t.Errorf("the machine's kind is %q", st.Kind)
 			}
 		})
 	}

@@ -19,7 +19,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
-// bench is a bench whose guest reports its clocks and processors.
+// bench is a [vmmtest.Bench] that also reads the guest's clocks and checks its processors.
 type bench struct{ *vmmtest.Bench }
 
 // TestGuestUnderKVM checks what differs from emulation: the guest's clocks and
@@ -32,7 +32,7 @@ func TestGuestUnderKVM(t *testing.T) {
 	b.Spec.VCPUs = 2
 	b.Spec.Cmdline = guest.Cmdline("kvm-test")
 	b.Boot("first")
-	b.Sh(teller)
+	b.Sh(clockServer)
 	b.checkClocks()
 	b.checkProcessors()
 	b.Sh("sync")
@@ -51,15 +51,15 @@ func TestGuestUnderKVM(t *testing.T) {
 	b.Resume(vmm.Saved{Memory: ram, Devices: devices}, "first", "second")
 	after := b.monotonic()
 	if most := before.shown + held + after.told.Sub(begun); after.shown < before.shown || after.shown > most {
-		t.Errorf("its monotonic clock showed %v, and after it was restored %v, want %v at most", before.shown, after.shown, most)
+		t.Errorf("the guest's monotonic clock showed %v, and after the restore %v, want %v at most", before.shown, after.shown, most)
 	}
 	b.checkClocks()
 	b.checkProcessors()
 }
 
-// teller is a program that responds to each packet with its content and the monotonic
+// clockServer is a program that responds to each packet with its content and the monotonic
 // clock.
-const teller = `setsid python3 -c '
+const clockServer = `setsid python3 -c '
 import socket, time
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 s.bind(("", 9))
@@ -67,14 +67,13 @@ while True:
     what, whom = s.recvfrom(2048)
     s.sendto(b"%s %d" % (what, time.monotonic_ns()), whom)' >/dev/null 2>&1 &`
 
-// reading is a value of the guest's monotonic clock, read between two times of this
-// process.
+// reading is a value of the guest's monotonic clock, taken between two times of the host's.
 type reading struct {
 	shown       time.Duration
 	asked, told time.Time
 }
 
-// monotonic asks the teller for a reading.
+// monotonic asks the guest's clock server for a reading.
 func (b bench) monotonic() reading {
 	b.Helper()
 	conn, err := net.Dial("udp", net.JoinHostPort(b.Slot.Address.String(), "9"))
@@ -84,7 +83,7 @@ func (b bench) monotonic() reading {
 	for end := time.Now().Add(await.Scale(60 * time.Second)); time.Now().Before(end); {
 		asked := time.Now()
 		what := strconv.FormatInt(asked.UnixNano(), 10)
-		_, err := conn.Write([]byte(what)) // fails until the teller listens
+		_, err := conn.Write([]byte(what)) // fails until the server listens
 		b.Must(conn.SetReadDeadline(asked.Add(time.Second)))
 		n := 0
 		if err == nil {
@@ -108,15 +107,15 @@ func (b bench) monotonic() reading {
 	panic("unreachable")
 }
 
-// checkClocks checks the guest's time source, and that its seconds are as long as the
-// host's: they are not if it is wrong about the rate of its TSC.
+// checkClocks checks the guest's clock source, and that its seconds are as long as the host's.
+// They are not if the guest assumes a wrong TSC rate.
 func (b bench) checkClocks() {
 	b.Helper()
 	if got := b.Sh("cat /sys/devices/system/clocksource/clocksource0/current_clocksource"); got != "kvm-clock" {
-		b.Errorf("its clock source is %q", got)
+		b.Errorf("the guest's clock source is %q", got)
 	}
 	if got := b.Sh("cat /sys/class/ptp/ptp0/clock_name; grep -c '^refclock PHC /dev/ptp0 ' /run/chrony.conf; pgrep -c chronyd"); got != "KVM virtual PTP\n1\n1" {
-		b.Errorf("its PTP clock, and what chronyd has of it: %q", got)
+		b.Errorf("the guest's PTP clock, its lines in chrony.conf, and the chronyd processes: %q", got)
 	}
 	// chronyd has no other source from which it could correct the clock.
 	b.Sh("date -s '+2 hours'")
@@ -129,7 +128,7 @@ func (b bench) checkClocks() {
 			break
 		}
 		if time.Now().After(end) {
-			b.Errorf("its clock shows %v at %v", told, before)
+			b.Errorf("the guest's clock shows %v at %v", told, before)
 			break
 		}
 	}
@@ -138,9 +137,9 @@ func (b bench) checkClocks() {
 	time.Sleep(5 * time.Second)
 	second := b.monotonic()
 	passed, least, most := second.shown-first.shown, second.asked.Sub(first.told), second.told.Sub(first.asked)
-	b.Logf("%v passed in the guest, between %v and %v here", passed, least, most)
+	b.Logf("%v passed in the guest, between %v and %v on the host", passed, least, most)
 	if passed < least*98/100 || passed > most*102/100 {
-		b.Errorf("%v passed in the guest, between %v and %v here", passed, least, most)
+		b.Errorf("%v passed in the guest, between %v and %v on the host", passed, least, most)
 	}
 }
 
@@ -149,15 +148,15 @@ func (b bench) checkClocks() {
 func (b bench) checkProcessors() {
 	b.Helper()
 	if n := b.Number("nproc"); n != b.Spec.VCPUs {
-		b.Errorf("it has %d processors", n)
+		b.Errorf("the guest has %d processors", n)
 	}
 	for i := range b.Spec.VCPUs {
 		b.Sh(fmt.Sprintf("taskset -c %d sleep 0.1", i))
 	}
 }
 
-// TestOlderMachinesAreRepaired pauses machines of the model that loses interrupts, which
-// earlier releases saved, under load. WRENN_TEST_PAUSES is the number of pauses (3).
+// TestOlderMachinesAreRepaired pauses a machine of an earlier release's model, which loses
+// interrupts, under load. WRENN_TEST_PAUSES is the number of pauses (3).
 func TestOlderMachinesAreRepaired(t *testing.T) {
 	if vmmtest.Accelerator() != KVM {
 		t.Skip("needs KVM, where that model loses interrupts: make test-kvm")

@@ -58,7 +58,7 @@ func TestEndOutOfGroup(t *testing.T) {
 	if _, err := g.Memory(); err != nil {
 		t.Error(err)
 	}
-	// Other software moves it out during the kill: it stays out.
+	// While the driver ends the process, it stays out of the group.
 	if err := vmmtest.MoveOut(cmd.Process.Pid); err != nil {
 		t.Fatal(err)
 	}
@@ -77,13 +77,13 @@ func TestEndOutOfGroup(t *testing.T) {
 	if err := d.endings.end(ctx, st, "boot"); err != nil {
 		t.Fatal(err)
 	}
-	// For the driver it has ended, although its parent may not know yet.
+	// The driver counts it as ended even if its parent has not reaped it yet.
 	if repaired, err := d.Confine(st, vmm.Spec{VCPUs: 1, MemoryMiB: 64}); err != nil || repaired {
 		t.Errorf("a process that has ended was confined: %v, %v", repaired, err)
 	}
 	<-ended
 	if _, err := g.Memory(); err == nil {
-		t.Error("its group still exists")
+		t.Error("the group still exists")
 	}
 	if repaired, err := d.Confine(st, vmm.Spec{VCPUs: 1, MemoryMiB: 64}); err != nil || repaired {
 		t.Errorf("a process that has ended was confined: %v, %v", repaired, err)

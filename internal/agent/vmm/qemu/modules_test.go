@@ -43,7 +43,7 @@ func TestModules(t *testing.T) {
 	try("ip tuntap add dev tap0 mode tap && ip link show br0")
 	try("modprobe nf_tables && grep -q '^nf_tables ' /proc/modules")
 	try("cd /lib/modules/$(uname -r) && test -e added && modinfo wireguard")
-	// All guests share one disk.
+	// All guests share the disk of modules, so none may change it.
 	try("! touch /lib/modules/.wrenn/image/x")
 	try("! dd if=/dev/zero of=/dev/vdb bs=4096 count=1 oflag=direct")
 }
@@ -90,10 +90,10 @@ func TestEarlierModels(t *testing.T) {
 			b.Spec.ID = uuid.New()
 			b.Resume(vmm.Saved{Memory: ram, Devices: devices, Kind: kind}, "first", "second")
 			if got := b.Sh("cat /dev/shm/kept; test ! -e /dev/vdb"); got != "kept" {
-				t.Errorf("it has %q", got)
+				t.Errorf("the guest has %q", got)
 			}
 			if got := b.VM.State().Kind; got != kind {
-				t.Errorf("it was restored as %q, and saved as %q", got, kind)
+				t.Errorf("the machine was restored as %q, and saved as %q", got, kind)
 			}
 		})
 	}

@@ -22,7 +22,7 @@ const underNewer = "WRENN_NEWER_QEMU"
 // saved.
 const older = "WRENN_OLDER_QEMU"
 
-// saved describes a machine in such a folder, beside its memory and its devices.
+// saved is the JSON file in such a folder, beside the machine's memory and devices.
 type saved struct {
 	Spec vmm.Spec
 	Kind string
@@ -40,7 +40,7 @@ func TestRestoreOfOlder(t *testing.T) {
 	var s saved
 	b.Must(json.Unmarshal(text, &s))
 	if s.Kind == b.Driver.Kind(false) {
-		t.Fatalf("both have %s", s.Kind)
+		t.Fatalf("both QEMUs have the kind %s", s.Kind)
 	}
 	b.Must(b.Driver.Restores(s.Kind))
 	image, err := memory.Open(filepath.Join(dir, "memory"))
@@ -56,7 +56,7 @@ func TestRestoreOfOlder(t *testing.T) {
 	before := b.Number("cat /dev/shm/count")
 	b.Sh("sha256sum -c /dev/shm/sum; cat /root/mark; echo more >/root/more; sync")
 	b.Sh(fmt.Sprintf("for i in 1 2 3 4 5 6 7 8 9; do [ $(cat /dev/shm/count) -gt %d ] && exit; sleep 0.2; done; exit 1", before))
-	// It can restore what it saves, too.
+	// The newer QEMU can also restore what it saves itself.
 	again, devices := b.Save(image)
 	b.Kill()
 	b.Fresh(b.Spec.Overlay)
@@ -88,7 +88,7 @@ func saveForNewer(t *testing.T, dir string) {
 // backports, which the distribution's next release will have.
 func TestNewerQEMU(t *testing.T) {
 	if os.Getenv(underNewer) != "" {
-		t.Skip("it does not start itself again")
+		t.Skip("this is the run that TestNewerQEMU started")
 	}
 	dir := t.TempDir()
 	saveForNewer(t, dir)

@@ -42,9 +42,9 @@ func TestProbeIsRemembered(t *testing.T) {
 		want string
 	}{
 		{"works", nil, true, ""},
-		{"QEMU's word", brokenError{errors.New("internal error")}, true, "internal error"},
-		{"a time-out", context.DeadlineExceeded, false, ""},
-		{"a time-out again", errors.New("printed nothing"), false, ""},
+		{"QEMU's error", brokenError{errors.New("internal error")}, true, "internal error"},
+		{"a timeout", context.DeadlineExceeded, false, ""},
+		{"another timeout", errors.New("printed nothing"), false, ""},
 		{"works again", nil, true, ""},
 	} {
 		if err := remember(dir, key, c.why); err != nil {
@@ -63,8 +63,8 @@ func TestProbeIsRemembered(t *testing.T) {
 	}
 }
 
-// TestProbe boots a kernel under this machine's KVM, whether or not that works: the
-// record must have the probe's answer, or nothing.
+// TestProbe boots a kernel under this machine's KVM, which may or may not work. The record must
+// have the probe's answer, or nothing if a timeout may have made the answer wrong.
 func TestProbe(t *testing.T) {
 	if _, err := os.Stat("/dev/kvm"); err != nil {
 		t.Skip("needs /dev/kvm")
@@ -91,6 +91,6 @@ func TestProbe(t *testing.T) {
 	}
 	// The probe leaves no files.
 	if left, _ := filepath.Glob(filepath.Join(dir, "probe-*")); len(left) > 0 {
-		t.Errorf("left: %v", left)
+		t.Errorf("the probe left %v", left)
 	}
 }

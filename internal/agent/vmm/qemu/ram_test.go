@@ -44,8 +44,8 @@ func TestWriter(t *testing.T) {
 	_, _ = os.Stdin.Read(make([]byte, 1))
 }
 
-// TestTrackedPages checks that the pages which a process wrote since a point in time are
-// distinguished from those it already had.
+// TestTrackedPages checks that the driver distinguishes the pages that a process wrote since a
+// point in time from those that it had before.
 func TestTrackedPages(t *testing.T) {
 	f, err := emptyMemory(writerBlocks * memory.BlockSize)
 	if err != nil {
@@ -108,7 +108,7 @@ func TestTrackedPages(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := blocks(); !slices.Equal(got, []uint64{1, 2, 7, 8}) {
-		t.Errorf("its own are %v", got)
+		t.Errorf("the process's own pages are %v", got)
 	}
 	if r.tracked, err = r.track(); err != nil {
 		t.Fatal(err)
@@ -126,7 +126,7 @@ func TestTrackedPages(t *testing.T) {
 	if got := blocks(); !slices.Equal(got, []uint64{2, 5}) {
 		t.Errorf("dirty pages: %v", got)
 	}
-	// Another agent that takes over sees the same, or every page if it does not track.
+	// An agent that takes over sees the same pages, or all own pages if none are tracked.
 	for tracked, want := range map[bool][]uint64{true: {2, 5}, false: {1, 2, 5, 7, 8}} {
 		st.MemoryTracked = tracked
 		r.close()

@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestForeignCalls checks that every call of another architecture fails, such as those of
-// 32-bit programs, because its number means another call.
+// TestForeignCalls checks that all system calls of 32-bit programs fail, because their numbers
+// mean other calls.
 func TestForeignCalls(t *testing.T) {
 	for _, accel := range []string{KVM, TCG} {
 		all, err := filters(accel)

@@ -17,8 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// peer plays QEMU on the other end of a pipe: it sends the result of answer for every
-// line.
+// peer plays QEMU on the other end of a pipe. It sends the greeting, and then the result of
+// answer for every line.
 func peer(t *testing.T, greeting string, answer func(line string) string) net.Conn {
 	t.Helper()
 	ours, theirs := net.Pipe()
