@@ -13,8 +13,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
-// holding receives a body that ends when the test says so.
-func holding(t *testing.T, s *Spool, owner uuid.UUID, length int64) (end func()) {
+// receiving starts to receive a body, of which one byte has come when it returns. end breaks
+// the body off.
+func receiving(t *testing.T, s *Spool, owner uuid.UUID, length int64) (end func()) {
 	t.Helper()
 	r, w := io.Pipe()
 	done := make(chan error, 1)
@@ -53,7 +54,7 @@ func TestReceive(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for range 2 { // It can be read again.
+		for range 2 { // The file can be read again.
 			if got, err := io.ReadAll(f); err != nil || !bytes.Equal(got, sent) {
 				t.Errorf("%d bytes came back, %v", len(got), err)
 			}
@@ -78,7 +79,7 @@ func TestReceive(t *testing.T) {
 		t.Errorf("more than the owner's share: %v", err)
 	}
 	if s.used != 0 || s.dry != 0 || len(s.owners) != 0 {
-		t.Errorf("reserved: %+v", s)
+		t.Errorf("still reserved: %+v", s)
 	}
 }
 
@@ -86,8 +87,8 @@ type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { return len(p), nil }
 
-// TestShares checks that one owner gets at most a quarter, and all together no more than
-// the whole, counting what has arrived and not what was declared.
+// TestShares checks that one owner gets at most a quarter of the spool, and all together no
+// more than the whole. What has arrived counts, and not what was declared.
 func TestShares(t *testing.T) {
 	s, err := New(t.TempDir(), 64)
 	if err != nil {
@@ -103,7 +104,7 @@ func TestShares(t *testing.T) {
 	hog := uuid.New()
 	var ends []func()
 	for range 4 {
-		ends = append(ends, holding(t, s, hog, 16<<20)) // 16 MiB fill its share
+		ends = append(ends, receiving(t, s, hog, 16<<20)) // four steps of 4 MiB fill its share
 	}
 	if _, err := s.Receive(hog, Body{strings.NewReader("x"), -1}, 1<<40); !fault.Is(err, fault.RateLimited) {
 		t.Errorf("more than the owner's share: %v", err)
@@ -113,13 +114,13 @@ func TestShares(t *testing.T) {
 	}
 	// Four owners who declare their whole share but send a byte reserve one step each.
 	for range 3 {
-		ends = append(ends, holding(t, s, uuid.New(), 16<<20))
+		ends = append(ends, receiving(t, s, uuid.New(), 16<<20))
 	}
 	if err := small(); err != nil {
 		t.Errorf("besides four owners who declared everything: %v", err)
 	}
 	for range 9 {
-		ends = append(ends, holding(t, s, uuid.New(), -1))
+		ends = append(ends, receiving(t, s, uuid.New(), -1))
 	}
 	if err := small(); !fault.Is(err, fault.RateLimited) {
 		t.Errorf("more than the total: %v", err)
@@ -128,7 +129,7 @@ func TestShares(t *testing.T) {
 		end()
 	}
 	if s.used != 0 || s.dry != 0 || len(s.owners) != 0 {
-		t.Errorf("reserved: %+v", s)
+		t.Errorf("still reserved: %+v", s)
 	}
 }
 
@@ -142,7 +143,7 @@ func TestSmallDisk(t *testing.T) {
 	disk := int64(32 << 20)
 	s.free = func() (int64, error) { return spare + disk - (s.used - s.dry), nil }
 	hog := uuid.New()
-	ends := []func(){holding(t, s, hog, -1), holding(t, s, hog, 8<<20)}
+	ends := []func(){receiving(t, s, hog, -1), receiving(t, s, hog, 8<<20)}
 	for _, length := range []int64{-1, 5} {
 		if _, err := s.Receive(hog, Body{strings.NewReader("hello"), length}, 1<<40); !fault.Is(err, fault.NoSpace) {
 			t.Errorf("length %d: more than a quarter of the disk: %v", length, err)

@@ -31,7 +31,8 @@ type life struct {
 	begins []time.Time
 }
 
-// next are the states that may follow in the control plane.
+// next lists the transitions from each state in the control plane. A transition that is listed
+// twice is twice as likely.
 var next = map[string][]string{
 	"starting": {"running", "running", "error", "stopping"},
 	"running":  {"pausing", "missing", "paused", "stopping", "expired", "lost"},
@@ -174,8 +175,8 @@ func (b *bench) step(r *rand.Rand, l *life) {
 	})
 }
 
-// TestLives compares the usage of random lives with a simple model, spread over days,
-// before and after those days are aggregated, in any order.
+// TestLives compares the usage of sandboxes with random lives with a simple model. The lives
+// last days, and the test compares before and after it aggregates all or some of the days.
 func TestLives(t *testing.T) {
 	b := newBench(t)
 	seed := uint64(time.Now().UnixNano())
@@ -192,7 +193,7 @@ func TestLives(t *testing.T) {
 			b.step(r, l)
 		}
 	}
-	// Stretch milliseconds to hours, with the last ones a while ago.
+	// Stretch milliseconds to hours, so that the lives end an hour ago.
 	var base time.Time
 	if err := b.conn.QueryRow(context.Background(), "SELECT min(started_at) FROM sandbox_runs").Scan(&base); err != nil {
 		t.Fatal(err)
@@ -262,21 +263,21 @@ func TestLives(t *testing.T) {
 			}
 		}
 	}
-	check("nothing added up")
+	check("before aggregation")
 	if err := b.usage.Roll(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-	check("all added up")
+	check("all days aggregated")
 	if err := b.usage.Roll(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-	check("added up again")
+	check("all days aggregated again")
 	b.exec("DELETE FROM usage_rollups WHERE extract(day FROM day)::int % 2 = 0")
-	check("some days to be added up")
+	check("some aggregates deleted")
 	if err := b.usage.Roll(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-	check("and done")
+	check("deleted aggregates restored")
 
 	// The total equals the sum of the teams.
 	all, err := b.usage.ByTeam(context.Background(), origin, time.Now(), uuid.Nil, 10)
@@ -367,8 +368,8 @@ func TestLease(t *testing.T) {
 	}
 }
 
-// TestDayFails has a day whose aggregation fails: other days are aggregated, its old runs
-// are kept until it succeeds, and older runs are removed.
+// TestDayFails makes the aggregation of one day fail. The service must aggregate the other
+// days, keep that day's runs until it succeeds, and remove older runs.
 func TestDayFails(t *testing.T) {
 	b := newBench(t)
 	ctx := t.Context()
