@@ -1,4 +1,4 @@
-// What the link in the mail that asks for a channel's confirmation opens.
+// Tests the page that the link in a channel's confirmation mail opens.
 import {expect, test} from './page.js'
 
 const {WRENN_LINK: link} = process.env
@@ -17,7 +17,7 @@ test('a link confirms a channel, once, by a click and without an account', async
 	expect(answer.headers()['content-security-policy']).toContain("frame-ancestors 'none'")
 	await expect(page).toHaveTitle(/Get notifications/)
 	await expect(page.locator('input')).toHaveCount(0)
-	// A scanner of mail opens the link too: that confirms nothing.
+	// Mail scanners open the link too, so opening it must not confirm anything.
 	await page.waitForLoadState('networkidle')
 	expect(asked.filter(request => !request.startsWith('GET '))).toEqual([])
 

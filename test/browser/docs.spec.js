@@ -1,7 +1,7 @@
-// The page of the API document, in light and in dark.
+// Tests the API reference, in light and dark mode.
 import {expect, test} from './page.js'
 
-// faint returns texts that can hardly be read: whose contrast with what is behind them is
+// faint returns texts that are hard to read, because their contrast with the background is
 // below 3. It runs in the page.
 function faint() {
 	const parse = color => color.match(/[\d.]+/g).map(Number)
@@ -27,7 +27,7 @@ function faint() {
 }
 
 for (const colorScheme of ['light', 'dark']) {
-	test(`the API document is shown, in ${colorScheme}, by what is in the page`, async ({page, baseURL}) => {
+	test(`the API reference is readable in ${colorScheme} mode and loads nothing else`, async ({page, baseURL}) => {
 		await page.emulateMedia({colorScheme})
 		const asked = []
 		page.on('request', request => asked.push(request.url()))

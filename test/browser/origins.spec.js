@@ -1,12 +1,13 @@
-// What a guest's pages can do to the service that runs the guest. WRENN_PORT_URL is
-// one of its ports, WRENN_FILE_URL a signed URL that its hostile daemon answers.
+// Tests that a guest's pages cannot attack the service that runs the guest. WRENN_PORT_URL
+// is one of the guest's ports, WRENN_FILE_URL a signed URL that its hostile daemon serves.
 import {expect, test} from '@playwright/test'
 
 const {WRENN_PORT_URL: port, WRENN_FILE_URL: file, WRENN_TRAFFIC: traffic, WRENN_EMAIL: email, WRENN_PASSWORD: password} = process.env
 
 test.use({ignoreHTTPSErrors: true})
 
-// loggedIn says whether the browser's own cookies open the account.
+// loggedIn returns the e-mail address of the user that the browser's cookies log in, or the
+// response's status.
 async function loggedIn(context, baseURL) {
 	const page = await context.newPage()
 	const answer = await page.goto(baseURL + '/v1/me')
@@ -26,7 +27,7 @@ test.beforeEach(async ({context, baseURL}) => {
 	expect(await loggedIn(context, baseURL)).toBe(email)
 })
 
-test("a guest's page gets at no cookie of the service and runs nothing under its origin", async ({page, context, baseURL}) => {
+test("a guest's page cannot read the service's cookies or run scripts under its origin", async ({page, context, baseURL}) => {
 	const service = new URL(baseURL)
 	const ours = async () => (await context.cookies(baseURL)).filter(c => c.name.includes('wrenn_') && c.domain === service.hostname)
 		.map(c => c.name + '=' + c.value).sort()
@@ -36,7 +37,7 @@ test("a guest's page gets at no cookie of the service and runs nothing under its
 
 	await page.goto(port + '/')
 	await expect(page).toHaveTitle('guest')
-	// What its answer set is its own name's alone, and what it cleared is not ours.
+	// The guest's response set cookies only for its own host name, and cleared none of ours.
 	const set = (await context.cookies()).filter(c => ['tossed', 'own', 'wrenn_access'].includes(c.name) && c.value.length < 5)
 	expect(set.map(c => c.name + ' of ' + c.domain).sort()).toEqual(['own', 'tossed', 'wrenn_access'].map(n => n + ' of ' + new URL(port).hostname))
 	expect(await ours()).toEqual(before)
@@ -86,15 +87,15 @@ test("a guest's page gets at no cookie of the service and runs nothing under its
 	expect(tried.frame).toBe('another origin')
 	expect(await page.frameLocator('iframe').locator('form').count()).toBe(0)
 
-	// Whatever it threw at the service, it is the user's session that counts.
+	// The user's session still counts, whatever cookies the page set.
 	expect(await loggedIn(context, baseURL)).toBe(email)
 	expect(await ours()).toEqual(expect.arrayContaining(before))
-	// And none of it comes to the guest.
+	// The guest gets none of the service's cookies.
 	await page.goto(port + '/cookies')
 	expect(await page.textContent('body')).not.toContain('wrenn_')
 })
 
-test("what a guest's daemon answers runs nothing and keeps nothing", async ({page, context, baseURL}) => {
+test("a guest daemon's response gets no origin and keeps no cookies", async ({page, context, baseURL}) => {
 	await page.goto(file)
 	await expect(page.locator('p')).toHaveText('of the guest')
 	await expect(page).toHaveTitle('daemon')

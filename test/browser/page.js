@@ -2,8 +2,8 @@ import {test as base, expect} from '@playwright/test'
 
 export {expect}
 
-// test has a page on which it is a failure if a script ends with an error, or if
-// the page needs what its policy does not let it have.
+// test provides a page, and fails if a script in it throws or if the page violates its
+// content security policy.
 export const test = base.extend({
 	page: async ({page}, use) => {
 		const errors = []

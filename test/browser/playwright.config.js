@@ -1,7 +1,7 @@
-// Of Playwright, 1.61 is the last release that runs on Debian 12's Node.js.
+// Playwright 1.61 is the last release that runs on Debian 12's Node.js.
 import {defineConfig} from '@playwright/test'
 
-// The browser is the distribution's, and the service under test that of WRENN_URL.
+// The tests use the distribution's browser, and the service at WRENN_URL.
 export default defineConfig({
 	testDir: '.',
 	outputDir: process.env.WRENN_BROWSER_OUT ?? '../../.cache/browser',
@@ -16,7 +16,7 @@ export default defineConfig({
 		launchOptions: {
 			executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium',
 			args: ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--no-first-run',
-				// The names of origins.spec.js.
+				// The host names in origins.spec.js.
 				'--host-resolver-rules=MAP *.example.com 127.0.0.1, MAP *.example.net 127.0.0.1'],
 		},
 	},

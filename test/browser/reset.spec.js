@@ -1,5 +1,5 @@
-// What the link in the mail to a user who forgot their password opens. WRENN_PASSWORD
-// is the one to set.
+// Tests the page that the link in a password reset mail opens. WRENN_PASSWORD is the new
+// password.
 import {expect, test} from './page.js'
 
 const {WRENN_LINK: link, WRENN_PASSWORD: password} = process.env
@@ -20,7 +20,7 @@ test('a link sets a new password', async ({page}) => {
 	await expect(page.getByRole('status')).toContainText('The new password is set')
 })
 
-test('an incomplete link is refused, and so is one by a page around it', async ({page, baseURL}) => {
+test('an incomplete link is refused, and no other page can frame this one', async ({page, baseURL}) => {
 	await page.goto('/reset-password')
 	await page.getByLabel('New password').fill(password)
 	await page.getByLabel('Repeat the password').fill(password)

@@ -1,4 +1,5 @@
-// What the link in the mail of a sign-up opens. WRENN_PASSWORD is the account's.
+// Tests the page that the link in a sign-up mail opens. WRENN_PASSWORD is the account's
+// password.
 import {expect, test} from './page.js'
 
 const {WRENN_LINK: link, WRENN_PASSWORD: password} = process.env
@@ -15,7 +16,7 @@ test('a link opens an account, once and with its password', async ({page, contex
 	await expect(page.getByRole('status')).toContainText('Your account is open')
 	await expect(page.getByLabel('Password')).toBeHidden()
 	expect(page.url()).not.toContain('token')
-	// It is logged in, with what no script reads.
+	// The user is logged in, with cookies that no script can read.
 	const cookies = await context.cookies()
 	expect(cookies.map(c => c.name).sort()).toEqual(['wrenn_access', 'wrenn_refresh'])
 	expect(cookies.every(c => c.httpOnly && c.sameSite === 'Strict')).toBe(true)

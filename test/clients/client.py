@@ -1,4 +1,4 @@
-"""Uses the API by the client that openapi-python-client generates."""
+"""Uses the API through the client that openapi-python-client generates."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ client = AuthenticatedClient(
 
 
 def want(response, status):
-    """Returns what was answered, which must have the status."""
+    """Checks the status of a response and returns its parsed body."""
     assert response.status_code == status, (response.status_code, response.content)
     return response.parsed
 

@@ -1,4 +1,4 @@
-// Uses the API by openapi-fetch, with the types that openapi-typescript generates.
+// Uses the API through openapi-fetch, with the types that openapi-typescript generates.
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { readFileSync } from "node:fs";
@@ -10,7 +10,7 @@ const client = createClient<paths>({
   headers: { "X-API-Key": process.env.WRENN_API_KEY! },
 });
 
-// want returns what was answered, which must have the status.
+// want checks the status of a response and returns its parsed body.
 function want<T>(answer: { data?: T; error?: unknown; response: Response }, status: number): T {
   assert.equal(answer.response.status, status, JSON.stringify(answer.error));
   return answer.data!;
@@ -25,7 +25,7 @@ assert.deepEqual(running.sandboxes.map((each) => each.id), [box.id]);
 const file = { path: of, query: { path: "/home/user/it's 100% ü.txt" } };
 const bytes = new Uint8Array([104, 101, 108, 108, 111, 0]);
 const raw = { bodySerializer: (body: unknown) => body as BodyInit, headers: { "Content-Type": "application/octet-stream" } };
-// In the document a body of bytes is a string, as OpenAPI has it.
+// The generated type of a binary body is string, as in the OpenAPI document.
 want(await client.PUT("/v1/sandboxes/{sandbox_id}/files", { params: file, body: bytes as unknown as string, ...raw }), 200);
 const read = want(await client.GET("/v1/sandboxes/{sandbox_id}/files", { params: file, parseAs: "arrayBuffer" }), 200);
 assert.deepEqual(new Uint8Array(read), bytes);

@@ -1,6 +1,6 @@
-// Package engines_test runs in a guest what needs a whole Linux machine: container
+// Package engines_test runs programs in a guest that need a whole Linux machine: container
 // engines, file systems in user space, virtual networks, cron. It is a separate package
-// because the packages that it installs take a while.
+// because the Debian packages that it needs take a while to install.
 package engines_test
 
 import (
@@ -43,11 +43,11 @@ func slow(t *testing.T) {
 
 func installed(t *testing.T, in imagetest.Images) image.Template {
 	t.Helper()
-	// The recipe of the template docker does this after it has installed the engine.
+	// The docker template's recipe also does this after it has installed the engine.
 	return imagetest.With(t, in, "engines", image.More{Name: "engines", Packages: packages, Customize: `chroot "$1" usermod --append --groups docker user`})
 }
 
-// tailscaled is where TestImages puts tailscaled, which Debian 12 does not have.
+// tailscaled returns the path where TestImages puts tailscaled, which Debian 12 does not have.
 func tailscaled(in imagetest.Images) string {
 	return filepath.Join(string(in.Dir), "tailscale-1.96.5", "tailscaled")
 }
@@ -137,8 +137,8 @@ func (m machine) get(t *testing.T, port, path string) (int, string) {
 }
 
 // TestEngines starts the engine of the template docker in a sandbox, as its recipe does,
-// and captures it running. A sandbox of that builds and runs containers, and does
-// everything else that needs a whole machine.
+// and captures it running. A sandbox of that template builds and runs containers, and
+// does everything else that needs a whole machine.
 func TestEngines(t *testing.T) {
 	slow(t)
 	owner, base := uuid.New(), uuid.New()
@@ -179,14 +179,14 @@ func TestEngines(t *testing.T) {
 	}
 	m := h.create(t, team, tpl.Msg.GetTemplate().GetTemplateId())
 
-	// Cron starts it within a minute, during the other checks. Its jobs have their own
-	// PATH.
+	// Cron starts the job within a minute, during the other checks. Cron jobs have their own
+	// PATH, so they need the program's full path.
 	m.run(t, "root", `mkdir -p /opt/tool/bin && printf '#!/bin/sh\necho "tool has $FROM"\n' >/opt/tool/bin/mytool && chmod +x /opt/tool/bin/mytool
 for u in root user; do echo '* * * * * /opt/tool/bin/mytool >/tmp/'$u | crontab -u $u -; done; cron`)
 
 	t.Run("docker", func(t *testing.T) {
 		m.run(t, "root", "mkdir -p /srv/registry && printf 'version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: /srv/registry\nhttp:\n  addr: 127.0.0.1:5000\n' >/srv/registry.yml\nsetsid docker-registry serve /srv/registry.yml >/tmp/registry.log 2>&1 </dev/null &")
-		m.await(t, "the registry answers", "user", "curl -fs http://127.0.0.1:5000/v2/")
+		m.await(t, "the registry responds", "user", "curl -fs http://127.0.0.1:5000/v2/")
 		m.run(t, "user", `set -e
 mkdir -p box/bin && cp /bin/busybox box/bin && for a in sh echo cat httpd wget; do ln -s busybox box/bin/$a; done
 tar -C box -c . | docker import - 127.0.0.1:5000/box
@@ -196,7 +196,7 @@ DOCKER_BUILDKIT=0 docker build -t page image`)
 		m.run(t, "user", "docker run -d --restart=always --memory=64m -p 8080:80 page")
 		page := func(when string) {
 			t.Helper()
-			await.Until(t, "the container's server answers "+when, func() bool {
+			await.Until(t, "the container's server responds "+when, func() bool {
 				code, body := m.get(t, "8080", "/index.html")
 				return code == http.StatusOK && body == "built\n"
 			})
@@ -219,7 +219,7 @@ DOCKER_BUILDKIT=0 docker build -t page image`)
 			t.Errorf("users of a rootless container: %q", got)
 		}
 		m.run(t, "user", "podman --cgroup-manager=cgroupfs run -d --name page -p 8081:80 localhost/box httpd -f -p 80 -h /bin")
-		await.Until(t, "the rootless container's server answers", func() bool {
+		await.Until(t, "the rootless container's server responds", func() bool {
 			code, _ := m.get(t, "8081", "/busybox")
 			return code == http.StatusOK
 		})
@@ -277,9 +277,9 @@ nft add table inet t && nft 'add chain inet t in { type filter hook input priori
 		if _, err := s.CloseAndReceive(); err != nil {
 			t.Fatal(err)
 		}
-		// It takes a machine that has only a link-local address for one without a network.
+		// Tailscaled assumes that a machine with only a link-local address has no network.
 		m.run(t, "root", "chmod +x /tmp/tailscaled && ip addr add 10.0.0.1/32 dev eth0 && setsid /tmp/tailscaled --tun=tailscale0 --state=mem: --statedir=/tmp/tailscale >/tmp/tailscaled.log 2>&1 </dev/null &")
-		m.await(t, "tailscaled makes its device", "root", "ip link show tailscale0 && ip rule | grep -q 'lookup 52' && grep -q 'got LocalBackend' /tmp/tailscaled.log")
+		m.await(t, "tailscaled creates its device", "root", "ip link show tailscale0 && ip rule | grep -q 'lookup 52' && grep -q 'got LocalBackend' /tmp/tailscaled.log")
 		m.run(t, "root", "! grep 'all links down' /tmp/tailscaled.log")
 	})
 	t.Run("cron", func(t *testing.T) {

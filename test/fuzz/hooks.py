@@ -1,4 +1,4 @@
-"""What schemathesis needs to be told of Wrenn's API."""
+"""Hooks that tell schemathesis what Wrenn's OpenAPI document does not."""
 
 import itertools
 import os
@@ -9,14 +9,14 @@ import schemathesis
 
 @schemathesis.serializer("application/x-tar")
 def tar(_ctx, value):
-    """Sends an archive's bytes as they were generated."""
+    """Sends an archive's bytes as schemathesis generated them."""
     return {"data": value if isinstance(value, bytes) else str(value).encode()}
 
 
 @schemathesis.auth(refresh_interval=None)
 class Credential:
-    """Shows who makes the requests. Somebody else logs out, so that all other
-    operations are tested to the end."""
+    """Adds the credential to the requests. Logging out uses a spare one, because
+    the other operations still need the first."""
 
     def get(self, case, context):
         return os.environ["WRENN_FUZZ_HEADER"], os.environ["WRENN_FUZZ_CREDENTIAL"]
@@ -44,9 +44,9 @@ PREFIXES = {
 
 
 def well_formed(values):
-    """Makes ids that the service refuses as malformed such as name nothing: of
-    their 25 digits in base 36, which the document's patterns ask for, some are
-    more than 128 bits."""
+    """Replaces malformed ids with well-formed ones that name nothing. Ids that match
+    the document's pattern, 25 digits in base 36, can exceed 128 bits, and the
+    service refuses those."""
     for name, prefix in PREFIXES.items():
         if values and name in values:
             digits = re.fullmatch(re.escape(prefix) + "([0-9a-z]{25})", str(values[name]))
@@ -56,13 +56,13 @@ def well_formed(values):
 
 @schemathesis.hook
 def before_call(context, case, kwargs):
-    # From another address each time: how often an address may try to log in is
-    # bounded, and the front door says where a request came from.
+    # Use another client address for each request, because the service limits logins
+    # per address. It trusts this header, which the front door sets.
     n = next(calls)
     case.headers["X-Forwarded-For"] = f"2001:db8::{n >> 16:x}:{n & 0xFFFF:x}"
     if case.meta is None or not case.meta.generation.mode.is_positive:
         return
-    # A cursor is what the page before gave: one that was made up is refused.
+    # The service refuses a made-up cursor. Cursors come from the previous page.
     if case.query and "cursor" in case.query:
         del case.query["cursor"]
     well_formed(case.path_parameters)
