@@ -341,6 +341,8 @@ func guestHandler() http.Handler {
 			io.WriteString(w, "first")
 			w.(http.Flusher).Flush()
 			<-r.Context().Done()
+		case "/own-id":
+			w.Header().Set("X-Request-Id", "the program's")
 		case "/hijack":
 			c, _, _ := w.(http.Hijacker).Hijack()
 			c.(interface{ CloseWrite() error }).CloseWrite()

@@ -136,7 +136,7 @@ var (
 		"Clear-Site-Data": `"*"`, "Service-Worker-Allowed": "/", "Strict-Transport-Security": "max-age=9; includeSubDomains", "Location": "http://evil.example/",
 		"Alt-Svc": `h2="evil.example:443"`, "Nel": "{}", "Report-To": "{}", "Reporting-Endpoints": `a="http://evil.example/"`, "Www-Authenticate": "Basic",
 		"Proxy-Authenticate": "Basic", "X-Frame-Options": "ALLOWALL", "Content-Location": "/x", "Sourcemap": "/x", "X-New-Field": "of tomorrow", "Set-Login": "logged-in",
-		"Timing-Allow-Origin": "*", "Cross-Origin-Resource-Policy": "cross-origin", "Origin-Agent-Cluster": "?0", "X-Wrenn-Error": "paused", "Connection": "X-Content-Type-Options",
+		"Timing-Allow-Origin": "*", "Cross-Origin-Resource-Policy": "cross-origin", "Origin-Agent-Cluster": "?0", "X-Wrenn-Error": "paused", "X-Request-Id": "forged", "Connection": "X-Content-Type-Options",
 	}
 	harmlessFields = map[string]string{
 		"Content-Type": "text/html", "Content-Disposition": "inline", "Content-Encoding": "br", "Etag": `"x"`, "Cache-Control": "no-store",
@@ -190,6 +190,10 @@ func wantHarmless(t *testing.T, what string, signed bool, resp *http.Response, e
 	if !maps.EqualFunc(resp.Trailer, http.Header{"Grpc-Status": {"0"}}, slices.Equal) {
 		t.Errorf("%s: trailers %v", what, resp.Trailer)
 	}
+	if id := resp.Header.Values("X-Request-Id"); len(id) != 1 || len(id[0]) != 16 {
+		t.Errorf("%s: the response has the ids %q", what, id)
+	}
+	resp.Header.Del("X-Request-Id")
 	resp.Header.Del("Date")
 	want := http.Header{
 		"X-Content-Type-Options": {"nosniff"}, "Referrer-Policy": {"no-referrer"},

@@ -3,6 +3,7 @@ package server_test
 import (
 	"net/http"
 	"path"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -60,6 +61,29 @@ func TestRequestIDReachesTheHost(t *testing.T) {
 	}
 	if _, ok := ids.Load("forged"); ok {
 		t.Error("the host saw an id that a client made up")
+	}
+}
+
+// TestPortsAnswerWithTheRequestID checks that responses of a sandbox's ports have the id
+// of the client's request, which a program in the sandbox may replace, but the guest
+// daemon may not.
+func TestPortsAnswerWithTheRequestID(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	p.agent.guest = guestHandler()
+	made := p.call("POST", "/v1/sandboxes", map[string]any{}).want(201)
+	for _, tt := range []struct{ method, port, path, want string }{
+		{"GET", "8000", "/", "ext-visit"},
+		{"GET", "8000", "/own-id", "the program's"},
+		{"GET", "49983", "/", "ext-visit"},
+		{"GET", "49983", "/own-id", "ext-visit"},
+		{"OPTIONS", "49983", "/files?signature=v1_x", "ext-visit"},
+	} {
+		r := p.call(tt.method, tt.path, nil, "Host", tt.port+"-"+made.str("id")+".localhost", "X-Request-Id", "visit",
+			"X-Traffic-Token", made.str("traffic_token"), "X-Access-Token", made.str("access_token"), "Access-Control-Request-Method", "GET")
+		if got := r.Header.Values("X-Request-Id"); !slices.Equal(got, []string{tt.want}) {
+			t.Errorf("%s %s of port %s: %d with the id %q, want %q", tt.method, tt.path, tt.port, r.Status, got, tt.want)
+		}
 	}
 }
 

@@ -147,6 +147,9 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, t target, u *san
 		Filter:    withoutPrivate,
 		ModifyResponse: func(resp *http.Response) {
 			p.forwarded.Inc()
+			if p.log.Enabled(r.Context(), slog.LevelDebug) {
+				p.log.DebugContext(r.Context(), "request forwarded", "request_id", requestid.From(r.Context()), "sandbox", id.Format(id.Sandbox, t.sandbox), "port", t.port, "status", resp.StatusCode)
+			}
 			answered.SetInt("http.response.status_code", resp.StatusCode)
 			answered.End() // the body takes as long as client and guest like
 		},

@@ -116,6 +116,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) { duplex.Serve
 func (p *Proxy) serve(w http.ResponseWriter, r *http.Request) {
 	if p.isPreflight(r) {
 		allowPages(w.Header())
+		requestid.Pass(r.Context(), w.Header(), requestid.Header)
 		w.WriteHeader(http.StatusNoContent)
 		return
 	}
@@ -396,7 +397,7 @@ var forwarded = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Pro
 func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 	prefix := "/proxy/" + id.Format(id.Sandbox, d.sandbox) + "/" + strconv.Itoa(d.port)
 	filter := filterPort(netaddr.Hostname(r.Host))
-	var finish func(*http.Response)
+	finish := func(*http.Response) {}
 	if d.port == hostwire.GuestPort {
 		filter = filterDaemon
 		finish = confine
@@ -409,7 +410,7 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 	rp := upstream.Proxy{
 		Transport:      &waker{p, d, r.GetBody},
 		Filter:         filter,
-		ModifyResponse: finish,
+		ModifyResponse: func(resp *http.Response) { finish(resp); p.answered(r.Context(), d, resp) },
 		ErrorLog:       p.errors,
 		Rewrite: func(pr *httputil.ProxyRequest) {
 			u := pr.Out.URL
@@ -470,6 +471,17 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 		},
 	}
 	rp.ServeHTTP(w, r)
+}
+
+// answered gives a response the request's id, unless the program in the sandbox has set
+// one, and logs the response at debug level.
+func (p *Proxy) answered(ctx context.Context, d destination, resp *http.Response) {
+	if _, ok := resp.Header[requestid.Header]; !ok {
+		requestid.Pass(ctx, resp.Header, requestid.Header)
+	}
+	if p.Log.Enabled(ctx, slog.LevelDebug) {
+		p.Log.DebugContext(ctx, "request forwarded", "request_id", requestid.From(ctx), "sandbox_id", id.Format(id.Sandbox, d.sandbox), "port", d.port, "status", resp.StatusCode)
+	}
 }
 
 // waker sends a request to a sandbox's host. If the host refuses it because the sandbox
