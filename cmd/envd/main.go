@@ -41,10 +41,11 @@ func main() {
 	// If memory runs out, envd must survive to report it.
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
 
-	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	level := new(slog.LevelVar)
+	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	cfg := envd.Config{DefaultUser: *user, Cgroup: *group, Log: log}
+	cfg := envd.Config{DefaultUser: *user, Cgroup: *group, Log: log, Level: level}
 	if *whole {
 		cfg.Machine, cfg.Clock, cfg.Tracefs = machine.New(), boot.ClockCgroup, boot.Tracefs
 	}

@@ -3,11 +3,27 @@ package envd
 import (
 	"context"
 	"log/slog"
+	"net/http"
 
 	"connectrpc.com/connect"
 
 	"github.com/wrenn-dev/wrenn/internal/requestid"
 )
+
+// requests is a handler that logs, at debug level, each request with an id before next
+// serves it. The agent's own requests have none.
+type requests struct {
+	log  *slog.Logger
+	next http.Handler
+}
+
+// ServeHTTP implements [http.Handler].
+func (q requests) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if id := r.Header.Get(requestid.Header); id != "" && q.log.Enabled(r.Context(), slog.LevelDebug) {
+		q.log.DebugContext(r.Context(), "request", "request_id", id, "method", r.Method, "path", r.URL.Path)
+	}
+	q.next.ServeHTTP(w, r)
+}
 
 // calls is an interceptor that logs failed calls with the request's id.
 type calls struct{ log *slog.Logger }

@@ -48,6 +48,8 @@ type Config struct {
 	// machine).
 	Machine Machine
 	Log     *slog.Logger
+	// Level is the level of Log, which /init sets (nil: /init leaves it alone).
+	Level *slog.LevelVar
 }
 
 // Machine changes what identifies a guest after a restore. The package machine has the
@@ -148,7 +150,7 @@ func New(cfg Config) (*Server, error) {
 	mux.Handle("POST /ports", s.guard(http.HandlerFunc(s.look)))
 	mux.Handle("POST /thaw", s.guard(s.toTree(s.thaw)))
 	mux.Handle("/", s.guard(s.identify(user)))
-	s.handler = timed(mux)
+	s.handler = timed(requests{log, mux})
 	return s, nil
 }
 

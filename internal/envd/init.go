@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"strings"
 	"time"
@@ -28,6 +29,7 @@ type initRequest struct {
 	Entropy        []byte            `json:"entropy"`   // secret random bytes, in base64
 	Hostname       string            `json:"hostname"`
 	GrowDisk       int64             `json:"growDisk"` // bytes that the disk of / has now
+	Debug          *bool             `json:"debug"`    // whether the log has the level debug
 	Thaw           bool              `json:"thaw"`
 }
 
@@ -173,6 +175,13 @@ func (s *Server) become(ctx context.Context, req *initRequest) (initReply, error
 		s.state.workdir = *req.DefaultWorkdir
 	}
 	s.mu.Unlock()
+	if req.Debug != nil && s.cfg.Level != nil {
+		level := slog.LevelInfo
+		if *req.Debug {
+			level = slog.LevelDebug
+		}
+		s.cfg.Level.Set(level)
+	}
 
 	if m != nil {
 		if !req.Timestamp.IsZero() {

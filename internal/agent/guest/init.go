@@ -51,6 +51,8 @@ type Settings struct {
 	// GrowDisk is the size of the guest's disk in bytes, to which the guest grows its file
 	// system; 0: it does not.
 	GrowDisk int64
+	// Debug gives the guest's log, which is on its console, the level debug.
+	Debug bool
 	// Thaw makes the guest thaw users' processes, after everything else.
 	Thaw bool
 }
@@ -165,8 +167,9 @@ func newInitMessage(token string, s Settings) (*initMessage, error) {
 		Entropy        []byte            `json:"entropy"`
 		Hostname       string            `json:"hostname,omitempty"`
 		GrowDisk       int64             `json:"growDisk,omitempty"`
+		Debug          bool              `json:"debug"`
 		Thaw           bool              `json:"thaw,omitempty"`
-	}{token, envs, s.User, s.Workdir, entropy, s.Hostname, s.GrowDisk, s.Thaw})
+	}{token, envs, s.User, s.Workdir, entropy, s.Hostname, s.GrowDisk, s.Debug, s.Thaw})
 	if err != nil {
 		return nil, connect.NewError(connect.CodeInternal, fmt.Errorf("encode settings: %w", err))
 	}

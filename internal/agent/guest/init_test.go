@@ -136,7 +136,7 @@ func TestInitRetriesLostResponse(t *testing.T) {
 		}
 		_, _ = w.Write([]byte(`{"disk":4096,"warnings":["no\u0000","` + strings.Repeat("x", 5000) + `"]}`))
 	})
-	r, err := c.Init(await.Context(t), Settings{Token: "new", Hostname: "h", GrowDisk: 4096, Thaw: true})
+	r, err := c.Init(await.Context(t), Settings{Token: "new", Hostname: "h", GrowDisk: 4096, Debug: true, Thaw: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -151,7 +151,7 @@ func TestInitRetriesLostResponse(t *testing.T) {
 	if err != nil || time.Since(at).Abs() > 20*time.Second {
 		t.Error(at, err)
 	}
-	if m["hostname"] != "h" || m["growDisk"] != 4096.0 || m["thaw"] != true || len(m["entropy"].(string)) != 88 {
+	if m["hostname"] != "h" || m["growDisk"] != 4096.0 || m["debug"] != true || m["thaw"] != true || len(m["entropy"].(string)) != 88 {
 		t.Errorf("sent %v", m)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"maps"
 	"os"
 	"slices"
@@ -359,6 +360,7 @@ func (b *box) init(ctx context.Context, grow bool) error {
 	settings := defaults(origin.Defaults)
 	maps.Copy(settings.Envs, spec.Envs)
 	settings.Token, settings.Hostname, settings.Thaw = spec.Token, id.Format(id.Sandbox, spec.ID), true
+	settings.Debug = b.log.Enabled(ctx, slog.LevelDebug)
 	if grow {
 		settings.GrowDisk = int64(spec.DiskMiB) << 20
 	}
