@@ -140,13 +140,14 @@ func (n *named) RoundTrip(r *http.Request) (*http.Response, error) {
 
 // TestTraces follows a creation, a pause, a resume, a command, a request to a port and a
 // build from the front door to the guest, at a collector that the test starts. No secret
-// reaches the collector.
+// reaches the collector. The installation also serves [checkRequestIDs].
 func TestTraces(t *testing.T) {
 	if why := unable(); why != "" {
 		t.Skip(why)
 	}
 	c := newCollector(t)
 	t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", c.URL)
+	t.Setenv("WRENN_LOG_LEVEL", "debug") // for the request ids
 	t.Setenv("OTEL_EXPORTER_OTLP_HEADERS", "X-Token=of%20the%20collector")
 	dir, err := newDir()
 	if err != nil {
@@ -187,6 +188,8 @@ func TestTraces(t *testing.T) {
 		t.Fatalf("%+v, %v", result, err)
 	}
 	c.wants(t, id, server+"POST /v1/sandboxes/{sandbox_id}/exec", agent+"ExecStream", agent+"guest /process.Process/Start", agent+"in the guest")
+
+	t.Run("request ids", func(t *testing.T) { checkRequestIDs(t, i, box) })
 
 	cl, id = as("pause")
 	if _, err := cl.Pause(t.Context(), box.ID); err != nil {
