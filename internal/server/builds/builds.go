@@ -366,21 +366,27 @@ const lookAgain = 2 * time.Second
 // Follow calls see with a team's build and its steps, at once and after each change,
 // until the build has ended, see fails or ctx is done.
 func (s *Service) Follow(ctx context.Context, team, build uuid.UUID, see func(db.Build, []Step) error) error {
+	return s.atChanges(ctx, build, lookAgain, func() (ended bool, err error) { return s.look(ctx, team, build, see) })
+}
+
+// atChanges calls f at once, at each change of the build, and at the latest every most,
+// until f is done or fails, or ctx is done.
+func (s *Service) atChanges(ctx context.Context, build uuid.UUID, most time.Duration, f func() (done bool, err error)) error {
 	for {
-		change, stop := s.follow(build)
-		ended, err := s.look(ctx, team, build, see)
-		if !ended && err == nil {
-			look := time.NewTimer(lookAgain)
+		changed, stop := s.follow(build)
+		done, err := f()
+		if !done && err == nil {
+			t := time.NewTimer(most)
 			select {
-			case <-change:
-			case <-look.C:
+			case <-changed:
+			case <-t.C:
 			case <-ctx.Done():
 				err = ctx.Err()
 			}
-			look.Stop()
+			t.Stop()
 		}
 		stop()
-		if ended || err != nil {
+		if done || err != nil {
 			return err
 		}
 	}

@@ -192,8 +192,7 @@ func (s *Service) attempt(ctx context.Context, row db.Build) {
 // lease is lost.
 func (s *Service) renewLease(ctx context.Context, row db.Build, off context.CancelCauseFunc) {
 	until := time.Now().Add(s.Lease)
-	for lost := false; !lost && ctx.Err() == nil; {
-		change, stop := s.follow(row.ID)
+	_ = s.atChanges(ctx, row.ID, s.Lease/4, func() (lost bool, _ error) { // It fails only when ctx is done.
 		cancelling, err := s.Store.Vital.RenewBuild(ctx, db.RenewBuildParams{ID: row.ID, Worker: &s.Store.Server, Attempts: row.Attempts, Lease: s.Lease.Seconds()})
 		switch {
 		case ctx.Err() != nil:
@@ -204,19 +203,10 @@ func (s *Service) renewLease(ctx context.Context, row db.Build, off context.Canc
 			until = time.Now().Add(s.Lease)
 		case errors.Is(err, store.ErrNoRows), time.Now().After(until):
 			off(errLost)
-			lost = true
+			return true, nil
 		}
-		if !lost {
-			t := time.NewTimer(s.Lease / 4)
-			select {
-			case <-change:
-			case <-t.C:
-			case <-ctx.Done():
-			}
-			t.Stop()
-		}
-		stop()
-	}
+		return false, nil
+	})
 }
 
 // clean removes a build's sandboxes first, so that no capture can complete, and then its
