@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// TestRedirects checks that no redirect of a service takes a key, a session or a password
-// to another service.
+// TestRedirects checks that a service cannot redirect the client to another one, which
+// would get the key, the session or the password.
 func TestRedirects(t *testing.T) {
 	var asked atomic.Int64
 	other := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked.Add(1) }))

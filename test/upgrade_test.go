@@ -113,9 +113,9 @@ func (o *operator) systemctl(t *testing.T, do, service string) {
 }
 
 // TestUpgrade follows docs/backup.md and docs/upgrade.md. It copies a host and restores
-// it, upgrades server and agent, rolls both back, and replaces the secret key. The same
-// program is both releases, because other tests cover what one release reads of another's
-// data. A migration that this release does not know stands for the later one's schema.
+// it, upgrades server and agent, rolls both back, and replaces the secret key. Both
+// releases are the same program: other tests check that each release can read the other's
+// data. A migration that this program does not know stands for the later release's schema.
 func TestUpgrade(t *testing.T) {
 	if os.Getenv("WRENN_SLOW") == "" {
 		t.Skip("restarts server and agent ten times, which takes minutes: make test WRENN_SLOW=1")

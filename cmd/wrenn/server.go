@@ -83,8 +83,8 @@ func serverCommand() *cobra.Command {
 	}
 }
 
-// withMetrics returns run. If listen is not empty, it returns a function that also serves
-// metrics there, without credentials.
+// withMetrics returns a function that serves metrics at listen, without credentials, while
+// it runs run. If listen is empty, it returns run.
 func withMetrics(listen string, bound func(net.Listener) net.Listener, metrics http.Handler, run func(context.Context) error) func(context.Context) error {
 	if listen == "" {
 		return run

@@ -277,8 +277,8 @@ func TestFilter(t *testing.T) {
 	}
 }
 
-// TestTerminalsAreFiltered checks that a terminal gets no control characters of a guest's
-// program, unless the user asks for them, and that a pipe gets all.
+// TestTerminalsAreFiltered checks that control characters in a guest's output do not reach
+// a terminal, unless the user asks for them, and that they do reach a pipe.
 func TestTerminalsAreFiltered(t *testing.T) {
 	master, slave, err := pty.Open()
 	if err != nil {

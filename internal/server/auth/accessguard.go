@@ -50,8 +50,8 @@ type stream struct {
 	inDoubt bool // The next check includes it.
 }
 
-// NewAccessGuard returns a guard that follows the notifications of a store. It works while
-// [AccessGuard.Run] runs.
+// NewAccessGuard returns a guard that follows the notifications of a store. It ends streams
+// only while [AccessGuard.Run] runs.
 func NewAccessGuard(st *store.Store, log *slog.Logger) *AccessGuard {
 	return &AccessGuard{store: st, log: log, wake: make(chan struct{}, 1), streams: make(map[*stream]struct{})}
 }

@@ -23,7 +23,8 @@ const confirmLasts = 24 * time.Hour
 // teams of one owner share a limit too.
 var (
 	limitAddress = ratelimit.Limit{Name: "confirm-address", Burst: 1, Per: time.Hour}
-	limitMails   = ratelimit.Limit{Name: "confirm-letters", Burst: 20, Per: 24 * time.Hour}
+	// The name is also that of the counts in Redis, so a new one would reset them.
+	limitMails = ratelimit.Limit{Name: "confirm-letters", Burst: 20, Per: 24 * time.Hour}
 )
 
 // errUnconfirmed is the error of a mail channel that its recipient has not confirmed.

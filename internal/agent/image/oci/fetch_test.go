@@ -129,8 +129,8 @@ func TestClaimedSizes(t *testing.T) {
 	}
 }
 
-// TestRegistrySendsElsewhere has a registry that sends the agent to other addresses, in
-// each way that the protocol knows: it goes to none that its policy does not allow.
+// TestRegistrySendsElsewhere checks that the agent connects only to addresses that its
+// policy allows, although a registry refers it to others in every way that the protocol has.
 func TestRegistrySendsElsewhere(t *testing.T) {
 	// The library itself refuses plainer forms of these two addresses.
 	const guest, cloud = "https://[64:ff9b::10.11.0.7]:8443/x", "https://[64:ff9b::169.254.169.254]/latest"

@@ -116,10 +116,10 @@ func (m *machine) reported() error {
 	return m.reason
 }
 
-// handleEvents handles QEMU's events until its end. QEMU keeps a guest that has shut down or
-// crashed; handleEvents reads its console and ends QEMU. QEMU stops a guest that cannot write to
-// a full disk; handleEvents retries until the disk has space. waits says that the guest is in this
-// state already.
+// handleEvents handles QEMU's events until QEMU ends. QEMU keeps a guest that has shut
+// down or crashed; handleEvents reads its console and ends QEMU. QEMU stops a guest that
+// cannot write to a full disk; handleEvents retries until the disk has space. If waits is
+// set, the guest is in this state already.
 func (m *machine) handleEvents(waits bool) {
 	var retry <-chan time.Time
 	if waits {
