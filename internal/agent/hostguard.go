@@ -21,8 +21,9 @@ const (
 	guardAnyway = 30 * time.Second
 )
 
-// guardHost repairs what other software does to the agent's control groups and files,
-// until ctx is done. The network has a guard of its own.
+// guardHost repairs what other software does to the agent's control groups and files, and
+// lets busy machines yield to others, until ctx is done. The network has a guard of its
+// own.
 func (a *Agent) guardHost(ctx context.Context) error {
 	wake := make(chan struct{}, 1)
 	w, err := hostwatch.Open(false, func() {
@@ -34,6 +35,7 @@ func (a *Agent) guardHost(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	a.guarding.Go(func() { a.sandboxes.Yield(ctx) })
 	a.guarding.Go(func() {
 		defer w.Close()
 		tick := time.NewTicker(guardAnyway)

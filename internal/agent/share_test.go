@@ -151,6 +151,15 @@ func TestSharedHost(t *testing.T) {
 		return nil
 	})
 
+	// As if the agent were killed while the machine yields to others.
+	weight := filepath.Join("/sys/fs/cgroup/wrenn", group, "cpu.weight")
+	if _, err := os.Stat(weight); err != nil {
+		weight = filepath.Join("/sys/fs/cgroup/cpu/wrenn", group, "cpu.shares")
+	}
+	normal := read(weight)
+	if err := os.WriteFile(weight, []byte("13"), 0); err != nil {
+		t.Fatal(err)
+	}
 	// No agent runs while /run is emptied.
 	h.Kill(t, syscall.SIGKILL)
 	run("umount", "-l", layout.Namespaces())
@@ -162,6 +171,12 @@ func TestSharedHost(t *testing.T) {
 	if agenttest.QEMU(sandbox) != pid {
 		t.Error("it has another machine")
 	}
+	eventually("the machine's share of the processors", func() error {
+		if now := read(weight); now != normal {
+			return fmt.Errorf("its weight is %s, not %s", now, normal)
+		}
+		return nil
+	})
 	run("ip", "netns", "del", "x")
 	eventually("no problem is left", func() error {
 		m, err := h.Host(t.Context(), connect.NewRequest(&pb.HostRequest{}))

@@ -19,8 +19,9 @@ import (
 
 const (
 	floodMemory   = 512
-	floodRequests = 100 // per phase
-	floodWrites   = 50
+	floodRequests = 300 // per phase, as many writes
+	floodWrites   = 300
+	floodPace     = 25 * time.Millisecond // between the beginnings of two requests
 	floodPort     = 9000
 )
 
@@ -175,7 +176,7 @@ func (h *host) flood(t *testing.T, sandbox, script string) (stop func()) {
 			t.Errorf("the flood ended: %v", err)
 		}
 	}()
-	time.Sleep(1500 * time.Millisecond) // until its burst is used up
+	time.Sleep(2500 * time.Millisecond) // until its burst is used up, and the agent has seen what it uses
 	return func() { cancel(); <-ended }
 }
 
@@ -186,12 +187,16 @@ func (h *host) serveSmall(t *testing.T, sandbox string) {
 	h.exec(t, sandbox, fmt.Sprintf("mkdir -p /tmp/w && cd /tmp/w && echo hello >index.html && { setsid python3 -m http.server %[1]d >/dev/null 2>&1 & } && until curl -fs localhost:%[1]d; do sleep 0.1; done", floodPort))
 }
 
-// small requests small responses.
+// small requests small responses, at a pace that leaves the sandbox idle about half of the
+// time, so that it does not compete with itself.
 func (h *host) small(t *testing.T, sandbox string) sample {
 	t.Helper()
 	url := fmt.Sprintf("%s/proxy/%s/%d/", h.Base, sandbox, floodPort)
 	all := make(sample, floodRequests)
+	pace := time.NewTicker(floodPace)
+	defer pace.Stop()
 	for i := range all {
+		<-pace.C
 		begin := time.Now()
 		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
 		if err != nil {

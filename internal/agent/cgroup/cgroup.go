@@ -192,18 +192,33 @@ func (g Group) limit(l Limits) error {
 			return err
 		}
 	}
-	weight := min(max(l.Weight, 1), maxWeight)
-	file, value := "cpu.weight", weight*weightUnit
-	if !v2() {
-		file, value = "cpu.shares", weight*sharesUnit
-	}
-	if err := set("cpu", file, strconv.Itoa(value)); err != nil {
+	if err := g.setWeight(float64(l.Weight)); err != nil {
 		return err
 	}
 	if l.PIDs > 0 {
 		return set("pids", "pids.max", strconv.FormatInt(l.PIDs, 10))
 	}
 	return nil
+}
+
+// SetWeight changes the group's weight (see [Limits]), which need not be whole.
+func (g Group) SetWeight(weight float64) error {
+	if err := g.setWeight(weight); err != nil {
+		return fmt.Errorf("set the weight of control group: %w", err)
+	}
+	return nil
+}
+
+func (g Group) setWeight(weight float64) error {
+	if weight == 0 {
+		weight = 1
+	}
+	path, unit := filepath.Join(root, parent, g.Name, "cpu.weight"), float64(weightUnit)
+	if !v2() {
+		path, unit = filepath.Join(root, "cpu", parent, g.Name, "cpu.shares"), sharesUnit
+	}
+	value := max(int(min(weight, maxWeight)*unit), 2) // 2 is the least of version 1
+	return os.WriteFile(path, []byte(strconv.Itoa(value)), 0)
 }
 
 // AddThread moves a thread of this process into the group, so that the processes it

@@ -163,6 +163,49 @@ func TestRemoveParentDuringCreate(t *testing.T) {
 	<-removed
 }
 
+// TestSetWeight changes a group's weight, beyond what the kernel accepts too.
+func TestSetWeight(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root")
+	}
+	if err := Available(); err != nil {
+		t.Skip(err)
+	}
+	g, err := Create(fmt.Sprintf("test-set-weight-%d", os.Getpid()), Limits{Weight: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := g.Destroy(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	path, unit := filepath.Join(root, parent, g.Name, "cpu.weight"), weightUnit
+	if !v2() {
+		path, unit = filepath.Join(root, "cpu", parent, g.Name, "cpu.shares"), sharesUnit
+	}
+	has := func(when string, want int) {
+		t.Helper()
+		b, err := os.ReadFile(path)
+		if got, e := strconv.Atoi(strings.TrimSpace(string(b))); err != nil || e != nil || got != want {
+			t.Errorf("%s: the kernel has %d, not %d: %v", when, got, want, errors.Join(err, e))
+		}
+	}
+	has("created", 2*unit)
+	for _, c := range []struct {
+		weight float64
+		want   int
+	}{{0.25, unit / 4}, {0, unit}, {1e-9, 2}, {1e9, maxWeight * unit}} {
+		if err := g.SetWeight(c.weight); err != nil {
+			t.Error(err)
+		}
+		has(fmt.Sprint(c.weight), c.want)
+	}
+	if err := (Group{Name: "no-such-group"}).SetWeight(1); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a group that does not exist: %v", err)
+	}
+}
+
 // TestConfine checks that Confine puts a process back into its group after other software
 // moved it out, even if that software also removed the group.
 func TestConfine(t *testing.T) {

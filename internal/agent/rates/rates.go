@@ -17,7 +17,7 @@ import (
 // Rates are the limits of one guest. Zero is no limit.
 type Rates struct {
 	DiskBytes  int64 `env:"WRENN_DISK_BYTES_PER_SECOND" envDefault:"268435456" help:"bytes that a guest may read and write on its disk in a second; 0: no limit"`
-	DiskOps    int64 `env:"WRENN_DISK_OPS_PER_SECOND" envDefault:"5000" help:"reads and writes that a guest may do on its disk in a second; 0: no limit"`
+	DiskOps    int64 `env:"WRENN_DISK_OPS_PER_SECOND" envDefault:"3000" help:"reads and writes that a guest may do on its disk in a second; 0: no limit"`
 	NetBytes   int64 `env:"WRENN_NET_BYTES_PER_SECOND" envDefault:"134217728" help:"bytes that a guest may send in a second, and as many that it may receive; 0: no limit"`
 	NetPackets int64 `env:"WRENN_NET_PACKETS_PER_SECOND" envDefault:"50000" help:"packets that a guest may send in a second, and as many that it may receive; 0: no limit"`
 	// For NetBytes, a Burst below a second counts as a second.

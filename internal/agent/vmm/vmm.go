@@ -194,6 +194,14 @@ type Confiner interface {
 	Confine(st State, s Spec) (repaired bool, err error)
 }
 
+// Yielder is implemented by drivers that can change a running machine's share of the
+// host's processors.
+type Yielder interface {
+	// Yield reduces the share of a machine relative to others, while there are too few
+	// processors for all, or makes it normal again. Of the spec, it needs VCPUs.
+	Yield(st State, s Spec, yield bool) error
+}
+
 // State identifies a virtual machine across restarts of the agent, which stores it as
 // JSON.
 type State struct {

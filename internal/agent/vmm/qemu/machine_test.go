@@ -58,6 +58,11 @@ func TestEndOutOfGroup(t *testing.T) {
 	if _, err := g.Memory(); err != nil {
 		t.Error(err)
 	}
+	for _, yield := range []bool{true, false} {
+		if err := d.Yield(st, vmm.Spec{VCPUs: 1}, yield); err != nil {
+			t.Errorf("yield %v: %v", yield, err)
+		}
+	}
 	// While the driver ends the process, it stays out of the group.
 	if err := vmmtest.MoveOut(cmd.Process.Pid); err != nil {
 		t.Fatal(err)

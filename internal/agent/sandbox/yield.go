@@ -1,0 +1,124 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"time"
+
+	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/id"
+)
+
+// A machine that used more than yieldAbove processors in the last yieldEvery yields to
+// others, until it uses less than yieldBelow. Between the two it stays as it is.
+const (
+	yieldEvery = time.Second
+	yieldAbove = 0.6
+	yieldBelow = 0.4
+)
+
+// Yield lets machines that use processors steadily yield to those that use them now and
+// then, until ctx is done. A machine that answers a request then hardly waits for a
+// neighbour that computes or floods its disk or network. Machines that all compute have
+// equal shares again.
+func (m *Manager) Yield(ctx context.Context) {
+	d, ok := m.Driver.(vmm.Yielder)
+	if !ok {
+		return
+	}
+	y := yielding{driver: d, spent: processorTime}
+	tick := time.NewTicker(yieldEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			m.yield(&y, time.Now())
+		}
+	}
+}
+
+// yielding is what [Manager.Yield] knows between two rounds.
+type yielding struct {
+	driver vmm.Yielder
+	spent  func(pid int) (time.Duration, error) // [processorTime]
+	uses   map[uuid.UUID]*use                   // by the machine's id
+}
+
+// yield is one round.
+func (m *Manager) yield(y *yielding, now time.Time) {
+	m.mu.Lock()
+	boxes := make([]*box, 0, len(m.boxes))
+	for _, b := range m.boxes {
+		boxes = append(boxes, b)
+	}
+	m.mu.Unlock()
+	uses := make(map[uuid.UUID]*use, len(boxes))
+	for _, b := range boxes {
+		b.mu.Lock()
+		spec, vm := b.rec.Spec, b.vm
+		b.mu.Unlock()
+		if vm == nil {
+			continue
+		}
+		spent, err := y.spent(vm.PID())
+		if err != nil {
+			continue // it has ended
+		}
+		st := vm.State()
+		u, old := y.uses[st.ID]
+		if !old {
+			u = &use{spent: spent, at: now}
+		}
+		uses[st.ID] = u
+		yielded := u.yields
+		u.next(spent, now)
+		// A machine that yields is told so each time, because its control group may have been
+		// made again. A new one is told once, because an earlier agent may have left it
+		// yielding.
+		if old && !yielded && !u.yields {
+			continue
+		}
+		if err := y.driver.Yield(st, vmm.Spec{VCPUs: spec.VCPUs}, u.yields); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			m.Log.Warn("cannot change a machine's share of the processors", "sandbox", id.Format(id.Sandbox, spec.ID), "error", err)
+		}
+	}
+	y.uses = uses
+}
+
+// use is what a machine had used of the processors at a time.
+type use struct {
+	spent  time.Duration
+	at     time.Time
+	yields bool
+}
+
+// next decides whether the machine yields, from the processor time that it has used
+// until now.
+func (u *use) next(spent time.Duration, now time.Time) {
+	if passed := now.Sub(u.at); passed > 0 {
+		switch processors := float64(spent-u.spent) / float64(passed); {
+		case processors > yieldAbove:
+			u.yields = true
+		case processors < yieldBelow:
+			u.yields = false
+		}
+	}
+	u.spent, u.at = spent, now
+}
+
+// processorTime returns the time that a process has used of the processors.
+func processorTime(pid int) (time.Duration, error) {
+	const scheduled = 2 // CPUCLOCK_SCHED, the clock of all of the process's threads
+	var t unix.Timespec
+	if err := unix.ClockGettime(int32(^pid<<3|scheduled), &t); err != nil {
+		return 0, fmt.Errorf("read the processor time of process %d: %w", pid, err)
+	}
+	return time.Duration(t.Nano()), nil
+}
