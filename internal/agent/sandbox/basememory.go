@@ -222,8 +222,8 @@ func (s *bases) mib() int {
 }
 
 // saveDevices saves the state of a held machine's devices to a new file.
-func (b *box) saveDevices(ctx context.Context, name string) error {
-	devices, err := b.vm.Devices(ctx)
+func (inst *instance) saveDevices(ctx context.Context, name string) error {
+	devices, err := inst.vm.Devices(ctx)
 	if err != nil {
 		return err
 	}

@@ -80,7 +80,7 @@ func (m *Manager) Prepare(ctx context.Context, t image.Template, vcpus, memoryMi
 	if err := spec.check(t); err != nil {
 		return err
 	}
-	place := newBox(m, record{Spec: spec})
+	place := newInstance(m, record{Spec: spec})
 	if err := m.reserve(ctx, place); err != nil {
 		return err
 	}
@@ -109,22 +109,22 @@ func (m *Manager) makeCapture(t image.Template, vcpus, memoryMiB int, nested boo
 	}
 	defer release()
 	home := uuid.New()
-	b := newBox(m, record{
+	inst := newInstance(m, record{
 		Version: format.Sandbox.Version, Home: home, State: Starting, CreatedAt: time.Now().UTC(),
 		Spec: Spec{ID: home, Team: t.Team, Template: t.ID, VCPUs: vcpus, MemoryMiB: memoryMiB, DiskMiB: t.DiskMiB},
 	})
-	b.begin.nested = nested
+	inst.begin.nested = nested
 	// It needs no reservation: the waiting sandbox has reserved as much, and does not use it
 	// yet.
-	if err := m.register(b); err != nil {
+	if err := m.register(inst); err != nil {
 		return nil, err
 	}
-	b.log = m.Log.With("template", t.Name, "vcpus", vcpus, "memory_mib", memoryMiB)
-	b.log.Info("capturing a template")
+	inst.log = m.Log.With("template", t.Name, "vcpus", vcpus, "memory_mib", memoryMiB)
+	inst.log.Info("capturing a template")
 	begin := time.Now()
-	ctx, done := b.bounded()
-	ctx, end := b.operation(ctx, "capture template")
-	c, err := b.bootAndCapture(ctx, t, inputs, name)
+	ctx, done := inst.bounded()
+	ctx, end := inst.operation(ctx, "capture template")
+	c, err := inst.bootAndCapture(ctx, t, inputs, name)
 	end(err)
 	done()
 	why := ending{Reason: "its template was captured", Time: time.Now().UTC()}
@@ -132,39 +132,39 @@ func (m *Manager) makeCapture(t image.Template, vcpus, memoryMiB int, nested boo
 		why.Reason = "capture: " + err.Error()
 	}
 	tried := make(chan error, 1)
-	m.wg.Go(func() { b.clean(why, func(err error) { tried <- err }) })
+	m.wg.Go(func() { inst.clean(why, func(err error) { tried <- err }) })
 	cleanErr := <-tried
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("capture the template: %w", err), cleanErr)
 	}
-	m.Log.Info("template captured", "template", t.Name, "took", time.Since(begin), "steps", stepsValue(b.steps))
+	m.Log.Info("template captured", "template", t.Name, "took", time.Since(begin), "steps", stepsValue(inst.steps))
 	m.removeStale(t, inputs)
 	return c, nil
 }
 
-func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name string) (_ *image.Capture, err error) {
-	dir, home := b.m.Dir, b.rec.Home
-	leave, err := b.queue(ctx)
+func (inst *instance) bootAndCapture(ctx context.Context, t image.Template, inputs, name string) (_ *image.Capture, err error) {
+	dir, home := inst.m.Dir, inst.rec.Home
+	leave, err := inst.queue(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer leave()
-	ctx, cancel := b.m.inTime(ctx, "come up")
+	ctx, cancel := inst.m.inTime(ctx, "come up")
 	defer cancel()
 	into := &image.Capture{
-		ID: uuid.New(), Kind: b.m.Driver.Kind(b.begin.nested), Inputs: inputs,
-		VCPUs: b.rec.Spec.VCPUs, MemoryMiB: b.rec.Spec.MemoryMiB, DiskMiB: t.DiskMiB, Layers: 1, DiskFormat: b.m.Driver.Disks().Name(),
+		ID: uuid.New(), Kind: inst.m.Driver.Kind(inst.begin.nested), Inputs: inputs,
+		VCPUs: inst.rec.Spec.VCPUs, MemoryMiB: inst.rec.Spec.MemoryMiB, DiskMiB: t.DiskMiB, Layers: 1, DiskFormat: inst.m.Driver.Disks().Name(),
 		Defaults: t.Defaults, Runs: len(t.Start) > 0,
 		Dir: filepath.Join(dir.Sandbox(home), "capture"),
 	}
-	if err := b.step(ctx, "slot", func(ctx context.Context) error { return b.acquire(ctx) }); err != nil {
+	if err := inst.step(ctx, "slot", func(ctx context.Context) error { return inst.acquire(ctx) }); err != nil {
 		return nil, err
 	}
-	err = b.step(ctx, "disk", func(ctx context.Context) error {
+	err = inst.step(ctx, "disk", func(ctx context.Context) error {
 		if err := os.Mkdir(dir.Sandbox(home), 0o700); err != nil {
 			return fmt.Errorf("make folder: %w", err)
 		}
-		if err := b.rec.jot(dir); err != nil {
+		if err := inst.rec.jot(dir); err != nil {
 			return Full(err)
 		}
 		if err := os.MkdirAll(into.Memory(), 0o700); err != nil {
@@ -173,20 +173,20 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 		if err := os.Link(t.Rootfs, into.Rootfs()); err != nil {
 			return err
 		}
-		return b.firstDisk(int64(t.DiskMiB) << 20)
+		return inst.firstDisk(int64(t.DiskMiB) << 20)
 	})
 	if err != nil {
 		return nil, err
 	}
-	err = b.step(ctx, "vm", func(ctx context.Context) error {
-		return b.boot(ctx, into, nil)
+	err = inst.step(ctx, "vm", func(ctx context.Context) error {
+		return inst.boot(ctx, into, nil)
 	})
 	if err != nil {
 		return nil, err
 	}
-	err = b.step(ctx, "boot", func(ctx context.Context) error {
-		return b.guarded(ctx, func(ctx context.Context) error {
-			g := guest.New(b.slot.Address(), "")
+	err = inst.step(ctx, "boot", func(ctx context.Context) error {
+		return inst.guarded(ctx, func(ctx context.Context) error {
+			g := guest.New(inst.slot.Address(), "")
 			defer g.Close()
 			return g.Wait(ctx)
 		})
@@ -194,18 +194,18 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 	if err != nil {
 		return nil, err
 	}
-	err = b.step(ctx, "warm up", func(ctx context.Context) error {
+	err = inst.step(ctx, "warm up", func(ctx context.Context) error {
 		into.Token = rand.Text()
-		if err := b.warmUp(ctx, into, "", into.Token, warmUpCommand+"; sync"); err != nil {
+		if err := inst.warmUp(ctx, into, "", into.Token, warmUpCommand+"; sync"); err != nil {
 			return err
 		}
 		if into.Runs {
-			if err := b.startOwn(ctx, into.Token, t.Start); err != nil {
+			if err := inst.startOwn(ctx, into.Token, t.Start); err != nil {
 				return err
 			}
 		}
 		// Let the guest become idle, because every restored machine continues its work.
-		t := time.NewTimer(b.m.CaptureDelay)
+		t := time.NewTimer(inst.m.CaptureDelay)
 		defer t.Stop()
 		select {
 		case <-t.C:
@@ -217,21 +217,21 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 	if err != nil {
 		return nil, err
 	}
-	err = b.step(ctx, "save", func(ctx context.Context) error { return Full(b.save(ctx, into)) })
+	err = inst.step(ctx, "save", func(ctx context.Context) error { return Full(inst.save(ctx, into)) })
 	if err != nil {
 		return nil, err
 	}
-	err = b.step(ctx, "publish", func(ctx context.Context) error {
-		if err := b.killVM(ctx); err != nil {
+	err = inst.step(ctx, "publish", func(ctx context.Context) error {
+		if err := inst.killVM(ctx); err != nil {
 			return err
 		}
-		if err := seal(b.rec.disk(dir, 0)); err != nil {
+		if err := seal(inst.rec.disk(dir, 0)); err != nil {
 			return err
 		}
-		if err := os.Rename(b.rec.disk(dir, 0), into.Layer(0)); err != nil {
+		if err := os.Rename(inst.rec.disk(dir, 0), into.Layer(0)); err != nil {
 			return err
 		}
-		if err := errors.Join(into.LinkModules(b.modules(into)), into.Write()); err != nil {
+		if err := errors.Join(into.LinkModules(inst.modules(into)), into.Write()); err != nil {
 			return Full(err)
 		}
 		into, err = t.Publish(dir, into.Dir, name)
@@ -242,9 +242,9 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 
 // warmUp makes a guest do what it will do for a sandbox, so that the code is in its memory,
 // and translated under emulation. shown is its present token, token the new one.
-func (b *box) warmUp(ctx context.Context, c *image.Capture, shown, token, command string) error {
-	return b.guarded(ctx, func(ctx context.Context) error {
-		g := guest.New(b.slot.Address(), shown)
+func (inst *instance) warmUp(ctx context.Context, c *image.Capture, shown, token, command string) error {
+	return inst.guarded(ctx, func(ctx context.Context) error {
+		g := guest.New(inst.slot.Address(), shown)
 		defer g.Close()
 		settings := defaults(c.Defaults)
 		settings.Token, settings.Hostname, settings.Thaw = token, "sandbox", true
@@ -254,7 +254,7 @@ func (b *box) warmUp(ctx context.Context, c *image.Capture, shown, token, comman
 		// Not an error: the template may lack a shell.
 		cmd := guest.Command{Cmd: "/bin/sh", Args: []string{"-c", command}, Timeout: warmUpTimeout}
 		if _, err := g.Exec(ctx, cmd, nil); err != nil {
-			b.log.Info("cannot run a warm-up command in the guest", "error", firstLine(err.Error()))
+			inst.log.Info("cannot run a warm-up command in the guest", "error", firstLine(err.Error()))
 		}
 		return nil
 	})
@@ -262,13 +262,13 @@ func (b *box) warmUp(ctx context.Context, c *image.Capture, shown, token, comman
 
 // startOwn starts a template's own command. It is not an error if the command does not
 // start, or ends at once like an interpreter without a terminal.
-func (b *box) startOwn(ctx context.Context, token string, command []string) error {
-	return b.guarded(ctx, func(ctx context.Context) error {
-		g := guest.New(b.slot.Address(), token)
+func (inst *instance) startOwn(ctx context.Context, token string, command []string) error {
+	return inst.guarded(ctx, func(ctx context.Context) error {
+		g := guest.New(inst.slot.Address(), token)
 		defer g.Close()
 		err := g.Launch(ctx, guest.Command{Cmd: command[0], Args: command[1:]})
 		if err != nil && guest.Said(err) {
-			b.log.Warn("cannot start the template's own command", "error", firstLine(err.Error()))
+			inst.log.Warn("cannot start the template's own command", "error", firstLine(err.Error()))
 			return nil
 		}
 		return err
@@ -282,21 +282,21 @@ const warmUpCommand = "ls -l / | cat; echo; id; python3 -c pass"
 const warmUpTimeout = 15 * time.Second
 
 // save saves a booted machine's devices and memory.
-func (b *box) save(ctx context.Context, into *image.Capture) error {
+func (inst *instance) save(ctx context.Context, into *image.Capture) error {
 	// Freeze programs, so that they continue only after a restored guest has its settings
 	// and the time.
-	g := guest.New(b.slot.Address(), into.Token)
+	g := guest.New(inst.slot.Address(), into.Token)
 	defer g.Close()
 	if err := g.Freeze(ctx); err != nil {
-		b.log.Warn("the guest cannot freeze its programs", "error", err)
+		inst.log.Warn("the guest cannot freeze its programs", "error", err)
 	}
-	if err := b.vm.Hold(ctx); err != nil {
+	if err := inst.vm.Hold(ctx); err != nil {
 		return err
 	}
-	if err := b.saveDevices(ctx, into.Devices()); err != nil {
+	if err := inst.saveDevices(ctx, into.Devices()); err != nil {
 		return err
 	}
-	m, err := memory.Create(ctx, into.Memory(), int64(into.MemoryMiB)<<20, b.vm.Pages())
+	m, err := memory.Create(ctx, into.Memory(), int64(into.MemoryMiB)<<20, inst.vm.Pages())
 	if err != nil {
 		return err
 	}

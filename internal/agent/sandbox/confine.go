@@ -13,17 +13,11 @@ func (m *Manager) Confine(problems *problem.List) {
 	if !ok {
 		return
 	}
-	m.mu.Lock()
-	boxes := make([]*box, 0, len(m.boxes))
-	for _, b := range m.boxes {
-		boxes = append(boxes, b)
-	}
-	m.mu.Unlock()
 	failed := map[string]bool{}
-	for _, b := range boxes {
-		b.mu.Lock()
-		spec, vm := b.rec.Spec, b.vm
-		b.mu.Unlock()
+	for _, inst := range m.all() {
+		inst.mu.Lock()
+		spec, vm := inst.rec.Spec, inst.vm
+		inst.mu.Unlock()
 		if vm == nil {
 			continue
 		}

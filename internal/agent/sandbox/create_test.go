@@ -216,14 +216,14 @@ func TestAbandonedCreate(t *testing.T) {
 	go func() { _, err := h.Create(first, s); ended <- err }()
 	await.Until(t, "the sandbox is starting", func() bool { return h.info(s.ID).State == Starting })
 	go func() { _, err := h.Create(second, s); ended <- err }()
-	b, err := h.find(s.ID)
+	inst, err := h.find(s.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
 	await.Until(t, "both callers wait", func() bool {
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		return b.waiters == 2
+		inst.mu.Lock()
+		defer inst.mu.Unlock()
+		return inst.waiters == 2
 	})
 	leaveFirst()
 	if err := <-ended; !errors.Is(err, context.Canceled) {

@@ -31,19 +31,19 @@ func (m *Manager) SnapshotDisk(ctx context.Context, sandbox, template uuid.UUID,
 	if template == uuid.Nil {
 		return image.Template{}, fail(ErrInvalid, "the built-in template is not to be replaced")
 	}
-	b, err := m.find(sandbox)
+	inst, err := m.find(sandbox)
 	if err != nil {
 		return image.Template{}, err
 	}
 	var t image.Template
-	err = b.order(ctx, func(ctx context.Context) (err error) {
-		t, err = b.snapshotDisk(ctx, template, name, defaults, start)
+	err = inst.order(ctx, func(ctx context.Context) (err error) {
+		t, err = inst.snapshotDisk(ctx, template, name, defaults, start)
 		return err
 	})
 	if err != nil { // the order may still run and write t
 		return image.Template{}, err
 	}
-	vcpus, memoryMiB := b.machineSize()
+	vcpus, memoryMiB := inst.machineSize()
 	err = m.Prepare(ctx, t, vcpus, memoryMiB)
 	switch {
 	case errors.Is(err, ErrExhausted):
@@ -58,8 +58,8 @@ func (m *Manager) SnapshotDisk(ctx context.Context, sandbox, template uuid.UUID,
 }
 
 // flatBytes returns the maximum size of the sandbox's flattened disk in bytes.
-func (b *box) flatBytes() (int64, error) {
-	origin, err := image.OpenCapture(b.m.Dir.SandboxOrigin(b.rec.Home))
+func (inst *instance) flatBytes() (int64, error) {
+	origin, err := image.OpenCapture(inst.m.Dir.SandboxOrigin(inst.rec.Home))
 	if err != nil {
 		return 0, err
 	}
@@ -67,34 +67,34 @@ func (b *box) flatBytes() (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	layers, err := b.layersTake(origin)
-	return min(base+layers, int64(b.rec.Spec.DiskMiB)<<20), err
+	layers, err := inst.layersTake(origin)
+	return min(base+layers, int64(inst.rec.Spec.DiskMiB)<<20), err
 }
 
-func (b *box) machineSize() (vcpus, memoryMiB int) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.rec.Spec.VCPUs, b.rec.Spec.MemoryMiB
+func (inst *instance) machineSize() (vcpus, memoryMiB int) {
+	inst.mu.Lock()
+	defer inst.mu.Unlock()
+	return inst.rec.Spec.VCPUs, inst.rec.Spec.MemoryMiB
 }
 
-func (b *box) snapshotDisk(ctx context.Context, template uuid.UUID, name string, defaults *image.Defaults, start []string) (_ image.Template, err error) {
-	dir, spec := b.m.Dir, &b.rec.Spec
+func (inst *instance) snapshotDisk(ctx context.Context, template uuid.UUID, name string, defaults *image.Defaults, start []string) (_ image.Template, err error) {
+	dir, spec := inst.m.Dir, &inst.rec.Spec
 	if t, err := image.Find(dir, spec.Team, template); err == nil {
 		return t, nil
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return image.Template{}, err
 	}
-	flat, err := b.flatBytes()
+	flat, err := inst.flatBytes()
 	if err != nil {
 		return image.Template{}, err
 	}
-	release, err := b.reserveForCapture(flat)
+	release, err := inst.reserveForCapture(flat)
 	if err != nil {
 		return image.Template{}, err
 	}
 	defer release()
 	begin := time.Now()
-	ctx, end := b.operation(ctx, "snapshot disk")
+	ctx, end := inst.operation(ctx, "snapshot disk")
 	defer func() { end(err) }()
 	tmp, err := image.TempTemplate(dir)
 	if err != nil {
@@ -103,12 +103,12 @@ func (b *box) snapshotDisk(ctx context.Context, template uuid.UUID, name string,
 	defer os.RemoveAll(tmp)
 	// The memory is captured too, but not used.
 	captured := filepath.Join(tmp, image.Captured)
-	c, err := b.capture(ctx, captured, defaults)
+	c, err := inst.capture(ctx, captured, defaults)
 	if err != nil {
 		return image.Template{}, fmt.Errorf("snapshot: %w", Full(err))
 	}
 	size := int64(c.DiskMiB) << 20
-	format, err := b.format(c.DiskFormat)
+	format, err := inst.format(c.DiskFormat)
 	if err != nil {
 		return image.Template{}, err
 	}
@@ -116,10 +116,10 @@ func (b *box) snapshotDisk(ctx context.Context, template uuid.UUID, name string,
 	for n := range c.Layers {
 		chain.Layers = append(chain.Layers, c.Layer(n))
 	}
-	err = b.step(ctx, "flatten", func(ctx context.Context) error {
+	err = inst.step(ctx, "flatten", func(ctx context.Context) error {
 		select {
-		case b.m.flattening <- struct{}{}:
-			defer func() { <-b.m.flattening }()
+		case inst.m.flattening <- struct{}{}:
+			defer func() { <-inst.m.flattening }()
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
@@ -140,10 +140,10 @@ func (b *box) snapshotDisk(ctx context.Context, template uuid.UUID, name string,
 		ID: template, Team: spec.Team, Name: name, DiskMiB: spec.DiskMiB, CreatedAt: time.Now().UTC().Truncate(time.Second),
 		Inputs: digest("disk", template.String()), Defaults: c.Defaults, Start: start,
 	}
-	err = b.step(ctx, "publish", func(ctx context.Context) error { return image.PublishRootfs(dir, tmp, t) })
+	err = inst.step(ctx, "publish", func(ctx context.Context) error { return image.PublishRootfs(dir, tmp, t) })
 	if err != nil {
 		return image.Template{}, fmt.Errorf("snapshot: %w", Full(err))
 	}
-	b.log.Info("sandbox's disk captured", "template", id.Format(id.Template, template), "took", time.Since(begin), "steps", stepsValue(b.steps))
+	inst.log.Info("sandbox's disk captured", "template", id.Format(id.Template, template), "took", time.Since(begin), "steps", stepsValue(inst.steps))
 	return image.Find(dir, spec.Team, template)
 }

@@ -92,11 +92,11 @@ func TestForkShares(t *testing.T) {
 				t.Fatal(err)
 			}
 			for _, c := range copies {
-				b, err := h.find(c.ID)
+				inst, err := h.find(c.ID)
 				if err != nil {
 					t.Fatal(err)
 				}
-				if shares := b.base == parent.base; shares != test.shares {
+				if shares := inst.base == parent.base; shares != test.shares {
 					t.Errorf("a fork shares its origin's memory: %v", shares)
 				}
 				h.runs(t, c.ID, n)

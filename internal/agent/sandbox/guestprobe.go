@@ -27,8 +27,8 @@ var defaultProbing = probing{every: time.Minute, timeout: 10 * time.Second, firs
 
 // probeGuest probes the sandbox's guest until life ends: regularly, and when a request
 // failed. Probes do not count as uses.
-func (b *box) probeGuest(life context.Context, g *guest.Client) {
-	p := b.m.probing
+func (inst *instance) probeGuest(life context.Context, g *guest.Client) {
+	p := inst.m.probing
 	waits := backoff.New(p.first, p.last)
 	var since time.Time
 	failures := 0
@@ -55,11 +55,11 @@ func (b *box) probeGuest(life context.Context, g *guest.Client) {
 		case <-g.Suspected(): // the probe's own suspicion
 		default:
 		}
-		if answers || b.mayBeStopped() {
+		if answers || inst.mayBeStopped() {
 			if failures > 0 {
 				failures = 0
 				waits.Reset()
-				b.setSilent(life, nil)
+				inst.setSilent(life, nil)
 			}
 			continue
 		}
@@ -67,42 +67,42 @@ func (b *box) probeGuest(life context.Context, g *guest.Client) {
 			since = begun
 		}
 		if failures > 1 && time.Since(since) >= p.after {
-			b.setSilent(life, &since)
+			inst.setSilent(life, &since)
 		}
 	}
 }
 
 // mayBeStopped reports whether an operation may have stopped the guest.
-func (b *box) mayBeStopped() bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.working || b.rec.State != Running
+func (inst *instance) mayBeStopped() bool {
+	inst.mu.Lock()
+	defer inst.mu.Unlock()
+	return inst.working || inst.rec.State != Running
 }
 
 // setSilent records since when the guest has not responded (nil: it responds). It does
 // nothing after life has ended.
-func (b *box) setSilent(life context.Context, since *time.Time) {
+func (inst *instance) setSilent(life context.Context, since *time.Time) {
 	reason := condition.NoAnswer
-	if since != nil && b.m.DiskFull() {
+	if since != nil && inst.m.DiskFull() {
 		reason = condition.NoSpace
 	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	was := b.silent
+	inst.mu.Lock()
+	defer inst.mu.Unlock()
+	was := inst.silent
 	switch {
 	case life.Err() != nil:
 	case since == nil && was != nil:
-		b.silent = nil
-		b.log.Info("the guest responds again", "after", time.Since(was.Since))
+		inst.silent = nil
+		inst.log.Info("the guest responds again", "after", time.Since(was.Since))
 	case since != nil && (was == nil || was.Reason != reason):
-		b.silent = &condition.Condition{Reason: reason, Since: since.UTC()}
-		b.log.Warn("the guest does not respond", "since", since.UTC(), "reason", string(reason))
+		inst.silent = &condition.Condition{Reason: reason, Since: since.UTC()}
+		inst.log.Warn("the guest does not respond", "since", since.UTC(), "reason", string(reason))
 	}
 }
 
 // silence returns an error for clients if the guest does not respond.
-func (b *box) silence() error {
-	i := b.info()
+func (inst *instance) silence() error {
+	i := inst.info()
 	if i.State != Running || i.Condition == nil {
 		return nil
 	}
@@ -110,4 +110,4 @@ func (b *box) silence() error {
 }
 
 // condition returns what is wrong with the sandbox (nil: nothing).
-func (b *box) condition() *condition.Condition { return b.info().Condition }
+func (inst *instance) condition() *condition.Condition { return inst.info().Condition }

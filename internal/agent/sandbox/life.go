@@ -32,9 +32,10 @@ const (
 	consoleTail = 2 << 10
 )
 
-// box is a sandbox and the goroutine ([box.live]) that owns it. Only this goroutine changes
-// the fields that mu guards, and it reads them without mu. All others read them with mu.
-type box struct {
+// instance is a sandbox, a warm machine, or the VM that a capture is made of, with everything
+// that belongs to it. Its owner changes the fields that mu guards, and reads them without mu;
+// all others read them with mu. A sandbox's owner is a goroutine ([instance.live]).
+type instance struct {
 	m       *Manager
 	log     *slog.Logger
 	tracker *Tracker
@@ -43,8 +44,8 @@ type box struct {
 	doing   string // the operation of its steps
 	base    *base  // the memory that its machine maps; nil: none or unknown
 	maybeVM bool   // a machine may run although vm is nil
-	// unreadable is the error of its record. The box keeps the files, and does not write rec
-	// over the record.
+	// unreadable is the error of its record. The instance keeps the files, and does not write
+	// rec over the record.
 	unreadable error
 
 	booted chan struct{} // closed when its start has succeeded or failed
@@ -58,7 +59,7 @@ type box struct {
 	rec       record
 	steps     []Step
 	slot      Slot
-	kept      bool // the pool keeps its slot, but the box has not reclaimed it
+	kept      bool // the pool keeps its slot, but the instance has not reclaimed it
 	vm        vmm.VM
 	guest     *guest.Client
 	transport *ports
@@ -88,60 +89,60 @@ type order struct {
 	done chan struct{} // closed once err is set
 }
 
-func newBox(m *Manager, r record) *box {
-	b := &box{
+func newInstance(m *Manager, r record) *instance {
+	inst := &instance{
 		m: m, rec: r, tracker: NewTracker(),
 		log:    m.Log.With("sandbox", id.Format(id.Sandbox, r.Spec.ID)),
 		booted: make(chan struct{}), over: make(chan struct{}), gone: make(chan struct{}), retry: make(chan struct{}, 1),
 		orders: make(chan *order), tried: make(chan struct{}), stop: make(chan struct{}),
 	}
-	b.life, b.endLife = context.WithCancelCause(context.Background())
-	return b
+	inst.life, inst.endLife = context.WithCancelCause(context.Background())
+	return inst
 }
 
 // set changes fields that mu guards.
-func (b *box) set(f func()) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
+func (inst *instance) set(f func()) {
+	inst.mu.Lock()
+	defer inst.mu.Unlock()
 	f()
 }
 
-func (b *box) info() Info {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.infoLocked()
+func (inst *instance) info() Info {
+	inst.mu.Lock()
+	defer inst.mu.Unlock()
+	return inst.infoLocked()
 }
 
-func (b *box) infoLocked() Info {
-	s := &b.rec.Spec
+func (inst *instance) infoLocked() Info {
+	s := &inst.rec.Spec
 	i := Info{
-		ID: s.ID, Team: s.Team, Template: s.Template, State: b.rec.State,
-		VCPUs: s.VCPUs, MemoryMiB: s.MemoryMiB, DiskMiB: s.DiskMiB, CreatedAt: b.rec.CreatedAt, PauseOnTimeout: s.PauseOnTimeout,
-		InFlight: b.tracker.InFlight(), Idle: b.tracker.Idle(), Steps: append([]Step(nil), b.steps...),
+		ID: s.ID, Team: s.Team, Template: s.Template, State: inst.rec.State,
+		VCPUs: s.VCPUs, MemoryMiB: s.MemoryMiB, DiskMiB: s.DiskMiB, CreatedAt: inst.rec.CreatedAt, PauseOnTimeout: s.PauseOnTimeout,
+		InFlight: inst.tracker.InFlight(), Idle: inst.tracker.Idle(), Steps: append([]Step(nil), inst.steps...),
 	}
-	if b.stopping() {
+	if inst.stopping() {
 		i.State = Stopping
 	}
-	if i.State == Paused && b.rec.PausedAt != nil {
-		i.PausedAt = *b.rec.PausedAt
+	if i.State == Paused && inst.rec.PausedAt != nil {
+		i.PausedAt = *inst.rec.PausedAt
 	}
 	switch i.State {
 	case Running:
-		i.Condition = b.silent
+		i.Condition = inst.silent
 	case Paused:
-		i.Condition = b.rec.Lost
+		i.Condition = inst.rec.Lost
 	case Starting, Pausing, Resuming, Stopping, waiting:
 	}
 	if s.Timeout > 0 && i.State != Paused && i.State != Resuming {
-		i.ExpiresAt = b.tracker.LastUse().Add(s.Timeout)
+		i.ExpiresAt = inst.tracker.LastUse().Add(s.Timeout)
 	}
 	return i
 }
 
 // stopping reports whether somebody has asked for the sandbox's end.
-func (b *box) stopping() bool {
+func (inst *instance) stopping() bool {
 	select {
-	case <-b.stop:
+	case <-inst.stop:
 		return true
 	default:
 		return false
@@ -149,58 +150,58 @@ func (b *box) stopping() bool {
 }
 
 // end asks for the sandbox's end. The caller holds mu.
-func (b *box) end(event journal.Kind, why string) {
-	if !b.stopping() {
-		b.why = ending{Event: event, Reason: why, Time: time.Now().UTC()}
-		close(b.stop)
+func (inst *instance) end(event journal.Kind, why string) {
+	if !inst.stopping() {
+		inst.why = ending{Event: event, Reason: why, Time: time.Now().UTC()}
+		close(inst.stop)
 	}
 }
 
 // await waits for the sandbox's start, for a caller that waiters counts.
-func (b *box) await(ctx context.Context) (Info, error) {
+func (inst *instance) await(ctx context.Context) (Info, error) {
 	select {
-	case <-b.booted:
+	case <-inst.booted:
 	case <-ctx.Done():
 	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.waiters--
+	inst.mu.Lock()
+	defer inst.mu.Unlock()
+	inst.waiters--
 	select {
-	case <-b.booted:
-		if b.bootErr != nil {
-			return Info{}, b.bootErr
+	case <-inst.booted:
+		if inst.bootErr != nil {
+			return Info{}, inst.bootErr
 		}
-		return b.infoLocked(), nil
+		return inst.infoLocked(), nil
 	default:
 	}
-	if b.waiters == 0 {
-		b.end("", "nobody waits for it any more")
+	if inst.waiters == 0 {
+		inst.end("", "nobody waits for it any more")
 	}
 	return Info{}, ctx.Err()
 }
 
 // destroy asks for the sandbox's end, and waits until it is gone or a cleanup fails.
-func (b *box) destroy(ctx context.Context, event journal.Kind, why string) error {
-	b.mu.Lock()
-	b.end(event, why)
-	before, tried := b.attempts, b.tried
-	b.mu.Unlock()
+func (inst *instance) destroy(ctx context.Context, event journal.Kind, why string) error {
+	inst.mu.Lock()
+	inst.end(event, why)
+	before, tried := inst.attempts, inst.tried
+	inst.mu.Unlock()
 	select {
-	case b.retry <- struct{}{}:
+	case inst.retry <- struct{}{}:
 	default: // a request is pending already
 	}
 	for {
 		select {
-		case <-b.gone:
+		case <-inst.gone:
 			return nil
 		case <-tried:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
-		b.mu.Lock()
-		attempts, err := b.attempts, b.cleanErr
-		tried = b.tried
-		b.mu.Unlock()
+		inst.mu.Lock()
+		attempts, err := inst.attempts, inst.cleanErr
+		tried = inst.tried
+		inst.mu.Unlock()
 		if attempts > before { // the failed attempt began after this call
 			return fmt.Errorf("remove sandbox: %w", err)
 		}
@@ -208,12 +209,12 @@ func (b *box) destroy(ctx context.Context, event journal.Kind, why string) error
 }
 
 // order makes the goroutine call do, and waits for the result.
-func (b *box) order(ctx context.Context, do func(context.Context) error) error {
+func (inst *instance) order(ctx context.Context, do func(context.Context) error) error {
 	o := &order{ctx: carry(ctx, context.Background()), do: do, done: make(chan struct{})}
 	select {
-	case b.orders <- o:
-	case <-b.over:
-		if b.m.isClosed() {
+	case inst.orders <- o:
+	case <-inst.over:
+		if inst.m.isClosed() {
 			return ErrClosing
 		}
 		return &StateError{Stopping}
@@ -229,33 +230,33 @@ func (b *box) order(ctx context.Context, do func(context.Context) error) error {
 }
 
 // obey runs an order.
-func (b *box) obey(o *order) {
-	ctx, done := b.bounded()
+func (inst *instance) obey(o *order) {
+	ctx, done := inst.bounded()
 	if o.ctx != nil {
 		ctx = carry(o.ctx, ctx)
 	}
-	b.set(func() { b.working = true })
+	inst.set(func() { inst.working = true })
 	o.err = o.do(ctx)
-	b.set(func() { b.working = false })
+	inst.set(func() { inst.working = false })
 	done()
 	close(o.done)
 }
 
 // bounded returns a context that ends when somebody asks for the sandbox's end or the agent
 // stops. The caller must call done.
-func (b *box) bounded() (ctx context.Context, done func()) {
+func (inst *instance) bounded() (ctx context.Context, done func()) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	unhook := make(chan struct{})
 	hooked := make(chan struct{})
 	go func() {
 		defer close(hooked)
 		select {
-		case <-b.stop:
-			b.mu.Lock()
-			why := b.why.Reason
-			b.mu.Unlock()
+		case <-inst.stop:
+			inst.mu.Lock()
+			why := inst.why.Reason
+			inst.mu.Unlock()
 			cancel(fail(ErrState, "the sandbox was given up: %s", why))
-		case <-b.m.closing:
+		case <-inst.m.closing:
 			cancel(ErrClosing)
 		case <-unhook:
 		}
@@ -269,32 +270,32 @@ func (b *box) bounded() (ctx context.Context, done func()) {
 
 // live creates the sandbox and runs it until its end. asked is the context of the request
 // for its creation.
-func (b *box) live(asked context.Context) {
-	ctx, done := b.bounded()
+func (inst *instance) live(asked context.Context) {
+	ctx, done := inst.bounded()
 	begin := time.Now()
-	ctx, end := b.operation(carry(asked, ctx), "create")
-	err := b.create(ctx)
+	ctx, end := inst.operation(carry(asked, ctx), "create")
+	err := inst.create(ctx)
 	if err == nil && ctx.Err() != nil {
 		err = context.Cause(ctx) // it runs, but was cancelled
 	}
 	end(err)
 	done()
-	b.m.started(b, err)
+	inst.m.started(inst, err)
 	if err != nil {
-		b.log.Error("sandbox did not start", "error", err, "took", time.Since(begin))
+		inst.log.Error("sandbox did not start", "error", err, "took", time.Since(begin))
 		why := ending{Reason: err.Error(), Time: time.Now().UTC()}
-		b.refuse()
+		inst.refuse()
 		// The caller gets the error after the first cleanup, successful or not.
-		b.clean(why, func(cleanErr error) {
-			b.set(func() { b.bootErr = startError(errors.Join(err, cleanErr)) })
-			close(b.booted)
+		inst.clean(why, func(cleanErr error) {
+			inst.set(func() { inst.bootErr = startError(errors.Join(err, cleanErr)) })
+			close(inst.booted)
 		})
 		return
 	}
-	b.log.Info("sandbox runs", "took", time.Since(begin), "steps", stepsValue(b.steps))
-	b.tracker.Touch() // its timeout begins now
-	close(b.booted)
-	b.serve()
+	inst.log.Info("sandbox runs", "took", time.Since(begin), "steps", stepsValue(inst.steps))
+	inst.tracker.Touch() // its timeout begins now
+	close(inst.booted)
+	inst.serve()
 }
 
 // startError gives an error of a start its kind, unless it has one.
@@ -328,27 +329,27 @@ func (s stepsValue) LogValue() slog.Value {
 }
 
 // connect makes the clients of the guest. token is the guest's present access token.
-func (b *box) connect(token string) {
-	b.set(func() {
-		b.guest = guest.New(b.slot.Address(), token)
-		if b.life.Err() != nil {
-			b.life, b.endLife = context.WithCancelCause(context.Background())
+func (inst *instance) connect(token string) {
+	inst.set(func() {
+		inst.guest = guest.New(inst.slot.Address(), token)
+		if inst.life.Err() != nil {
+			inst.life, inst.endLife = context.WithCancelCause(context.Background())
 		}
-		b.transport = newPorts(b.life, new(net.Dialer), portsGuest{
-			host: b.slot.Address().String(), knock: b.guest.Knock, suspect: b.guest.Suspect,
-			silent: func() bool { return b.silence() != nil }, late: lateAfter,
+		inst.transport = newPorts(inst.life, new(net.Dialer), portsGuest{
+			host: inst.slot.Address().String(), knock: inst.guest.Knock, suspect: inst.guest.Suspect,
+			silent: func() bool { return inst.silence() != nil }, late: lateAfter,
 		})
-		b.silent = nil
+		inst.silent = nil
 	})
-	life, g := b.life, b.guest
-	b.m.wg.Go(func() { b.probeGuest(life, g) })
+	life, g := inst.life, inst.guest
+	inst.m.wg.Go(func() { inst.probeGuest(life, g) })
 }
 
 // lastWords returns the end of the guest's console, for an error.
-func (b *box) lastWords() string {
+func (inst *instance) lastWords() string {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	out, err := b.vm.Console(ctx)
+	out, err := inst.vm.Console(ctx)
 	if err != nil {
 		return fmt.Sprintf("; cannot read its console: %v", err)
 	}
@@ -371,27 +372,27 @@ func printable(text string) string {
 }
 
 // serve runs a sandbox until it ends or the agent stops.
-func (b *box) serve() {
+func (inst *instance) serve() {
 	for {
-		if b.rec.State == Paused {
-			if b.servePaused() {
+		if inst.rec.State == Paused {
+			if inst.servePaused() {
 				return
 			}
 			continue
 		}
-		timer, busy, expired := b.nextExpiry()
+		timer, busy, expired := inst.nextExpiry()
 		if expired {
-			why := ending{journal.Expired, fmt.Sprintf("it was not used for %v", b.rec.Spec.Timeout), time.Now().UTC()}
-			if !b.rec.Spec.PauseOnTimeout {
-				b.clean(why, nil)
+			why := ending{journal.Expired, fmt.Sprintf("it was not used for %v", inst.rec.Spec.Timeout), time.Now().UTC()}
+			if !inst.rec.Spec.PauseOnTimeout {
+				inst.clean(why, nil)
 				return
 			}
 			why.Event = journal.Paused
-			b.obey(&order{done: make(chan struct{}), do: func(ctx context.Context) error {
-				err := b.pause(ctx, &why)
+			inst.obey(&order{done: make(chan struct{}), do: func(ctx context.Context) error {
+				err := inst.pause(ctx, &why)
 				if err != nil {
-					b.log.Error("cannot pause an unused sandbox", "error", err, "again_in", b.rec.Spec.Timeout)
-					b.tracker.Touch()
+					inst.log.Error("cannot pause an unused sandbox", "error", err, "again_in", inst.rec.Spec.Timeout)
+					inst.tracker.Touch()
 				}
 				return err
 			}})
@@ -404,21 +405,21 @@ func (b *box) serve() {
 		select {
 		case <-tick:
 		case <-busy:
-		case o := <-b.orders:
-			b.obey(o)
-		case <-b.stop:
-			b.clean(b.why, nil)
+		case o := <-inst.orders:
+			inst.obey(o)
+		case <-inst.stop:
+			inst.clean(inst.why, nil)
 			return
-		case <-b.vm.Done():
-			if b.stopping() {
-				b.clean(b.why, nil)
+		case <-inst.vm.Done():
+			if inst.stopping() {
+				inst.clean(inst.why, nil)
 				return
 			}
-			if b.machineEnded() {
+			if inst.machineEnded() {
 				return
 			}
-		case <-b.m.closing:
-			b.release()
+		case <-inst.m.closing:
+			inst.release()
 			return
 		}
 		if timer != nil {
@@ -429,11 +430,11 @@ func (b *box) serve() {
 
 // nextExpiry shuts the tracker if the sandbox was not used for its timeout. Otherwise it
 // returns what to wait for before the next check.
-func (b *box) nextExpiry() (timer *time.Timer, busy <-chan struct{}, expired bool) {
-	if b.rec.Spec.Timeout == 0 {
+func (inst *instance) nextExpiry() (timer *time.Timer, busy <-chan struct{}, expired bool) {
+	if inst.rec.Spec.Timeout == 0 {
 		return nil, nil, false
 	}
-	expired, left, busy := b.tracker.expire(b.rec.Spec.Timeout)
+	expired, left, busy := inst.tracker.expire(inst.rec.Spec.Timeout)
 	if expired || busy != nil {
 		return nil, busy, expired
 	}
@@ -441,65 +442,65 @@ func (b *box) nextExpiry() (timer *time.Timer, busy <-chan struct{}, expired boo
 }
 
 // refuse refuses new uses.
-func (b *box) refuse() {
-	b.tracker.Shut()
-	b.set(func() { b.rec.State = Stopping })
+func (inst *instance) refuse() {
+	inst.tracker.Shut()
+	inst.set(func() { inst.rec.State = Stopping })
 }
 
 // release disconnects from a sandbox, which keeps running without this agent.
-func (b *box) release() {
-	b.tracker.Shut()
-	close(b.over)
-	b.endLife(ended("the host agent is stopping"))
-	b.disconnect()
+func (inst *instance) release() {
+	inst.tracker.Shut()
+	close(inst.over)
+	inst.endLife(ended("the host agent is stopping"))
+	inst.disconnect()
 }
 
-func (b *box) disconnect() {
-	if b.guest != nil {
-		b.guest.Close()
-		b.transport.close()
+func (inst *instance) disconnect() {
+	if inst.guest != nil {
+		inst.guest.Close()
+		inst.transport.close()
 	}
 }
 
 // clean removes a sandbox, and retries until it succeeds or the agent stops. It calls done,
 // unless that is nil, with the result of the first attempt.
-func (b *box) clean(why ending, done func(error)) {
+func (inst *instance) clean(why ending, done func(error)) {
 	begin := time.Now()
-	b.refuse()
-	close(b.over)
-	b.endLife(ended(why.Reason))
-	b.disconnect()
-	b.log.Info("sandbox ends", "reason", firstLine(why.Reason), "event", string(why.Event))
+	inst.refuse()
+	close(inst.over)
+	inst.endLife(ended(why.Reason))
+	inst.disconnect()
+	inst.log.Info("sandbox ends", "reason", firstLine(why.Reason), "event", string(why.Event))
 	retries := backoff.New(firstRetry, lastRetry)
 	for {
-		b.set(func() { b.attempts++ })
-		err := b.tryClean(why)
-		b.m.left(b)
-		b.m.Observe("remove", "", time.Since(begin), err)
+		inst.set(func() { inst.attempts++ })
+		err := inst.tryClean(why)
+		inst.m.left(inst)
+		inst.m.Observe("remove", "", time.Since(begin), err)
 		if err == nil {
-			b.m.remove(b)
-			b.log.Info("sandbox is gone", "took", time.Since(begin))
+			inst.m.remove(inst)
+			inst.log.Info("sandbox is gone", "took", time.Since(begin))
 		}
 		if done != nil {
 			done(err)
 			done = nil
 		}
 		if err == nil {
-			close(b.gone)
+			close(inst.gone)
 			return
 		}
 		pause := retries.Next()
-		b.log.Error("cannot remove sandbox", "error", err, "again_in", pause)
-		b.set(func() {
-			b.cleanErr = err
-			close(b.tried)
-			b.tried = make(chan struct{})
+		inst.log.Error("cannot remove sandbox", "error", err, "again_in", pause)
+		inst.set(func() {
+			inst.cleanErr = err
+			close(inst.tried)
+			inst.tried = make(chan struct{})
 		})
 		t := time.NewTimer(pause)
 		select {
 		case <-t.C:
-		case <-b.retry:
-		case <-b.m.closing:
+		case <-inst.retry:
+		case <-inst.m.closing:
 			t.Stop()
 			return // the next agent tries again
 		}
@@ -513,37 +514,37 @@ func firstLine(s string) string {
 }
 
 // tryClean tries to remove the sandbox. It continues where an earlier attempt failed.
-func (b *box) tryClean(why ending) error {
+func (inst *instance) tryClean(why ending) error {
 	ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
 	defer cancel()
-	dir, home := b.m.Dir, b.rec.Home
-	if b.unreadable != nil {
-		return b.setAside(ctx, why)
+	dir, home := inst.m.Dir, inst.rec.Home
+	if inst.unreadable != nil {
+		return inst.setAside(ctx, why)
 	}
-	if b.rec.Ending == nil {
+	if inst.rec.Ending == nil {
 		// Record it, so that the next agent knows why the machine ended if this one dies now.
-		b.set(func() { b.rec.Ending = &why })
+		inst.set(func() { inst.rec.Ending = &why })
 		if _, err := os.Stat(dir.SandboxRecord(home)); err == nil {
-			if err := b.rec.save(dir); err != nil {
-				b.log.Warn("cannot record a sandbox's end", "error", err) // a full disk must not keep it alive
+			if err := inst.rec.save(dir); err != nil {
+				inst.log.Warn("cannot record a sandbox's end", "error", err) // a full disk must not keep it alive
 			}
 		}
 	}
-	b.m.Hook("clean: recorded")
-	if err := b.vacate(ctx); err != nil {
+	inst.m.Hook("clean: recorded")
+	if err := inst.vacate(ctx); err != nil {
 		return err
 	}
-	b.m.Hook("clean: vacated")
+	inst.m.Hook("clean: vacated")
 	// Remove its files before the event is written, because the disk may be full.
-	if err := b.rec.empty(dir); err != nil {
+	if err := inst.rec.empty(dir); err != nil {
 		return err
 	}
 	if why.Event != "" {
-		if err := b.tell(why); err != nil {
+		if err := inst.tell(why); err != nil {
 			return err
 		}
 	}
-	b.m.Hook("clean: told")
+	inst.m.Hook("clean: told")
 	if err := os.RemoveAll(dir.Sandbox(home)); err != nil {
 		return fmt.Errorf("remove folder: %w", err)
 	}
@@ -551,69 +552,69 @@ func (b *box) tryClean(why ending) error {
 }
 
 // setAside is tryClean for a sandbox with an unreadable record, whose files it keeps.
-func (b *box) setAside(ctx context.Context, why ending) error {
-	if err := b.vacate(ctx); err != nil {
+func (inst *instance) setAside(ctx context.Context, why ending) error {
+	if err := inst.vacate(ctx); err != nil {
 		return err
 	}
-	if err := b.tell(why); err != nil {
+	if err := inst.tell(why); err != nil {
 		return err
 	}
-	item, err := unreadable.Move(b.m.Dir, unreadable.Sandbox, b.m.Dir.Sandbox(b.rec.Home), b.unreadable)
+	item, err := unreadable.Move(inst.m.Dir, unreadable.Sandbox, inst.m.Dir.Sandbox(inst.rec.Home), inst.unreadable)
 	if err != nil {
 		return err
 	}
-	b.log.Error("set the files of a sandbox aside", "path", item.Path, "error", b.unreadable)
+	inst.log.Error("set the files of a sandbox aside", "path", item.Path, "error", inst.unreadable)
 	return nil
 }
 
 // vacate ends the machine and releases its network slot and memory. It continues where an
 // earlier attempt failed.
-func (b *box) vacate(ctx context.Context) error {
-	if err := b.killVM(ctx); err != nil {
+func (inst *instance) vacate(ctx context.Context) error {
+	if err := inst.killVM(ctx); err != nil {
 		return err
 	}
-	if b.slot != nil {
-		if err := b.m.Networks.Release(ctx, b.slot); err != nil {
+	if inst.slot != nil {
+		if err := inst.m.Networks.Release(ctx, inst.slot); err != nil {
 			return fmt.Errorf("release network slot: %w", err)
 		}
-		b.set(func() { b.slot = nil })
+		inst.set(func() { inst.slot = nil })
 	}
-	b.dropKept()
-	if b.base != nil {
-		b.m.bases.release(b.base)
-		b.base = nil
+	inst.dropKept()
+	if inst.base != nil {
+		inst.m.bases.release(inst.base)
+		inst.base = nil
 	}
 	return nil
 }
 
 // killVM ends the machine, even one that this agent is not attached to.
-func (b *box) killVM(ctx context.Context) error {
+func (inst *instance) killVM(ctx context.Context) error {
 	switch {
-	case b.vm != nil:
-		if err := b.vm.Kill(ctx); err != nil {
+	case inst.vm != nil:
+		if err := inst.vm.Kill(ctx); err != nil {
 			return fmt.Errorf("kill virtual machine: %w", err)
 		}
-	case b.maybeVM:
-		if err := b.m.Driver.Reap(ctx, leftover(b.rec)); err != nil {
+	case inst.maybeVM:
+		if err := inst.m.Driver.Reap(ctx, leftover(inst.rec)); err != nil {
 			return fmt.Errorf("reap virtual machine: %w", err)
 		}
 	}
-	b.maybeVM = false
-	b.set(func() { b.vm = nil })
+	inst.maybeVM = false
+	inst.set(func() { inst.vm = nil })
 	return nil
 }
 
 // tell appends an event to the journal, unless it is there already.
-func (b *box) tell(why ending) error {
-	for _, e := range b.m.Journal.Pending() {
-		if e.Sandbox == b.rec.Spec.ID && e.Kind == why.Event && e.Time.Equal(why.Time) {
+func (inst *instance) tell(why ending) error {
+	for _, e := range inst.m.Journal.Pending() {
+		if e.Sandbox == inst.rec.Spec.ID && e.Kind == why.Event && e.Time.Equal(why.Time) {
 			return nil
 		}
 	}
 	if len(why.Reason) > 4<<10 {
 		why.Reason = why.Reason[:4<<10]
 	}
-	_, err := b.m.Journal.Append(journal.Event{Kind: why.Event, Sandbox: b.rec.Spec.ID, Time: why.Time, Reason: strings.ToValidUTF8(why.Reason, "")})
+	_, err := inst.m.Journal.Append(journal.Event{Kind: why.Event, Sandbox: inst.rec.Spec.ID, Time: why.Time, Reason: strings.ToValidUTF8(why.Reason, "")})
 	return err
 }
 

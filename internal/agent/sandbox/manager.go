@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/netip"
 	"os"
@@ -119,14 +120,14 @@ type Manager struct {
 
 	flattening chan struct{} // semaphore of flattening
 
-	// mu is locked before a box's mu, which is locked before those of bases and trackers. A
-	// holder of a box's mu must not call anything that locks mu.
+	// mu is locked before an instance's mu, which is locked before those of bases and trackers.
+	// A holder of an instance's mu must not call anything that locks mu.
 	mu          sync.Mutex
-	boxes       map[uuid.UUID]*box
-	nameless    map[*box]struct{} // machines that are not sandboxes: warm ones, and those for captures
+	sandboxes   map[uuid.UUID]*instance
+	nameless    map[*instance]struct{} // machines that are not sandboxes: warm ones, and those for captures
 	capturing   map[string]*capturing
 	unread      map[uuid.UUID]*unreadRecord // sandboxes whose records could not be read yet, by home
-	leaving     map[*box]struct{}           // paused sandboxes whose machines are being ended
+	leaving     map[*instance]struct{}      // paused sandboxes whose machines are being ended
 	fewer       chan struct{}               // closed and replaced when one leaves leaving
 	refuse      error                       // the error for new sandboxes; nil: none
 	starting    int                         // sandboxes that are being created
@@ -170,8 +171,8 @@ func Open(ctx context.Context, c Config, r *Recovery) (*Manager, error) {
 	}
 	m := &Manager{
 		Config: c, boots: make(chan struct{}, c.Boots), closing: make(chan struct{}),
-		boxes: map[uuid.UUID]*box{}, nameless: map[*box]struct{}{}, capturing: map[string]*capturing{},
-		unread: map[uuid.UUID]*unreadRecord{}, leaving: map[*box]struct{}{}, fewer: make(chan struct{}), flattening: make(chan struct{}, 1),
+		sandboxes: map[uuid.UUID]*instance{}, nameless: map[*instance]struct{}{}, capturing: map[string]*capturing{},
+		unread: map[uuid.UUID]*unreadRecord{}, leaving: map[*instance]struct{}{}, fewer: make(chan struct{}), flattening: make(chan struct{}, 1),
 		probing: defaultProbing,
 	}
 	if c.DiskReserveMiB > 0 {
@@ -210,15 +211,15 @@ func hostMemory() (mib int, err error) {
 // the sandbox's id: a repeated call waits for the start or returns the existing sandbox. If
 // all callers give up before it runs, it is destroyed.
 func (m *Manager) Create(ctx context.Context, s Spec) (Info, error) {
-	b, err := m.enroll(ctx, s, start{})
+	inst, err := m.enroll(ctx, s, start{})
 	if err != nil {
 		return Info{}, err
 	}
-	return b.await(ctx)
+	return inst.await(ctx)
 }
 
 // enroll finds or makes the sandbox for s, and counts the caller as a waiter.
-func (m *Manager) enroll(ctx context.Context, s Spec, begin start) (*box, error) {
+func (m *Manager) enroll(ctx context.Context, s Spec, begin start) (*instance, error) {
 	t := &begin.template
 	if c := begin.capture; c == nil {
 		var err error
@@ -231,80 +232,80 @@ func (m *Manager) enroll(ctx context.Context, s Spec, begin start) (*box, error)
 	if err := s.check(*t); err != nil {
 		return nil, err
 	}
-	var b *box
+	var inst *instance
 	err := m.whenFewer(ctx, func() (err error) {
-		b, err = m.join(ctx, s, begin)
+		inst, err = m.join(ctx, s, begin)
 		return err
 	})
-	return b, err
+	return inst, err
 }
 
 // join is enroll for a valid s. The caller holds mu.
-func (m *Manager) join(ctx context.Context, s Spec, begin start) (*box, error) {
-	if b := m.boxes[s.ID]; b != nil {
-		b.mu.Lock()
-		defer b.mu.Unlock()
+func (m *Manager) join(ctx context.Context, s Spec, begin start) (*instance, error) {
+	if inst := m.sandboxes[s.ID]; inst != nil {
+		inst.mu.Lock()
+		defer inst.mu.Unlock()
 		switch {
-		case b.rec.Spec.Team != s.Team || b.rec.Spec.Template != s.Template:
+		case inst.rec.Spec.Team != s.Team || inst.rec.Spec.Template != s.Template:
 			return nil, fail(ErrExists, "another sandbox has this id")
-		case b.rec.State == Stopping || b.stopping():
+		case inst.rec.State == Stopping || inst.stopping():
 			return nil, &StateError{Stopping}
 		}
-		b.waiters++
-		return b, nil
+		inst.waiters++
+		return inst, nil
 	}
 	if m.refuse != nil {
 		return nil, m.refuse
 	}
-	b := newBox(m, record{Version: format.Sandbox.Version, Home: s.ID, Spec: s, State: Starting, CreatedAt: time.Now().UTC()})
-	b.begin = begin
-	if b.begin.capture == nil {
-		b.begin.ready = m.warm.take(s)
+	inst := newInstance(m, record{Version: format.Sandbox.Version, Home: s.ID, Spec: s, State: Starting, CreatedAt: time.Now().UTC()})
+	inst.begin = begin
+	if inst.begin.capture == nil {
+		inst.begin.ready = m.warm.take(s)
 	}
-	if err := m.admit(b); err != nil {
-		if w := b.begin.ready; w != nil {
+	if err := m.admit(inst); err != nil {
+		if w := inst.begin.ready; w != nil {
 			m.warm.discard(w)
 		}
 		return nil, err
 	}
-	b.waiters = 1
-	m.boxes[s.ID] = b
+	inst.waiters = 1
+	m.sandboxes[s.ID] = inst
 	m.starting++
 	asked := carry(ctx, context.Background())
-	m.wg.Go(func() { b.live(asked) })
-	return b, nil
+	m.wg.Go(func() { inst.live(asked) })
+	return inst, nil
 }
 
 // register adds a machine that is not a sandbox, so that [Manager.Terminate] ends it.
-func (m *Manager) register(b *box) error {
+func (m *Manager) register(inst *instance) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.refuse != nil {
 		return m.refuse
 	}
-	m.nameless[b] = struct{}{}
+	m.nameless[inst] = struct{}{}
 	return nil
 }
 
 // started notes that the start of a sandbox has succeeded or failed.
-func (m *Manager) started(b *box, err error) {
+func (m *Manager) started(inst *instance, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.starting--
 	m.warm.lastStart = time.Now()
-	if err == nil && b.begin.capture != nil && !b.begin.copied {
-		m.warm.want(b.rec.Spec, b.begin.capture)
+	if err == nil && inst.begin.capture != nil && !inst.begin.copied {
+		m.warm.want(inst.rec.Spec, inst.begin.capture)
 	}
 	m.warm.look()
 }
 
 // admit reserves memory for a sandbox, or returns [ErrExhausted]. The caller holds mu.
-func (m *Manager) admit(b *box) error {
+func (m *Manager) admit(inst *instance) error {
 	// Only check the reserve, because a new sandbox needs no disk space yet.
 	if err := m.room.During(0, func() error { return nil }); err != nil {
 		return Full(err)
 	}
-	s := &b.rec.Spec
+	s := &inst.rec.Spec
 	if n := runtime.NumCPU(); s.VCPUs > n {
 		return fail(ErrExhausted, "this host has %d processors, not %d", n, s.VCPUs)
 	}
@@ -326,7 +327,7 @@ func (m *Manager) admit(b *box) error {
 		m.warm.shed(0)
 		return fail(ErrExhausted, "the host has %d MiB of memory available, too little for a sandbox with %d", available, s.MemoryMiB)
 	}
-	b.reservedMiB = need
+	inst.reservedMiB = need
 	m.reservedMiB += need
 	return nil
 }
@@ -356,28 +357,28 @@ func (m *Manager) hasRoom(bytes int64) bool {
 }
 
 // reserve reserves memory for a sandbox, unless it has some.
-func (m *Manager) reserve(ctx context.Context, b *box) error {
+func (m *Manager) reserve(ctx context.Context, inst *instance) error {
 	return m.whenFewer(ctx, func() error {
-		if b.reservedMiB > 0 {
+		if inst.reservedMiB > 0 {
 			return nil
 		}
-		return m.admit(b)
+		return m.admit(inst)
 	})
 }
 
 // leaves notes that the memory of a paused sandbox will be free soon.
-func (m *Manager) leaves(b *box) {
+func (m *Manager) leaves(inst *instance) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.leaving[b] = struct{}{}
+	m.leaving[inst] = struct{}{}
 }
 
 // left notes that this memory is free, or that freeing it failed.
-func (m *Manager) left(b *box) {
+func (m *Manager) left(inst *instance) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if _, ok := m.leaving[b]; ok {
-		delete(m.leaving, b)
+	if _, ok := m.leaving[inst]; ok {
+		delete(m.leaving, inst)
 		close(m.fewer)
 		m.fewer = make(chan struct{})
 	}
@@ -405,27 +406,27 @@ func (m *Manager) whenFewer(ctx context.Context, f func() error) error {
 }
 
 // unreserve releases a sandbox's memory.
-func (m *Manager) unreserve(b *box) {
+func (m *Manager) unreserve(inst *instance) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.reservedMiB -= b.reservedMiB
-	b.reservedMiB = 0
+	m.reservedMiB -= inst.reservedMiB
+	inst.reservedMiB = 0
 	m.warm.look()
 }
 
 // remove forgets a sandbox that is gone.
-func (m *Manager) remove(b *box) {
-	m.unreserve(b)
+func (m *Manager) remove(inst *instance) {
+	m.unreserve(inst)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	delete(m.nameless, b)
-	if m.boxes[b.rec.Spec.ID] == b {
-		delete(m.boxes, b.rec.Spec.ID)
+	delete(m.nameless, inst)
+	if m.sandboxes[inst.rec.Spec.ID] == inst {
+		delete(m.sandboxes, inst.rec.Spec.ID)
 	}
 }
 
-// isClosed reports whether Close was called. It locks nothing, so a holder of a box's mu may
-// call it.
+// isClosed reports whether Close was called. It locks nothing, so a holder of an instance's
+// mu may call it.
 func (m *Manager) isClosed() bool {
 	select {
 	case <-m.closing:
@@ -435,11 +436,11 @@ func (m *Manager) isClosed() bool {
 	}
 }
 
-func (m *Manager) find(id uuid.UUID) (*box, error) {
+func (m *Manager) find(id uuid.UUID) (*instance, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if b := m.boxes[id]; b != nil {
-		return b, nil
+	if inst := m.sandboxes[id]; inst != nil {
+		return inst, nil
 	}
 	for _, u := range m.unread {
 		if u.sandbox == id || u.sandbox == uuid.Nil {
@@ -465,24 +466,26 @@ func (m *Manager) Incomplete() (incomplete bool, which []uuid.UUID) {
 
 // Get describes a sandbox.
 func (m *Manager) Get(id uuid.UUID) (Info, error) {
-	b, err := m.find(id)
+	inst, err := m.find(id)
 	if err != nil {
 		return Info{}, err
 	}
-	return b.info(), nil
+	return inst.info(), nil
+}
+
+// all returns the sandboxes that exist now.
+func (m *Manager) all() []*instance {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Collect(maps.Values(m.sandboxes))
 }
 
 // List describes all sandboxes, oldest first.
 func (m *Manager) List() []Info {
-	m.mu.Lock()
-	boxes := make([]*box, 0, len(m.boxes))
-	for _, b := range m.boxes {
-		boxes = append(boxes, b)
-	}
-	m.mu.Unlock()
-	list := make([]Info, len(boxes))
-	for i, b := range boxes {
-		list[i] = b.info()
+	all := m.all()
+	list := make([]Info, len(all))
+	for i, inst := range all {
+		list[i] = inst.info()
 	}
 	slices.SortFunc(list, func(a, b Info) int {
 		return cmp.Or(a.CreatedAt.Compare(b.CreatedAt), slices.Compare(a.ID[:], b.ID[:]))
@@ -508,14 +511,14 @@ func (m *Manager) Waiting() int {
 // Destroy ends a sandbox, even one that is being created, and returns when nothing of it is
 // left. It is idempotent.
 func (m *Manager) Destroy(ctx context.Context, id uuid.UUID) error {
-	b, err := m.find(id)
+	inst, err := m.find(id)
 	if errors.Is(err, ErrUnread) {
 		damaged, e := m.endDamaged(ctx, id)
 		if e != nil {
 			return e
 		}
 		if damaged {
-			b, err = m.find(id)
+			inst, err = m.find(id)
 		}
 	}
 	if errors.Is(err, ErrNotFound) {
@@ -524,7 +527,7 @@ func (m *Manager) Destroy(ctx context.Context, id uuid.UUID) error {
 	if err != nil {
 		return err
 	}
-	return b.destroy(ctx, "", "it was destroyed")
+	return inst.destroy(ctx, "", "it was destroyed")
 }
 
 // Terminate pauses all running sandboxes, and refuses to create or resume any. It appends an
@@ -535,27 +538,22 @@ func (m *Manager) Terminate(ctx context.Context) error {
 	if m.refuse == nil {
 		m.refuse = ErrClosing
 	}
-	boxes := make([]*box, 0, len(m.boxes))
-	for _, b := range m.boxes {
-		boxes = append(boxes, b)
-	}
+	all := slices.Collect(maps.Values(m.sandboxes))
+	sandboxes := len(all)
 	m.warm.shed(0)
-	sandboxes := len(boxes)
-	for b := range m.nameless {
-		boxes = append(boxes, b)
-	}
+	all = slices.AppendSeq(all, maps.Keys(m.nameless))
 	unread := len(m.unread)
 	m.mu.Unlock()
 	const reason = "the host was shut down"
-	errs := make([]error, len(boxes))
+	errs := make([]error, len(all))
 	var g errgroup.Group
 	g.SetLimit(2 * runtime.NumCPU())
-	for i, b := range boxes {
+	for i, inst := range all {
 		g.Go(func() error {
 			if i >= sandboxes {
-				errs[i] = b.destroy(ctx, "", reason)
+				errs[i] = inst.destroy(ctx, "", reason)
 			} else {
-				errs[i] = b.shutDown(ctx, reason)
+				errs[i] = inst.shutDown(ctx, reason)
 			}
 			return nil
 		})
@@ -569,30 +567,30 @@ func (m *Manager) Terminate(ctx context.Context) error {
 
 // shutDown pauses the sandbox and ends its machine. One that cannot be paused loses its
 // memory, and one that is ending ends.
-func (b *box) shutDown(ctx context.Context, reason string) error {
-	if b.info().State == Starting {
-		return b.destroy(ctx, journal.Exited, reason)
+func (inst *instance) shutDown(ctx context.Context, reason string) error {
+	if inst.info().State == Starting {
+		return inst.destroy(ctx, journal.Exited, reason)
 	}
 	var unfinished error // the sandbox is paused, but finishPause failed
-	err := b.order(ctx, func(ctx context.Context) error {
-		if err := b.pause(ctx, pausedEvent(reason)); err != nil {
+	err := inst.order(ctx, func(ctx context.Context) error {
+		if err := inst.pause(ctx, pausedEvent(reason)); err != nil {
 			return err
 		}
-		if !b.pauseFinished() {
-			unfinished = b.finishPause(ctx)
+		if !inst.pauseFinished() {
+			unfinished = inst.finishPause(ctx)
 		}
 		return nil
 	})
 	var state *StateError
 	if err != nil && !errors.As(err, &state) {
-		b.log.Error("cannot pause a sandbox, which loses its memory", "error", err)
-		err = b.order(ctx, func(ctx context.Context) error {
-			b.tracker.Shut()
-			if err := b.lose(loss(condition.Killed, reason+", and it could not be paused"), pausedEvent(reason+"; its memory is lost, because it could not be paused")); err != nil {
-				b.tracker.Reopen()
+		inst.log.Error("cannot pause a sandbox, which loses its memory", "error", err)
+		err = inst.order(ctx, func(ctx context.Context) error {
+			inst.tracker.Shut()
+			if err := inst.lose(loss(condition.Killed, reason+", and it could not be paused"), pausedEvent(reason+"; its memory is lost, because it could not be paused")); err != nil {
+				inst.tracker.Reopen()
 				return err
 			}
-			unfinished = b.finishPause(ctx)
+			unfinished = inst.finishPause(ctx)
 			return nil
 		})
 	}
@@ -600,10 +598,10 @@ func (b *box) shutDown(ctx context.Context, reason string) error {
 	case err == nil:
 		return unfinished
 	case errors.As(err, &state) && state.State == Stopping:
-		return b.destroy(ctx, "", reason) // its cleanup may wait for a retry
+		return inst.destroy(ctx, "", reason) // its cleanup may wait for a retry
 	case errors.As(err, &state) && state.State == Resuming:
 		// An order sees this state only if the agent has not adopted the machine yet.
-		return fmt.Errorf("sandbox %s is not paused: the agent could not adopt its machine, which keeps running", id.Format(id.Sandbox, b.info().ID))
+		return fmt.Errorf("sandbox %s is not paused: the agent could not adopt its machine, which keeps running", id.Format(id.Sandbox, inst.info().ID))
 	}
 	return err
 }
@@ -629,15 +627,15 @@ func (m *Manager) Close(ctx context.Context) (slots []int, err error) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, b := range m.boxes {
-		b.mu.Lock()
+	for _, inst := range m.sandboxes {
+		inst.mu.Lock()
 		switch {
-		case b.slot != nil:
-			slots = append(slots, b.slot.Index())
-		case b.kept:
-			slots = append(slots, *b.rec.Slot)
+		case inst.slot != nil:
+			slots = append(slots, inst.slot.Index())
+		case inst.kept:
+			slots = append(slots, *inst.rec.Slot)
 		}
-		b.mu.Unlock()
+		inst.mu.Unlock()
 	}
 	slices.Sort(slots)
 	return slots, err
@@ -676,40 +674,40 @@ func (u *Use) Silence() error {
 
 // Use begins a use of a sandbox. The caller must call End.
 func (m *Manager) Use(ctx context.Context, id uuid.UUID) (*Use, error) {
-	b, err := m.find(id)
+	inst, err := m.find(id)
 	if err != nil {
 		return nil, err
 	}
 	// Wait for the end of its adoption, in which its guest closes all connections.
-	if b.taken != nil {
+	if inst.taken != nil {
 		select {
-		case <-b.taken:
+		case <-inst.taken:
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
 		}
 	}
-	leave, ok := b.tracker.Enter()
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if !ok || b.rec.State != Running {
+	leave, ok := inst.tracker.Enter()
+	inst.mu.Lock()
+	defer inst.mu.Unlock()
+	if !ok || inst.rec.State != Running {
 		if ok {
 			leave()
 		}
 		switch {
-		case b.stopping():
+		case inst.stopping():
 			return nil, &StateError{Stopping}
-		case b.rec.State != Running:
-			return nil, &StateError{b.rec.State}
+		case inst.rec.State != Running:
+			return nil, &StateError{inst.rec.State}
 		case m.isClosed():
 			return nil, ErrClosing
 		}
 		return nil, &StateError{Stopping} // it expires
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
-	life := b.life
+	life := inst.life
 	stop := context.AfterFunc(life, func() { cancel(context.Cause(life)) })
 	return &Use{
-		Info: b.infoLocked(), Context: ctx, Guest: b.guest, Address: b.slot.Address(), Transport: b.transport, VM: b.vm, Silent: b.silence,
+		Info: inst.infoLocked(), Context: ctx, Guest: inst.guest, Address: inst.slot.Address(), Transport: inst.transport, VM: inst.vm, Silent: inst.silence,
 		Leave: sync.OnceFunc(func() {
 			stop()
 			cancel(context.Canceled)
@@ -721,15 +719,15 @@ func (m *Manager) Use(ctx context.Context, id uuid.UUID) (*Use, error) {
 // Console returns the end of the output on the serial console of a sandbox's guest, even
 // during its start.
 func (m *Manager) Console(ctx context.Context, id uuid.UUID) ([]byte, error) {
-	b, err := m.find(id)
+	inst, err := m.find(id)
 	if err != nil {
 		return nil, err
 	}
-	b.mu.Lock()
-	vm := b.vm
-	b.mu.Unlock()
+	inst.mu.Lock()
+	vm := inst.vm
+	inst.mu.Unlock()
 	if vm == nil {
-		return nil, &StateError{b.info().State}
+		return nil, &StateError{inst.info().State}
 	}
 	return vm.Console(ctx)
 }

@@ -67,56 +67,56 @@ func (r *record) zeroState(dir layout.Dir) (uuid.UUID, error) {
 	return id, err
 }
 
-// lose makes the sandbox paused without its memory. [box.servePaused] ends its machine.
+// lose makes the sandbox paused without its memory. [instance.servePaused] ends its machine.
 // After an error, nothing has changed.
-func (b *box) lose(why condition.Condition, told *ending) error {
-	next, err := b.rec.withoutMemory(b.m.Dir, why)
+func (inst *instance) lose(why condition.Condition, told *ending) error {
+	next, err := inst.rec.withoutMemory(inst.m.Dir, why)
 	next.Untold = told
 	if err == nil {
-		err = b.commit(next)
+		err = inst.commit(next)
 	}
 	if err != nil {
 		return Full(err)
 	}
-	b.forgetGuest()
+	inst.forgetGuest()
 	return nil
 }
 
 // loseDead is lose for a sandbox whose machine has ended. If it cannot write the record, the
 // next agent finds that the machine has ended, and does the same.
-func (b *box) loseDead(why condition.Condition) {
-	b.log.Warn("a sandbox has lost its memory and keeps its disk", "reason", string(why.Reason), "detail", why.Detail)
+func (inst *instance) loseDead(why condition.Condition) {
+	inst.log.Warn("a sandbox has lost its memory and keeps its disk", "reason", string(why.Reason), "detail", why.Detail)
 	told := pausedEvent("its memory is lost: " + why.Text())
-	b.tracker.Shut()
-	if err := b.lose(why, told); err != nil {
-		b.log.Error("cannot record that a sandbox has lost its memory", "error", err)
-		next, _ := b.rec.withoutMemory(b.m.Dir, why)
+	inst.tracker.Shut()
+	if err := inst.lose(why, told); err != nil {
+		inst.log.Error("cannot record that a sandbox has lost its memory", "error", err)
+		next, _ := inst.rec.withoutMemory(inst.m.Dir, why)
 		next.Untold = told
-		b.set(func() { b.rec = next })
-		b.forgetGuest()
+		inst.set(func() { inst.rec = next })
+		inst.forgetGuest()
 	}
 }
 
 // forgetGuest cancels all uses of a guest that has ended.
-func (b *box) forgetGuest() {
-	b.endLife(&StateError{Paused})
-	b.disconnect()
-	b.m.leaves(b)
+func (inst *instance) forgetGuest() {
+	inst.endLife(&StateError{Paused})
+	inst.disconnect()
+	inst.m.leaves(inst)
 }
 
 // machineEnded ends the sandbox if its guest shut down. If its machine ended for another
 // reason, the sandbox is paused with its disk. It reports whether the sandbox ended.
-func (b *box) machineEnded() (end bool) {
-	err := b.vm.Err()
+func (inst *instance) machineEnded() (end bool) {
+	err := inst.vm.Err()
 	var byGuest *vmm.GuestEnd
 	if errors.As(err, &byGuest) && byGuest.Off {
-		b.clean(ending{journal.Exited, err.Error(), time.Now().UTC()}, nil)
+		inst.clean(ending{journal.Exited, err.Error(), time.Now().UTC()}, nil)
 		return true
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), consoleTimeout)
 	defer cancel()
-	console, _ := b.vm.Console(ctx) // after an error, the end is missing
-	b.loseDead(whyLost(err, string(console)))
+	console, _ := inst.vm.Console(ctx) // after an error, the end is missing
+	inst.loseDead(whyLost(err, string(console)))
 	return false
 }
 
@@ -157,135 +157,135 @@ func whyLost(err error, console string) condition.Condition {
 // need not answer. When it fails the sandbox runs as before, or is paused without its
 // memory; the disk is kept.
 func (m *Manager) Reboot(ctx context.Context, id uuid.UUID) (Info, error) {
-	return m.start(ctx, id, (*box).reboot)
+	return m.start(ctx, id, (*instance).reboot)
 }
 
-func (b *box) reboot(ctx context.Context) error {
+func (inst *instance) reboot(ctx context.Context) error {
 	begin := time.Now()
-	was := b.rec.State
+	was := inst.rec.State
 	if was != Running && was != Paused {
 		return &StateError{was}
 	}
-	if err := b.bootable(); err != nil {
+	if err := inst.bootable(); err != nil {
 		return err
 	}
-	answers := was == Running && b.condition() == nil
-	b.tracker.Shut()
-	ctx, end := b.operation(ctx, "reboot")
-	b.set(func() { b.rec.State = Resuming })
-	if b.rec.Lost == nil {
+	answers := was == Running && inst.condition() == nil
+	inst.tracker.Shut()
+	ctx, end := inst.operation(ctx, "reboot")
+	inst.set(func() { inst.rec.State = Resuming })
+	if inst.rec.Lost == nil {
 		// If the agent crashes from here on, the next one boots the sandbox from its disk.
-		err := b.step(ctx, "forget", func(ctx context.Context) error {
-			next, err := b.rec.withoutMemory(b.m.Dir, loss(condition.Reboot, ""))
+		err := inst.step(ctx, "forget", func(ctx context.Context) error {
+			next, err := inst.rec.withoutMemory(inst.m.Dir, loss(condition.Reboot, ""))
 			if err != nil {
 				return err
 			}
-			return b.commit(next)
+			return inst.commit(next)
 		})
 		if err != nil {
 			end(err)
-			b.set(func() { b.rec.State = was })
+			inst.set(func() { inst.rec.State = was })
 			if was == Running {
-				b.tracker.Reopen()
+				inst.tracker.Reopen()
 			}
 			return fmt.Errorf("reboot: %w", Full(err))
 		}
-		b.set(func() { b.rec.State = Resuming })
+		inst.set(func() { inst.rec.State = Resuming })
 	}
-	b.m.Hook("reboot: forgotten")
+	inst.m.Hook("reboot: forgotten")
 	if answers {
-		_ = b.step(ctx, "settle", func(ctx context.Context) error {
+		_ = inst.step(ctx, "settle", func(ctx context.Context) error {
 			ctx, cancel := context.WithTimeout(ctx, settleTimeout)
 			defer cancel()
-			return b.guest.Settle(ctx) // if it fails, the disk is as after a power failure
+			return inst.guest.Settle(ctx) // if it fails, the disk is as after a power failure
 		})
 	}
-	b.endLife(&StateError{Resuming})
-	b.disconnect()
+	inst.endLife(&StateError{Resuming})
+	inst.disconnect()
 	// The memory stays reserved for the boot.
-	err := b.step(ctx, "vacate", func(ctx context.Context) error {
-		if err := b.vacate(ctx); err != nil {
+	err := inst.step(ctx, "vacate", func(ctx context.Context) error {
+		if err := inst.vacate(ctx); err != nil {
 			return err
 		}
-		return b.rec.sweep(b.m.Dir)
+		return inst.rec.sweep(inst.m.Dir)
 	})
 	if err == nil {
-		b.m.Hook("reboot: vacated")
-		err = b.goOn(ctx)
+		inst.m.Hook("reboot: vacated")
+		err = inst.goOn(ctx)
 	} else {
-		b.set(func() { b.rec.State = Paused }) // servePaused vacates it
+		inst.set(func() { inst.rec.State = Paused }) // servePaused vacates it
 	}
 	end(err)
 	if err != nil {
 		return fmt.Errorf("reboot: %w", err)
 	}
-	b.log.Info("sandbox is rebooted", "took", time.Since(begin), "steps", stepsValue(b.steps))
-	b.tracker.Touch()
-	b.tracker.Reopen()
+	inst.log.Info("sandbox is rebooted", "took", time.Since(begin), "steps", stepsValue(inst.steps))
+	inst.tracker.Touch()
+	inst.tracker.Reopen()
 	return nil
 }
 
 // bootable returns an error if the sandbox cannot boot from its disk on this host.
-func (b *box) bootable() error {
-	_, err := b.format(b.rec.DiskFormat)
+func (inst *instance) bootable() error {
+	_, err := inst.format(inst.rec.DiskFormat)
 	return err
 }
 
 // bootFromDisk starts a machine from the sandbox's disk and makes its guest the sandbox's own.
 // Only then does it record that the sandbox runs, so that an agent that starts after a
 // crash boots the sandbox again.
-func (b *box) bootFromDisk(ctx context.Context) (err error) {
+func (inst *instance) bootFromDisk(ctx context.Context) (err error) {
 	defer func() {
 		if err != nil {
-			b.endLife(&StateError{Paused})
-			b.disconnect()
+			inst.endLife(&StateError{Paused})
+			inst.disconnect()
 		}
 	}()
-	err = b.step(ctx, "boot", func(ctx context.Context) error { return Full(b.start(ctx)) })
+	err = inst.step(ctx, "boot", func(ctx context.Context) error { return Full(inst.start(ctx)) })
 	if err != nil {
 		return err
 	}
-	b.m.Hook("reboot: booted")
-	err = b.step(ctx, "init", func(ctx context.Context) error {
-		b.connect("")
-		err := b.guarded(ctx, b.guest.Wait)
+	inst.m.Hook("reboot: booted")
+	err = inst.step(ctx, "init", func(ctx context.Context) error {
+		inst.connect("")
+		err := inst.guarded(ctx, inst.guest.Wait)
 		if err == nil {
-			err = b.init(ctx, false)
+			err = inst.init(ctx, false)
 		}
 		return err
 	})
 	if err != nil {
 		return err
 	}
-	b.m.Hook("reboot: answers")
-	return b.step(ctx, "commit", func(ctx context.Context) error {
-		next := b.rec
+	inst.m.Hook("reboot: answers")
+	return inst.step(ctx, "commit", func(ctx context.Context) error {
+		next := inst.rec
 		// The next pause saves all that is not zero.
-		saved, err := next.zeroState(b.m.Dir)
+		saved, err := next.zeroState(inst.m.Dir)
 		if err != nil {
 			return Full(err)
 		}
 		next.State, next.Lost, next.Saved = Running, nil, &saved
-		return Full(b.commit(next))
+		return Full(inst.commit(next))
 	})
 }
 
 // start starts a machine from the sandbox's disk.
-func (b *box) start(ctx context.Context) error {
-	dir, home := b.m.Dir, b.rec.Home
-	if err := b.bootable(); err != nil {
+func (inst *instance) start(ctx context.Context) error {
+	dir, home := inst.m.Dir, inst.rec.Home
+	if err := inst.bootable(); err != nil {
 		return err
 	}
 	origin, err := image.OpenCapture(dir.SandboxOrigin(home))
 	if err != nil {
 		return err
 	}
-	if err := os.Chown(b.rec.disk(dir, b.rec.Disks-1), b.uid(), b.uid()); err != nil {
+	if err := os.Chown(inst.rec.disk(dir, inst.rec.Disks-1), inst.uid(), inst.uid()); err != nil {
 		return err
 	}
-	if err := b.slot.Describe(b.rec.Spec.metadata()); err != nil {
+	if err := inst.slot.Describe(inst.rec.Spec.metadata()); err != nil {
 		return fmt.Errorf("set metadata: %w", err)
 	}
-	b.begin.nested = b.m.mayNest(b.rec.Spec.Team)
-	return b.boot(ctx, origin, originLayers(origin))
+	inst.begin.nested = inst.m.mayNest(inst.rec.Spec.Team)
+	return inst.boot(ctx, origin, originLayers(origin))
 }

@@ -16,7 +16,7 @@ import (
 func (h *host) modules(t *testing.T, sandbox uuid.UUID) string {
 	t.Helper()
 	h.mu.Lock()
-	home := h.boxes[sandbox].rec.Home
+	home := h.sandboxes[sandbox].rec.Home
 	h.mu.Unlock()
 	h.w.mu.Lock()
 	defer h.w.mu.Unlock()

@@ -15,7 +15,7 @@ import (
 func (h *host) nests(t *testing.T, sandbox uuid.UUID) bool {
 	t.Helper()
 	h.mu.Lock()
-	home := h.boxes[sandbox].rec.Home
+	home := h.sandboxes[sandbox].rec.Home
 	h.mu.Unlock()
 	h.w.mu.Lock()
 	defer h.w.mu.Unlock()

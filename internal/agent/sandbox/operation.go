@@ -19,33 +19,33 @@ func carry(from, to context.Context) context.Context {
 
 // operation begins an operation on the sandbox, to which the steps belong until the next
 // one begins. The sandbox's goroutine calls it, and then end with the result.
-func (b *box) operation(ctx context.Context, name string) (_ context.Context, end func(error)) {
+func (inst *instance) operation(ctx context.Context, name string) (_ context.Context, end func(error)) {
 	begin := time.Now()
-	b.doing = name
-	b.set(func() { b.steps = nil })
+	inst.doing = name
+	inst.set(func() { inst.steps = nil })
 	ctx, span := tracing.Start(ctx, name)
 	if span.On() {
-		span.Set("wrenn.sandbox_id", id.Format(id.Sandbox, b.rec.Spec.ID))
+		span.Set("wrenn.sandbox_id", id.Format(id.Sandbox, inst.rec.Spec.ID))
 	}
 	return ctx, func(err error) {
 		span.EndWith(err)
-		b.m.Observe(name, "", time.Since(begin), err)
+		inst.m.Observe(name, "", time.Since(begin), err)
 	}
 }
 
 // step calls f as a step of the operation, and records its duration.
-func (b *box) step(ctx context.Context, name string, f func(context.Context) error) error {
+func (inst *instance) step(ctx context.Context, name string, f func(context.Context) error) error {
 	begin := time.Now()
-	ctx, span := tracing.Step(ctx, b.doing, name)
+	ctx, span := tracing.Step(ctx, inst.doing, name)
 	err := f(ctx)
 	span.EndWith(err)
 	took := time.Since(begin)
-	b.set(func() { b.steps = append(b.steps, Step{name, took}) })
-	b.m.Observe(b.doing, name, took, err)
+	inst.set(func() { inst.steps = append(inst.steps, Step{name, took}) })
+	inst.m.Observe(inst.doing, name, took, err)
 	if err != nil {
-		b.log.Debug("step failed", "step", name, "took", took, "error", err)
+		inst.log.Debug("step failed", "step", name, "took", took, "error", err)
 		return err
 	}
-	b.log.Debug("step", "step", name, "took", took)
+	inst.log.Debug("step", "step", name, "took", took)
 	return nil
 }

@@ -101,14 +101,14 @@ func TestResumedStandsAlone(t *testing.T) {
 			w.tracks = test.tracks
 			h := w.open(layout.Dir(t.TempDir()))
 			id := h.create(t, nil)
-			b, err := h.find(id)
+			inst, err := h.find(id)
 			if err != nil {
 				t.Fatal(err)
 			}
-			shared := b.base
+			shared := inst.base
 			if test.low {
 				h.mu.Lock()
-				h.MemoryMiB = b.rec.Spec.MemoryMiB + overheadMiB
+				h.MemoryMiB = inst.rec.Spec.MemoryMiB + overheadMiB
 				h.mu.Unlock()
 			}
 			for range 3 {
@@ -124,7 +124,7 @@ func TestResumedStandsAlone(t *testing.T) {
 					t.Fatal(err)
 				}
 				h.runs(t, id, n)
-				if alone := b.base != shared; alone != test.alone {
+				if alone := inst.base != shared; alone != test.alone {
 					t.Errorf("the sandbox has its own base: %v", alone)
 				}
 			}
@@ -235,10 +235,10 @@ func TestCapturesTakeBoundedSpace(t *testing.T) {
 	var taken int64
 	for n := 1; n < 10; n++ {
 		h.mu.Lock()
-		b := h.boxes[sandbox]
+		inst := h.sandboxes[sandbox]
 		h.mu.Unlock()
 		// Write as the guest does, through its machine.
-		f, err := os.OpenFile(b.rec.disk(h.dir, b.rec.Disks-1), os.O_WRONLY|os.O_APPEND, 0)
+		f, err := os.OpenFile(inst.rec.disk(h.dir, inst.rec.Disks-1), os.O_WRONLY|os.O_APPEND, 0)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -296,137 +296,137 @@ func (m *Manager) adopt(ctx context.Context, f found) {
 		m.wg.Go(func() { m.reread(f, u) })
 		return
 	}
-	b := newBox(m, f.rec)
-	close(b.booted)
-	// Publish the box only when it is complete.
+	inst := newInstance(m, f.rec)
+	close(inst.booted)
+	// Publish the instance only when it is complete.
 	begin := func(live func()) {
 		m.mu.Lock()
-		m.boxes[f.rec.Spec.ID] = b
+		m.sandboxes[f.rec.Spec.ID] = inst
 		m.mu.Unlock()
 		m.wg.Go(live)
 	}
 	if f.rec.Ending != nil {
-		b.maybeVM, b.unreadable = true, f.unreadable
+		inst.maybeVM, inst.unreadable = true, f.unreadable
 		// No other machine may get the slot, and so the user, of one that may run.
-		b.kept = (f.late || f.leftover) && f.rec.Slot != nil
-		b.refuse()
-		begin(func() { b.clean(*f.rec.Ending, nil) })
+		inst.kept = (f.late || f.leftover) && f.rec.Slot != nil
+		inst.refuse()
+		begin(func() { inst.clean(*f.rec.Ending, nil) })
 		return
 	}
 	// Earlier releases made no labels.
-	if err := errors.Join(b.rec.sweep(m.Dir), b.rec.label(m.Dir)); err != nil {
-		b.log.Warn("cannot remove a killed agent's unfinished files", "error", err)
+	if err := errors.Join(inst.rec.sweep(m.Dir), inst.rec.label(m.Dir)); err != nil {
+		inst.log.Warn("cannot remove a killed agent's unfinished files", "error", err)
 	}
 	if f.rec.State == Paused {
-		b.maybeVM = f.leftover
-		if b.kept = (f.late || f.leftover) && f.rec.Slot != nil; !b.kept {
-			b.rec.Slot = nil
+		inst.maybeVM = f.leftover
+		if inst.kept = (f.late || f.leftover) && f.rec.Slot != nil; !inst.kept {
+			inst.rec.Slot = nil
 		}
-		b.tracker.Shut()
-		b.log.Info("found a paused sandbox")
-		begin(b.serve)
+		inst.tracker.Shut()
+		inst.log.Info("found a paused sandbox")
+		begin(inst.serve)
 		return
 	}
-	b.maybeVM = true
+	inst.maybeVM = true
 	m.mu.Lock()
-	b.reservedMiB = b.rec.Spec.MemoryMiB + overheadMiB
-	m.reservedMiB += b.reservedMiB
+	inst.reservedMiB = inst.rec.Spec.MemoryMiB + overheadMiB
+	m.reservedMiB += inst.reservedMiB
 	m.mu.Unlock()
-	b.vm, b.kept = f.vm, true
+	inst.vm, inst.kept = f.vm, true
 	err := f.untaken
 	if err == nil {
-		err = b.reclaim(ctx)
+		err = inst.reclaim(ctx)
 	}
 	if err != nil {
-		b.tracker.Shut()
-		b.set(func() { b.rec.State = Resuming })
-		b.reportUntaken(err)
-		begin(b.regain)
+		inst.tracker.Shut()
+		inst.set(func() { inst.rec.State = Resuming })
+		inst.reportUntaken(err)
+		begin(inst.regain)
 		return
 	}
-	b.taken = make(chan struct{})
+	inst.taken = make(chan struct{})
 	begin(func() {
-		b.greet()
-		close(b.taken)
-		b.serve()
+		inst.greet()
+		close(inst.taken)
+		inst.serve()
 	})
 }
 
 // reclaim adopts the network of an adopted machine, and connects to its guest.
-func (b *box) reclaim(ctx context.Context) error {
-	if b.slot == nil {
-		slot, err := b.m.Networks.Reclaim(ctx, *b.rec.Slot, b.vm.PID())
+func (inst *instance) reclaim(ctx context.Context) error {
+	if inst.slot == nil {
+		slot, err := inst.m.Networks.Reclaim(ctx, *inst.rec.Slot, inst.vm.PID())
 		if err != nil {
 			return fmt.Errorf("reclaim network slot: %w", err)
 		}
-		b.set(func() { b.slot, b.kept = slot, false })
+		inst.set(func() { inst.slot, inst.kept = slot, false })
 	}
-	if err := b.slot.Limit(b.rates()); err != nil {
+	if err := inst.slot.Limit(inst.rates()); err != nil {
 		return fmt.Errorf("limit the network: %w", err)
 	}
-	if err := b.slot.Describe(b.rec.Spec.metadata()); err != nil {
+	if err := inst.slot.Describe(inst.rec.Spec.metadata()); err != nil {
 		return fmt.Errorf("set metadata: %w", err)
 	}
-	b.connect(b.rec.Spec.Token)
-	b.log.Info("adopted a running sandbox", "slot", b.slot.Index(), "pid", b.vm.PID())
+	inst.connect(inst.rec.Spec.Token)
+	inst.log.Info("adopted a running sandbox", "slot", inst.slot.Index(), "pid", inst.vm.PID())
 	return nil
 }
 
 // greet initializes the guest again, because a killed agent may not have done so. A guest
 // that kept running tolerates it.
-func (b *box) greet() {
+func (inst *instance) greet() {
 	ctx, cancel := context.WithTimeout(context.Background(), freezeTimeout)
 	defer cancel()
-	if err := b.init(ctx, false); err != nil {
-		b.log.Warn("an adopted sandbox does not respond", "error", firstLine(err.Error()))
+	if err := inst.init(ctx, false); err != nil {
+		inst.log.Warn("an adopted sandbox does not respond", "error", firstLine(err.Error()))
 	}
 }
 
 // regain retries to adopt a sandbox whose machine runs, until it succeeds or the sandbox
 // ends. The sandbox is resuming until then.
-func (b *box) regain() {
-	name := id.Format(id.Sandbox, b.rec.Spec.ID)
-	defer b.m.Problems.Clear(problem.Sandbox, name)
+func (inst *instance) regain() {
+	name := id.Format(id.Sandbox, inst.rec.Spec.ID)
+	defer inst.m.Problems.Clear(problem.Sandbox, name)
 	waits := backoff.New(firstRetry, lastRetry)
 	for {
 		var died <-chan struct{}
-		if b.vm != nil {
-			died = b.vm.Done()
+		if inst.vm != nil {
+			died = inst.vm.Done()
 		}
 		t := time.NewTimer(waits.Next())
 		select {
 		case <-t.C:
-			err := b.takeBack()
+			err := inst.takeBack()
 			if err == nil {
-				b.tracker.Touch()
-				b.tracker.Reopen()
-				b.set(func() { b.rec.State = Running })
-				b.m.Problems.Clear(problem.Sandbox, name)
-				b.serve()
+				inst.tracker.Touch()
+				inst.tracker.Reopen()
+				inst.set(func() { inst.rec.State = Running })
+				inst.m.Problems.Clear(problem.Sandbox, name)
+				inst.serve()
 				return
 			}
 			if errors.Is(err, vmm.ErrGone) {
-				b.m.Problems.Clear(problem.Sandbox, name)
-				b.dropKept()
-				b.loseDead(loss(condition.Killed, wasGone))
-				b.serve()
+				inst.m.Problems.Clear(problem.Sandbox, name)
+				inst.dropKept()
+				inst.loseDead(loss(condition.Killed, wasGone))
+				inst.serve()
 				return
 			}
-			b.reportUntaken(err)
+			inst.reportUntaken(err)
 		case <-died:
-			b.m.Problems.Clear(problem.Sandbox, name)
-			b.dropKept()
-			if !b.machineEnded() {
-				b.serve()
+			inst.m.Problems.Clear(problem.Sandbox, name)
+			inst.dropKept()
+			if !inst.machineEnded() {
+				inst.serve()
 			}
 			return
-		case o := <-b.orders:
-			b.obey(o)
-		case <-b.stop:
-			b.clean(b.why, nil)
+		case o := <-inst.orders:
+			inst.obey(o)
+		case <-inst.stop:
+			inst.clean(inst.why, nil)
 			return
-		case <-b.m.closing:
-			b.release()
+		case <-inst.m.closing:
+			inst.release()
 			return
 		}
 		t.Stop()
@@ -434,32 +434,32 @@ func (b *box) regain() {
 }
 
 // dropKept releases the slot that was kept for a machine that has ended before its adoption.
-func (b *box) dropKept() {
-	if !b.kept {
+func (inst *instance) dropKept() {
+	if !inst.kept {
 		return
 	}
-	if !b.m.shares(b) {
-		b.m.Networks.Forget(*b.rec.Slot)
+	if !inst.m.shares(inst) {
+		inst.m.Networks.Forget(*inst.rec.Slot)
 	}
-	b.set(func() { b.kept = false })
+	inst.set(func() { inst.kept = false })
 }
 
-func (b *box) reportUntaken(err error) {
-	name := id.Format(id.Sandbox, b.rec.Spec.ID)
-	b.m.Problems.Report(problem.Sandbox, name, "sandbox "+name+" cannot be used: its machine runs, but the agent cannot adopt it, and retries: "+err.Error())
+func (inst *instance) reportUntaken(err error) {
+	name := id.Format(id.Sandbox, inst.rec.Spec.ID)
+	inst.m.Problems.Report(problem.Sandbox, name, "sandbox "+name+" cannot be used: its machine runs, but the agent cannot adopt it, and retries: "+err.Error())
 }
 
 // shares reports whether another sandbox has the slot that is kept for b, which can only be
 // due to a damaged or old record.
-func (m *Manager) shares(b *box) bool {
+func (m *Manager) shares(inst *instance) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, other := range m.boxes {
-		if other == b {
+	for _, other := range m.sandboxes {
+		if other == inst {
 			continue
 		}
 		other.mu.Lock()
-		same := other.rec.Slot != nil && *other.rec.Slot == *b.rec.Slot && (other.kept || other.slot != nil)
+		same := other.rec.Slot != nil && *other.rec.Slot == *inst.rec.Slot && (other.kept || other.slot != nil)
 		other.mu.Unlock()
 		if same {
 			return true
@@ -469,18 +469,18 @@ func (m *Manager) shares(b *box) bool {
 }
 
 // takeBack tries to adopt a sandbox whose machine runs.
-func (b *box) takeBack() error {
-	ctx, done := b.bounded()
+func (inst *instance) takeBack() error {
+	ctx, done := inst.bounded()
 	defer done()
 	ctx, cancel := context.WithTimeout(ctx, takeTimeout)
 	defer cancel()
-	vm, err := take(ctx, b.m.Driver, b.vm, *b.rec.VM)
-	b.set(func() { b.vm = vm })
+	vm, err := take(ctx, inst.m.Driver, inst.vm, *inst.rec.VM)
+	inst.set(func() { inst.vm = vm })
 	if err == nil {
-		err = b.reclaim(ctx)
+		err = inst.reclaim(ctx)
 	}
 	if err == nil {
-		b.greet()
+		inst.greet()
 	}
 	return err
 }

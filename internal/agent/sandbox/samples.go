@@ -26,18 +26,12 @@ type Sample struct {
 
 // Samples measures all running sandboxes. It leaves out those that end during the call.
 func (m *Manager) Samples() []Sample {
-	m.mu.Lock()
-	boxes := make([]*box, 0, len(m.boxes))
-	for _, b := range m.boxes {
-		boxes = append(boxes, b)
-	}
-	m.mu.Unlock()
 	var samples []Sample
-	for _, b := range boxes {
-		b.mu.Lock()
-		s, home, vm := Sample{ID: b.rec.Spec.ID, VCPUs: b.rec.Spec.VCPUs}, b.rec.Home, b.vm
-		running := b.rec.State == Running && vm != nil
-		b.mu.Unlock()
+	for _, inst := range m.all() {
+		inst.mu.Lock()
+		s, home, vm := Sample{ID: inst.rec.Spec.ID, VCPUs: inst.rec.Spec.VCPUs}, inst.rec.Home, inst.vm
+		running := inst.rec.State == Running && vm != nil
+		inst.mu.Unlock()
 		if running && s.measure(vm, m.Dir.Sandbox(home)) == nil {
 			samples = append(samples, s)
 		}

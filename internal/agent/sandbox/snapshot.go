@@ -29,13 +29,13 @@ func (m *Manager) Snapshot(ctx context.Context, sandbox, template uuid.UUID, nam
 	if template == uuid.Nil {
 		return image.Template{}, fail(ErrInvalid, "the built-in template is not to be replaced")
 	}
-	b, err := m.find(sandbox)
+	inst, err := m.find(sandbox)
 	if err != nil {
 		return image.Template{}, err
 	}
 	var t image.Template
-	err = b.order(ctx, func(ctx context.Context) (err error) {
-		t, err = b.snapshot(ctx, template, name, defaults)
+	err = inst.order(ctx, func(ctx context.Context) (err error) {
+		t, err = inst.snapshot(ctx, template, name, defaults)
 		return err
 	})
 	if err != nil { // the order may still run and write t
@@ -44,20 +44,20 @@ func (m *Manager) Snapshot(ctx context.Context, sandbox, template uuid.UUID, nam
 	return t, nil
 }
 
-func (b *box) snapshot(ctx context.Context, template uuid.UUID, name string, defaults *image.Defaults) (_ image.Template, err error) {
-	dir, spec := b.m.Dir, &b.rec.Spec
+func (inst *instance) snapshot(ctx context.Context, template uuid.UUID, name string, defaults *image.Defaults) (_ image.Template, err error) {
+	dir, spec := inst.m.Dir, &inst.rec.Spec
 	if t, err := image.Find(dir, spec.Team, template); err == nil {
 		return t, nil
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return image.Template{}, err
 	}
-	release, err := b.reserveForCapture(0)
+	release, err := inst.reserveForCapture(0)
 	if err != nil {
 		return image.Template{}, err
 	}
 	defer release()
 	begin := time.Now()
-	ctx, end := b.operation(ctx, "snapshot")
+	ctx, end := inst.operation(ctx, "snapshot")
 	defer func() { end(err) }()
 	tmp, err := image.TempTemplate(dir)
 	if err != nil {
@@ -68,66 +68,66 @@ func (b *box) snapshot(ctx context.Context, template uuid.UUID, name string, def
 	if err := os.Mkdir(captures, 0o700); err != nil {
 		return image.Template{}, Full(err)
 	}
-	c, err := b.capture(ctx, filepath.Join(captures, image.Captured), defaults)
+	c, err := inst.capture(ctx, filepath.Join(captures, image.Captured), defaults)
 	if err != nil {
 		return image.Template{}, fmt.Errorf("snapshot: %w", Full(err))
 	}
-	b.m.Hook("snapshot: captured")
+	inst.m.Hook("snapshot: captured")
 	t := image.Template{
 		ID: template, Team: spec.Team, Name: name, DiskMiB: spec.DiskMiB, CreatedAt: time.Now().UTC().Truncate(time.Second),
 		VCPUs: spec.VCPUs, MemoryMiB: spec.MemoryMiB, Defaults: c.Defaults,
 	}
-	err = b.step(ctx, "publish", func(ctx context.Context) error { return image.PublishTemplate(dir, tmp, t) })
+	err = inst.step(ctx, "publish", func(ctx context.Context) error { return image.PublishTemplate(dir, tmp, t) })
 	if err != nil {
 		return image.Template{}, fmt.Errorf("snapshot: %w", Full(err))
 	}
-	b.m.Hook("snapshot: published")
-	b.log.Info("sandbox captured", "template", id.Format(id.Template, template), "took", time.Since(begin), "steps", stepsValue(b.steps))
+	inst.m.Hook("snapshot: published")
+	inst.log.Info("sandbox captured", "template", id.Format(id.Template, template), "took", time.Since(begin), "steps", stepsValue(inst.steps))
 	return image.Find(dir, spec.Team, template)
 }
 
 // reserveForCapture reserves room on the host's disk for a capture of the sandbox and for
 // more bytes. A capture of a running sandbox writes its memory and a copy of its overlay. A
 // capture of a paused one only makes links.
-func (b *box) reserveForCapture(more int64) (release func(), err error) {
-	if b.rec.State == Running {
-		size, err := disk.Allocated(b.rec.disk(b.m.Dir, b.rec.Disks-1))
+func (inst *instance) reserveForCapture(more int64) (release func(), err error) {
+	if inst.rec.State == Running {
+		size, err := disk.Allocated(inst.rec.disk(inst.m.Dir, inst.rec.Disks-1))
 		if err != nil {
 			return nil, err
 		}
-		more += size + int64(b.rec.Spec.MemoryMiB)<<20
+		more += size + int64(inst.rec.Spec.MemoryMiB)<<20
 	}
-	release, err = b.m.room.Reserve(more)
+	release, err = inst.m.room.Reserve(more)
 	return release, Full(err)
 }
 
 // capture captures the sandbox to a new folder. The sandbox stays in its state. defaults are
 // those of the capture (nil: those of the sandbox's template).
-func (b *box) capture(ctx context.Context, into string, defaults *image.Defaults) (_ *image.Capture, err error) {
-	dir, home, spec := b.m.Dir, b.rec.Home, &b.rec.Spec
-	running := b.rec.State == Running
-	if !running && b.rec.State != Paused {
-		return nil, &StateError{b.rec.State}
+func (inst *instance) capture(ctx context.Context, into string, defaults *image.Defaults) (_ *image.Capture, err error) {
+	dir, home, spec := inst.m.Dir, inst.rec.Home, &inst.rec.Spec
+	running := inst.rec.State == Running
+	if !running && inst.rec.State != Paused {
+		return nil, &StateError{inst.rec.State}
 	}
-	if b.rec.Lost != nil {
-		return nil, fail(ErrState, "the sandbox has lost its memory (%s): resume it first, which starts it from its disk", b.rec.Lost.Reason.Text())
+	if inst.rec.Lost != nil {
+		return nil, fail(ErrState, "the sandbox has lost its memory (%s): resume it first, which starts it from its disk", inst.rec.Lost.Reason.Text())
 	}
-	if b.rec.Disks > maxDisks {
+	if inst.rec.Disks > maxDisks {
 		return nil, fail(ErrCaptures, "the sandbox has been captured %d times, which is as often as it can be", maxDisks)
 	}
 	origin, err := image.OpenCapture(dir.SandboxOrigin(home))
 	if err != nil {
 		return nil, err
 	}
-	if err := b.layersFit(origin); err != nil {
+	if err := inst.layersFit(origin); err != nil {
 		return nil, err
 	}
 	if defaults == nil {
 		defaults = &origin.Defaults
 	}
 	c := &image.Capture{
-		ID: uuid.New(), Kind: b.savedBy(origin), VCPUs: spec.VCPUs, MemoryMiB: spec.MemoryMiB, DiskMiB: spec.DiskMiB,
-		Layers: origin.Layers + b.rec.Disks, DiskFormat: origin.DiskFormat, Token: spec.Token, Defaults: *defaults, Dir: into,
+		ID: uuid.New(), Kind: inst.savedBy(origin), VCPUs: spec.VCPUs, MemoryMiB: spec.MemoryMiB, DiskMiB: spec.DiskMiB,
+		Layers: origin.Layers + inst.rec.Disks, DiskFormat: origin.DiskFormat, Token: spec.Token, Defaults: *defaults, Dir: into,
 	}
 	if err := os.Mkdir(into, 0o700); err != nil {
 		return nil, err
@@ -138,23 +138,23 @@ func (b *box) capture(ctx context.Context, into string, defaults *image.Defaults
 		}
 	}()
 	// The present overlay becomes a layer to which nobody writes.
-	disks := b.rec.Disks
-	if err := b.step(ctx, "overlay", func(ctx context.Context) error { return b.addDisk() }); err != nil {
+	disks := inst.rec.Disks
+	if err := inst.step(ctx, "overlay", func(ctx context.Context) error { return inst.addDisk() }); err != nil {
 		return nil, err
 	}
-	b.m.Hook("snapshot: overlay")
+	inst.m.Hook("snapshot: overlay")
 	if running {
-		err = b.captureRunning(ctx, c)
+		err = inst.captureRunning(ctx, c)
 	} else {
-		saved := dir.SandboxSaved(home, *b.rec.Saved)
+		saved := dir.SandboxSaved(home, *inst.rec.Saved)
 		err = errors.Join(image.LinkTree(filepath.Join(saved, "memory"), c.Memory()), os.Link(filepath.Join(saved, "devices"), c.Devices()))
 	}
 	if err != nil {
 		return nil, err
 	}
-	b.m.Hook("snapshot: saved")
-	return c, b.step(ctx, "disks", func(ctx context.Context) error {
-		if err := errors.Join(os.Link(origin.Rootfs(), c.Rootfs()), c.LinkModules(b.modules(origin))); err != nil {
+	inst.m.Hook("snapshot: saved")
+	return c, inst.step(ctx, "disks", func(ctx context.Context) error {
+		if err := errors.Join(os.Link(origin.Rootfs(), c.Rootfs()), c.LinkModules(inst.modules(origin))); err != nil {
 			return err
 		}
 		for n := range origin.Layers {
@@ -163,7 +163,7 @@ func (b *box) capture(ctx context.Context, into string, defaults *image.Defaults
 			}
 		}
 		for n := range disks {
-			if err := b.shareDisk(ctx, n, c.Layer(origin.Layers+n)); err != nil {
+			if err := inst.shareDisk(ctx, n, c.Layer(origin.Layers+n)); err != nil {
 				return err
 			}
 		}
@@ -174,22 +174,22 @@ func (b *box) capture(ctx context.Context, into string, defaults *image.Defaults
 // layersFit returns [ErrCaptures] if the layers of the sandbox's disk, without the template's
 // file system, take more than twice the disk's size. Each capture adds a layer, and a guest
 // can write its whole disk between two captures.
-func (b *box) layersFit(origin *image.Capture) error {
-	taken, err := b.layersTake(origin)
+func (inst *instance) layersFit(origin *image.Capture) error {
+	taken, err := inst.layersTake(origin)
 	if err != nil {
 		return err
 	}
-	if most := 2 * int64(b.rec.Spec.DiskMiB) << 20; taken > most {
+	if most := 2 * int64(inst.rec.Spec.DiskMiB) << 20; taken > most {
 		return fail(ErrCaptures, "the layers of the sandbox's disk take %d MiB; it can be captured only while they take %d", taken>>20, most>>20)
 	}
 	return nil
 }
 
 // layersTake returns the size of the layers of the sandbox's disk in bytes.
-func (b *box) layersTake(origin *image.Capture) (taken int64, err error) {
+func (inst *instance) layersTake(origin *image.Capture) (taken int64, err error) {
 	layers := originLayers(origin)
-	for n := range b.rec.Disks {
-		layers = append(layers, b.rec.disk(b.m.Dir, n))
+	for n := range inst.rec.Disks {
+		layers = append(layers, inst.rec.disk(inst.m.Dir, n))
 	}
 	for _, l := range layers {
 		size, err := disk.Allocated(l)
@@ -203,29 +203,29 @@ func (b *box) layersTake(origin *image.Capture) (taken int64, err error) {
 
 // addDisk adds an empty overlay to the sandbox's disk. Its machine may still write to the one
 // below, because an empty overlay does not change what is read.
-func (b *box) addDisk() error {
-	n := b.rec.Disks
+func (inst *instance) addDisk() error {
+	n := inst.rec.Disks
 	uid := 0
-	if b.slot != nil {
-		uid = b.uid()
+	if inst.slot != nil {
+		uid = inst.uid()
 	}
-	name := b.rec.disk(b.m.Dir, n)
+	name := inst.rec.disk(inst.m.Dir, n)
 	if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) { // left by a failed attempt
 		return err
 	}
-	format, err := b.format(b.rec.DiskFormat)
+	format, err := inst.format(inst.rec.DiskFormat)
 	if err != nil {
 		return err
 	}
-	if err := disk.Create(format, name, int64(b.rec.Spec.DiskMiB)<<20, uid); err != nil {
+	if err := disk.Create(format, name, int64(inst.rec.Spec.DiskMiB)<<20, uid); err != nil {
 		return err
 	}
-	next := b.rec
+	next := inst.rec
 	next.Disks++
 	if next.State == Paused {
 		next.Sealed = n
 	}
-	if err := b.commit(next); err != nil {
+	if err := inst.commit(next); err != nil {
 		return errors.Join(err, os.Remove(name))
 	}
 	return nil
@@ -233,8 +233,8 @@ func (b *box) addDisk() error {
 
 // format returns the disk format with this name. It fails unless that is the format of the
 // host's driver.
-func (b *box) format(name string) (disk.Format, error) {
-	format := b.m.Driver.Disks()
+func (inst *instance) format(name string) (disk.Format, error) {
+	format := inst.m.Driver.Disks()
 	if name = cmp.Or(name, disk.Qcow2.Name()); name != format.Name() {
 		return nil, fail(ErrState, "the sandbox's disk is in the format %s, but this host's monitor uses %s", name, format.Name())
 	}
@@ -243,8 +243,8 @@ func (b *box) format(name string) (disk.Format, error) {
 
 // captureRunning captures memory and devices of a running machine, and makes it write to the
 // new overlay. It holds the machine for the time that it takes to copy the changed pages.
-func (b *box) captureRunning(ctx context.Context, c *image.Capture) error {
-	if uses, err := b.vm.Memory(); err == nil {
+func (inst *instance) captureRunning(ctx context.Context, c *image.Capture) error {
+	if uses, err := inst.vm.Memory(); err == nil {
 		if free, err := availableMemory(); err == nil && int(uses>>20)+slackMiB > free {
 			return fail(ErrExhausted, "the host has %d MiB of memory available, too little to copy what the sandbox has changed", free)
 		}
@@ -252,35 +252,35 @@ func (b *box) captureRunning(ctx context.Context, c *image.Capture) error {
 	var devices []byte
 	var pages memory.Pages
 	begin := time.Now()
-	err := b.step(ctx, "hold", func(ctx context.Context) (err error) {
-		defer b.letGoOn(ctx)
-		if err := b.freezeAndHold(ctx); err != nil {
+	err := inst.step(ctx, "hold", func(ctx context.Context) (err error) {
+		defer inst.letGoOn(ctx)
+		if err := inst.freezeAndHold(ctx); err != nil {
 			return err
 		}
-		b.m.Hook("snapshot: held")
+		inst.m.Hook("snapshot: held")
 		held := time.Now()
-		defer func() { b.m.Observe(b.doing, "held", time.Since(held), err) }()
-		if devices, err = b.vm.Devices(ctx); err != nil {
+		defer func() { inst.m.Observe(inst.doing, "held", time.Since(held), err) }()
+		if devices, err = inst.vm.Devices(ctx); err != nil {
 			return err
 		}
-		if pages, err = copyPages(b.vm.Pages()); err != nil {
+		if pages, err = copyPages(inst.vm.Pages()); err != nil {
 			return err
 		}
-		if err := b.vm.Divert(ctx, b.rec.disk(b.m.Dir, b.rec.Disks-1)); err != nil {
+		if err := inst.vm.Divert(ctx, inst.rec.disk(inst.m.Dir, inst.rec.Disks-1)); err != nil {
 			return err
 		}
-		b.m.Hook("snapshot: diverted")
+		inst.m.Hook("snapshot: diverted")
 		return nil
 	})
 	if err != nil {
 		return err
 	}
-	b.log.Debug("sandbox continues", "stopped_for", time.Since(begin))
-	return b.step(ctx, "save", func(ctx context.Context) error {
+	inst.log.Debug("sandbox continues", "stopped_for", time.Since(begin))
+	return inst.step(ctx, "save", func(ctx context.Context) error {
 		if err := writeDevices(c.Devices(), devices); err != nil {
 			return err
 		}
-		return b.saveMemory(ctx, c.Memory(), pages)
+		return inst.saveMemory(ctx, c.Memory(), pages)
 	})
 }
 
@@ -313,9 +313,9 @@ func copyPages(pages memory.Pages) (memory.Pages, error) {
 // shareDisk links overlay n, to which the machine does not write any more, to another folder.
 // If a machine that its guest has taken over could still write to it, shareDisk links a copy
 // instead, which also replaces the overlay.
-func (b *box) shareDisk(ctx context.Context, n int, to string) error {
-	own := b.rec.disk(b.m.Dir, n)
-	if n < b.rec.Sealed || b.rec.State == Paused {
+func (inst *instance) shareDisk(ctx context.Context, n int, to string) error {
+	own := inst.rec.disk(inst.m.Dir, n)
+	if n < inst.rec.Sealed || inst.rec.State == Paused {
 		return errors.Join(seal(own), os.Link(own, to))
 	}
 	if err := disk.Copy(ctx, to, own); err != nil {
@@ -325,10 +325,10 @@ func (b *box) shareDisk(ctx context.Context, n int, to string) error {
 	if err := errors.Join(os.Link(to, tmp), os.Rename(tmp, own)); err != nil {
 		return err
 	}
-	if n == b.rec.Sealed {
-		next := b.rec
+	if n == inst.rec.Sealed {
+		next := inst.rec
 		next.Sealed = n + 1
-		return b.commit(next)
+		return inst.commit(next)
 	}
 	return nil
 }
@@ -341,7 +341,7 @@ type Copy struct {
 
 // Fork makes copies of a running sandbox, which keeps running. It makes all of them or none.
 func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_ []Info, err error) {
-	b, err := m.find(sandbox)
+	inst, err := m.find(sandbox)
 	if err != nil {
 		return nil, err
 	}
@@ -356,11 +356,11 @@ func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_
 	var spec Spec
 	var under *base
 	caller := ctx
-	err = b.order(ctx, func(ctx context.Context) error {
-		if b.rec.State != Running {
-			return &StateError{b.rec.State}
+	err = inst.order(ctx, func(ctx context.Context) error {
+		if inst.rec.State != Running {
+			return &StateError{inst.rec.State}
 		}
-		release, err := b.reserveForCapture(0)
+		release, err := inst.reserveForCapture(0)
 		if err != nil {
 			return err
 		}
@@ -368,10 +368,10 @@ func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_
 		if err := os.MkdirAll(m.Dir.Forks(), 0o700); err != nil {
 			return Full(err)
 		}
-		ctx, end := b.operation(ctx, "capture")
+		ctx, end := inst.operation(ctx, "capture")
 		defer func() { end(err) }()
-		spec, under = b.rec.Spec, b.base
-		_, err = b.capture(ctx, hidden, nil)
+		spec, under = inst.rec.Spec, inst.base
+		_, err = inst.capture(ctx, hidden, nil)
 		if caller.Err() != nil { // Fork has returned, so nobody else removes it
 			err = errors.Join(err, discard(hidden))
 		}
@@ -414,7 +414,7 @@ func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_
 		s := spec
 		s.ID, s.Token = n.ID, n.Token
 		wg.Go(func() {
-			var copied *box
+			var copied *instance
 			if copied, errs[i] = m.enroll(ctx, s, begins); errs[i] == nil {
 				infos[i], errs[i] = copied.await(ctx)
 			}

@@ -254,11 +254,11 @@ func testUnreadable(t *testing.T, damage func(path string) error, end string) {
 	vm := w.vms[running]
 	w.mu.Unlock()
 	before := map[uuid.UUID]map[string]int64{}
-	for _, box := range []uuid.UUID{paused, running} {
-		if err := damage(dir.SandboxRecord(box)); err != nil {
+	for _, sandbox := range []uuid.UUID{paused, running} {
+		if err := damage(dir.SandboxRecord(sandbox)); err != nil {
 			t.Fatal(err)
 		}
-		before[box] = sizes(t, dir.Sandbox(box))
+		before[sandbox] = sizes(t, dir.Sandbox(sandbox))
 	}
 	if end == "has no machine" {
 		vm.die()
@@ -351,9 +351,9 @@ func TestUnreadableWithoutLabel(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	w := newWorld(t, 1)
 	h := w.open(dir)
-	box := h.create(t, nil)
+	sandbox := h.create(t, nil)
 	h.close()
-	if err := errors.Join(os.Remove(dir.SandboxID(box, box)), os.Truncate(dir.SandboxRecord(box), 0)); err != nil {
+	if err := errors.Join(os.Remove(dir.SandboxID(sandbox, sandbox)), os.Truncate(dir.SandboxRecord(sandbox), 0)); err != nil {
 		t.Fatal(err)
 	}
 	h = w.open(dir)
@@ -364,7 +364,7 @@ func TestUnreadableWithoutLabel(t *testing.T) {
 	if _, err := h.Get(uuid.New()); !errors.Is(err, ErrUnread) {
 		t.Errorf("another sandbox: %v", err)
 	}
-	if err := h.Destroy(t.Context(), box); err != nil {
+	if err := h.Destroy(t.Context(), sandbox); err != nil {
 		t.Fatal(err)
 	}
 	await.Until(t, "every record is read", func() bool { return len(h.unreadSandboxes()) == 0 })
@@ -380,11 +380,11 @@ func TestUnreadableWarm(t *testing.T) {
 	h.create(t, nil)
 	h.awaitWarm(t, 1)
 	sandbox := h.create(t, nil)
-	b, err := h.find(sandbox)
+	inst, err := h.find(sandbox)
 	if err != nil {
 		t.Fatal(err)
 	}
-	home := b.rec.Home
+	home := inst.rec.Home
 	if home == sandbox {
 		t.Fatal("the sandbox did not start from a warm machine")
 	}
@@ -414,20 +414,20 @@ func TestEarlierFolderIsLabelled(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	w := newWorld(t, 1)
 	h := w.open(dir)
-	box := h.create(t, nil)
+	sandbox := h.create(t, nil)
 	h.close()
-	if err := os.Remove(dir.SandboxID(box, box)); err != nil {
+	if err := os.Remove(dir.SandboxID(sandbox, sandbox)); err != nil {
 		t.Fatal(err)
 	}
 	h = w.open(dir)
 	h.close()
-	if err := os.Truncate(dir.SandboxRecord(box), 0); err != nil {
+	if err := os.Truncate(dir.SandboxRecord(sandbox), 0); err != nil {
 		t.Fatal(err)
 	}
 	h = w.open(dir)
 	defer func() { h.close() }()
-	h.mayHave(t, box)
-	if err := h.Destroy(t.Context(), box); err != nil {
+	h.mayHave(t, sandbox)
+	if err := h.Destroy(t.Context(), sandbox); err != nil {
 		t.Fatal(err)
 	}
 }

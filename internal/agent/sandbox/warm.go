@@ -26,7 +26,7 @@ type warm struct {
 	wake chan struct{} // wakes keep
 
 	wanted      []wanted // last used first
-	ready       []*box
+	ready       []*instance
 	reservedMiB int
 	lastStart   time.Time // end of the last start of a sandbox
 
@@ -63,24 +63,24 @@ func (w *warm) want(s Spec, c *image.Capture) {
 }
 
 // take returns a warm machine for the sandbox s, or nil.
-func (w *warm) take(s Spec) *box {
+func (w *warm) take(s Spec) *instance {
 	if w.m.mayNest(s.Team) {
 		return nil // no warm machine is nested
 	}
 	for i := 0; i < len(w.ready); i++ {
-		b := w.ready[i]
-		have := &b.rec.Spec
+		inst := w.ready[i]
+		have := &inst.rec.Spec
 		if have.Template != s.Template || have.VCPUs != s.VCPUs || have.MemoryMiB != s.MemoryMiB {
 			continue
 		}
 		w.remove(i)
 		i--
 		select {
-		case <-b.vm.Done():
-			w.discard(b)
+		case <-inst.vm.Done():
+			w.discard(inst)
 		default:
-			delete(w.m.nameless, b)
-			return b
+			delete(w.m.nameless, inst)
+			return inst
 		}
 	}
 	return nil
@@ -88,27 +88,27 @@ func (w *warm) take(s Spec) *box {
 
 // remove removes machine i from ready.
 func (w *warm) remove(i int) {
-	b := w.ready[i]
+	inst := w.ready[i]
 	w.ready = slices.Delete(w.ready, i, i+1)
-	w.reservedMiB -= need(b)
+	w.reservedMiB -= need(inst)
 	w.look()
 }
 
-func need(b *box) int { return b.rec.Spec.MemoryMiB + overheadMiB }
+func need(inst *instance) int { return inst.rec.Spec.MemoryMiB + overheadMiB }
 
 // discard ends a machine that was removed from ready. The caller holds the manager's mu.
-func (w *warm) discard(b *box) {
-	w.m.nameless[b] = struct{}{}
-	w.m.wg.Go(func() { b.clean(ending{Reason: "nobody needs it", Time: time.Now().UTC()}, nil) })
+func (w *warm) discard(inst *instance) {
+	w.m.nameless[inst] = struct{}{}
+	w.m.wg.Go(func() { inst.clean(ending{Reason: "nobody needs it", Time: time.Now().UTC()}, nil) })
 }
 
 // shed ends warm machines, newest first, until they reserve at most freeMiB.
 func (w *warm) shed(freeMiB int) {
 	for len(w.ready) > 0 && w.reservedMiB > freeMiB {
 		last := len(w.ready) - 1
-		b := w.ready[last]
+		inst := w.ready[last]
 		w.remove(last)
-		w.discard(b)
+		w.discard(inst)
 	}
 }
 
@@ -118,9 +118,9 @@ func (w *warm) forget(template uuid.UUID) {
 	defer w.m.mu.Unlock()
 	w.wanted = slices.DeleteFunc(w.wanted, func(have wanted) bool { return have.template == template })
 	for i := len(w.ready) - 1; i >= 0; i-- {
-		if b := w.ready[i]; b.rec.Spec.Template == template {
+		if inst := w.ready[i]; inst.rec.Spec.Template == template {
 			w.remove(i)
-			w.discard(b)
+			w.discard(inst)
 		}
 	}
 }
@@ -196,8 +196,8 @@ func (w *warm) next() *wanted {
 	for i := range w.wanted {
 		c := w.wanted[i].capture
 		n := 0
-		for _, b := range w.ready {
-			if b.rec.Spec.Template == w.wanted[i].template && b.rec.Spec.VCPUs == c.VCPUs && b.rec.Spec.MemoryMiB == c.MemoryMiB {
+		for _, inst := range w.ready {
+			if inst.rec.Spec.Template == w.wanted[i].template && inst.rec.Spec.VCPUs == c.VCPUs && inst.rec.Spec.MemoryMiB == c.MemoryMiB {
 				n++
 			}
 		}
@@ -213,18 +213,18 @@ func (w *warm) next() *wanted {
 // make makes a warm machine.
 func (w *warm) make(of wanted) {
 	m, home := w.m, uuid.New()
-	b := newBox(m, record{
+	inst := newInstance(m, record{
 		Version: format.Sandbox.Version, Home: home, State: waiting, CreatedAt: time.Now().UTC(),
 		Spec: Spec{ID: home, Template: of.template, VCPUs: of.capture.VCPUs, MemoryMiB: of.capture.MemoryMiB, DiskMiB: of.capture.DiskMiB},
 	})
-	b.log = m.Log.With("machine", home)
-	if m.register(b) != nil {
+	inst.log = m.Log.With("machine", home)
+	if m.register(inst) != nil {
 		return
 	}
-	ctx, done := b.bounded()
+	ctx, done := inst.bounded()
 	begin := time.Now()
-	ctx, end := b.operation(ctx, "warm")
-	err := b.wait(ctx, of.capture)
+	ctx, end := inst.operation(ctx, "warm")
+	err := inst.wait(ctx, of.capture)
 	end(err)
 	done()
 	m.mu.Lock()
@@ -235,38 +235,38 @@ func (w *warm) make(of wanted) {
 		}
 		// No retry until the next sandbox is made from this capture.
 		w.wanted = slices.DeleteFunc(w.wanted, func(have wanted) bool { return have.capture.ID == of.capture.ID })
-		w.discard(b)
+		w.discard(inst)
 		return
 	}
-	b.log.Info("made a warm machine", "template", of.template, "took", time.Since(begin), "steps", stepsValue(b.steps))
-	w.ready = append(w.ready, b)
-	w.reservedMiB += need(b)
+	inst.log.Info("made a warm machine", "template", of.template, "took", time.Since(begin), "steps", stepsValue(inst.steps))
+	w.ready = append(w.ready, inst)
+	w.reservedMiB += need(inst)
 }
 
 // wait prepares and warms up a machine, and leaves it held.
-func (b *box) wait(ctx context.Context, c *image.Capture) error {
-	ctx, cancel := context.WithTimeout(ctx, b.m.BootTimeout)
+func (inst *instance) wait(ctx context.Context, c *image.Capture) error {
+	ctx, cancel := context.WithTimeout(ctx, inst.m.BootTimeout)
 	defer cancel()
-	leave, err := b.queue(ctx)
+	leave, err := inst.queue(ctx)
 	if err != nil {
 		return err
 	}
 	defer leave()
-	if err := b.prepare(ctx, c); err != nil {
+	if err := inst.prepare(ctx, c); err != nil {
 		return err
 	}
-	b.rec.Spec.Token = c.Token
+	inst.rec.Spec.Token = c.Token
 	if c.Inputs == "" || c.Runs { // programs of the capture must not run before they belong to a sandbox
 		return nil
 	}
-	return b.step(ctx, "warm up", func(ctx context.Context) error {
-		if err := b.vm.Run(ctx); err != nil {
+	return inst.step(ctx, "warm up", func(ctx context.Context) error {
+		if err := inst.vm.Run(ctx); err != nil {
 			return err
 		}
-		b.rec.Spec.Token = rand.Text()
-		if err := b.warmUp(ctx, c, c.Token, b.rec.Spec.Token, warmUpCommand); err != nil {
+		inst.rec.Spec.Token = rand.Text()
+		if err := inst.warmUp(ctx, c, c.Token, inst.rec.Spec.Token, warmUpCommand); err != nil {
 			return err
 		}
-		return b.vm.Hold(ctx)
+		return inst.vm.Hold(ctx)
 	})
 }

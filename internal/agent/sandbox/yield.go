@@ -53,17 +53,12 @@ type yielding struct {
 
 // yield is one round.
 func (m *Manager) yield(y *yielding, now time.Time) {
-	m.mu.Lock()
-	boxes := make([]*box, 0, len(m.boxes))
-	for _, b := range m.boxes {
-		boxes = append(boxes, b)
-	}
-	m.mu.Unlock()
-	uses := make(map[uuid.UUID]*use, len(boxes))
-	for _, b := range boxes {
-		b.mu.Lock()
-		spec, vm := b.rec.Spec, b.vm
-		b.mu.Unlock()
+	all := m.all()
+	uses := make(map[uuid.UUID]*use, len(all))
+	for _, inst := range all {
+		inst.mu.Lock()
+		spec, vm := inst.rec.Spec, inst.vm
+		inst.mu.Unlock()
 		if vm == nil {
 			continue
 		}

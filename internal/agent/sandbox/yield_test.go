@@ -40,7 +40,7 @@ func TestYield(t *testing.T) {
 			t.Fatal(err)
 		}
 		h.mu.Lock()
-		homes = append(homes, h.boxes[s.ID].rec.Home)
+		homes = append(homes, h.sandboxes[s.ID].rec.Home)
 		h.mu.Unlock()
 	}
 	var spent time.Duration
