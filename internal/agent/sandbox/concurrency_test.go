@@ -26,11 +26,11 @@ func TestLockOrder(t *testing.T) {
 	if _, err := h.Create(t.Context(), s); err != nil {
 		t.Fatal(err)
 	}
-	b, err := h.find(s.ID)
+	inst, err := h.find(s.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.tracker.Shut() // as if the sandbox were expiring
+	inst.tracker.Shut() // as if the sandbox were expiring
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	for range 2 {
@@ -166,7 +166,7 @@ func (h *host) randomCall(rng *rand.Rand, ids, templates []uuid.UUID, known *liv
 			known.use(h, u)
 			select {
 			case <-u.Context.Done():
-			case <-time.After(time.Duration(rng.IntN(30)) * time.Millisecond):
+			case <-time.After(time.Duration(rng.IntN(30)) * time.Millisecond): // real time: a use of random length
 			}
 			u.End()
 		}

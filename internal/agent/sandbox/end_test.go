@@ -1,14 +1,13 @@
 package sandbox
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
@@ -17,37 +16,65 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
+// TestExpiry checks that a use delays a sandbox's expiry until its timeout after the use.
 func TestExpiry(t *testing.T) {
 	h := newHost(t)
 	s := spec()
-	var u *Use
-	for s.Timeout = 300 * time.Millisecond; ; s.Timeout *= 2 { // until it is long enough for the test to use the sandbox
-		begun := time.Now()
-		info, err := h.Create(t.Context(), s)
-		if err != nil {
+	s.Timeout = time.Hour
+	begun := time.Now()
+	info, err := h.Create(t.Context(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if at := info.ExpiresAt; at.Before(begun.Add(s.Timeout)) || at.After(time.Now().Add(s.Timeout)) {
+		t.Errorf("the sandbox expires at %v, created between %v and now", at, begun)
+	}
+	u, err := h.Use(t.Context(), s.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// An order makes the sandbox's goroutine look at its expiry again.
+	inst := h.instance(t, s.ID)
+	look := func() error { return inst.order(t.Context(), func(context.Context) error { return nil }) }
+	inst.tracker.lastUsed(2 * s.Timeout)
+	for range 2 { // the second order begins after the look that the first one caused
+		if err := look(); err != nil {
 			t.Fatal(err)
 		}
-		if at := info.ExpiresAt; at.Before(begun.Add(s.Timeout)) || at.After(time.Now().Add(s.Timeout)) {
-			t.Errorf("the sandbox expires at %v, created between %v and now", at, begun)
-		}
-		if u, err = h.Use(t.Context(), s.ID); err == nil {
-			break
-		}
-		h.awaitGone(t, s.ID)
-		s.ID = uuid.New()
 	}
-	time.Sleep(2 * s.Timeout)
 	if u.Context.Err() != nil || h.info(s.ID).State != Running {
 		t.Fatal("the sandbox expired while it was in use")
 	}
 	ended := time.Now()
 	u.End()
+	if at := h.info(s.ID).ExpiresAt; at.Before(ended.Add(s.Timeout)) {
+		t.Errorf("after a use that ended at %v the sandbox expires at %v", ended, at)
+	}
+	if err := look(); err != nil {
+		t.Fatal(err)
+	}
+	inst.tracker.lastUsed(s.Timeout)
+	_ = look() // the sandbox may end before it obeys
 	e := h.event(t, s.ID)
 	if e.Kind != journal.Expired || !strings.Contains(e.Reason, s.Timeout.String()) {
 		t.Errorf("event %+v", e)
 	}
-	if e.Time.Before(ended.Add(s.Timeout)) {
-		t.Errorf("the sandbox expired at %v, but its use ended only at %v", e.Time, ended)
+	h.awaitGone(t, s.ID)
+	h.nothingLeft()
+}
+
+// TestUnusedExpires checks that a sandbox that nobody uses expires without another call.
+func TestUnusedExpires(t *testing.T) {
+	h := newHost(t)
+	s := spec()
+	s.Timeout = 20 * time.Millisecond
+	begun := time.Now()
+	if _, err := h.Create(t.Context(), s); err != nil {
+		t.Fatal(err)
+	}
+	e := h.event(t, s.ID)
+	if e.Kind != journal.Expired || e.Time.Before(begun.Add(s.Timeout)) {
+		t.Errorf("created at %v, event %+v", begun, e)
 	}
 	h.awaitGone(t, s.ID)
 	h.nothingLeft()

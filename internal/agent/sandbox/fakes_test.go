@@ -358,9 +358,11 @@ type worldVM struct {
 	once     sync.Once
 	done     chan struct{}
 	responds chan struct{}
-	listener net.Listener
-	why      error  // why it ended; nil: it crashed
-	said     string // its console; empty: a panic
+	// unanswered counts requests whose client gave up before the machine ran and responded.
+	unanswered atomic.Int32
+	listener   net.Listener
+	why        error  // why it ended; nil: it crashed
+	said       string // its console; empty: a panic
 }
 
 func (v *worldVM) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -376,6 +378,7 @@ func (v *worldVM) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		case <-v.done:
 			return
 		case <-r.Context().Done():
+			v.unanswered.Add(1)
 			return
 		}
 	}

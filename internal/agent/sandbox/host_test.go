@@ -177,11 +177,21 @@ func (h *host) event(t testing.TB, id uuid.UUID) journal.Event {
 
 func (h *host) awaitGone(t testing.TB, id uuid.UUID) {
 	t.Helper()
-	b, err := h.find(id)
+	inst, err := h.find(id)
 	if err != nil {
 		return
 	}
-	await.Recv(t, "the sandbox is gone", b.gone)
+	await.Recv(t, "the sandbox is gone", inst.gone)
+}
+
+// instance returns a sandbox's instance.
+func (h *host) instance(t testing.TB, id uuid.UUID) *instance {
+	t.Helper()
+	inst, err := h.find(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return inst
 }
 
 func (h *host) info(id uuid.UUID) Info {
@@ -259,18 +269,18 @@ func isState(err error, s State) bool {
 // isReleased checks that a paused sandbox has no machine and no network.
 func (h *host) isReleased(t testing.TB, id uuid.UUID) {
 	t.Helper()
-	b, err := h.find(id)
+	inst, err := h.find(id)
 	if err != nil {
 		t.Fatal(err)
 	}
 	// The sandbox accepts orders only once its machine is gone.
-	if err := b.order(t.Context(), func(context.Context) error { return nil }); err != nil {
+	if err := inst.order(t.Context(), func(context.Context) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.vm != nil || b.slot != nil {
-		t.Errorf("a paused sandbox has machine %v and slot %v", b.vm, b.slot)
+	inst.mu.Lock()
+	defer inst.mu.Unlock()
+	if inst.vm != nil || inst.slot != nil {
+		t.Errorf("a paused sandbox has machine %v and slot %v", inst.vm, inst.slot)
 	}
 }
 

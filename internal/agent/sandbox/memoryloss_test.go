@@ -48,11 +48,11 @@ func (h *host) loses(t *testing.T, id uuid.UUID, why condition.Reason) {
 // mark writes to the sandbox's fake disk, and returns a check that it is still there.
 func (h *host) mark(t *testing.T, id uuid.UUID) (check func()) {
 	t.Helper()
-	b, err := h.find(id)
+	inst, err := h.find(id)
 	if err != nil {
 		t.Fatal(err)
 	}
-	disk := b.rec.disk(h.dir, 0)
+	disk := inst.rec.disk(h.dir, 0)
 	f, err := os.OpenFile(disk, os.O_WRONLY|os.O_APPEND, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -281,15 +281,15 @@ func TestRebootNeedsTheFormat(t *testing.T) {
 	h := newHost(t)
 	id := h.create(t, nil)
 	n := h.counts(t, id)
-	b, err := h.find(id)
+	inst, err := h.find(id)
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.set(func() { b.rec.DiskFormat = "other" })
+	inst.set(func() { inst.rec.DiskFormat = "other" })
 	if _, err := h.Reboot(t.Context(), id); !errors.Is(err, ErrState) {
 		t.Errorf("reboot: %v", err)
 	}
-	b.set(func() { b.rec.DiskFormat = "" })
+	inst.set(func() { inst.rec.DiskFormat = "" })
 	h.runs(t, id, n)
 }
 
@@ -410,23 +410,28 @@ func TestSilenceWhileHeld(t *testing.T) {
 	h := newHost(t)
 	h.probing = probing{every: 10 * time.Millisecond, timeout: 50 * time.Millisecond, first: 10 * time.Millisecond, last: 10 * time.Millisecond, after: 20 * time.Millisecond}
 	id := h.create(t, nil)
-	b, err := h.find(id)
-	if err != nil {
-		t.Fatal(err)
-	}
-	err = b.order(t.Context(), func(ctx context.Context) error {
-		if err := b.vm.Hold(ctx); err != nil {
-			return err
-		}
-		defer func() { _ = b.vm.Run(ctx) }()
-		for end := time.Now().Add(time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
-			if c := b.info().Condition; c != nil {
-				return fmt.Errorf("the sandbox has the condition %+v", *c)
+	inst, vm := h.instance(t, id), h.machine(id)
+	held, release, ended := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	go func() {
+		ended <- inst.order(t.Context(), func(ctx context.Context) error {
+			if err := inst.vm.Hold(ctx); err != nil {
+				return err
 			}
-		}
-		return nil
-	})
-	if err != nil {
+			close(held)
+			<-release
+			return inst.vm.Run(ctx)
+		})
+	}()
+	await.Recv(t, "the guest is held", held)
+	// The second failed probe of a running guest would count, and the agent sends a third
+	// only after it has judged the second.
+	before := vm.unanswered.Load()
+	await.Until(t, "three probes of the held guest fail", func() bool { return vm.unanswered.Load() >= before+3 })
+	if c := inst.info().Condition; c != nil {
+		t.Errorf("the sandbox has the condition %+v", *c)
+	}
+	close(release)
+	if err := await.Recv(t, "the order ends", ended); err != nil {
 		t.Error(err)
 	}
 }

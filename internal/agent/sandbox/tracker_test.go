@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -30,6 +31,53 @@ func TestTrackerClock(t *testing.T) {
 	monotonic("used")
 	tr.Touch()
 	monotonic("touched")
+}
+
+// lastUsed sets the last use to d ago.
+func (t *Tracker) lastUsed(d time.Duration) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.last = time.Now().Add(-d)
+}
+
+// TestTrackerExpires checks when a tracker reports that its sandbox was not used for the
+// timeout, and that it refuses uses from then on.
+func TestTrackerExpires(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const timeout = time.Minute
+		tr := NewTracker()
+		wants := func(want time.Duration) {
+			t.Helper()
+			if expired, left, busy := tr.expire(timeout); expired || left != want || busy != nil {
+				t.Errorf("expired %v, %v left, want %v; in use %v", expired, left, want, busy != nil)
+			}
+		}
+		wants(timeout)
+		time.Sleep(timeout - time.Second)
+		wants(time.Second)
+		leave, ok := tr.Enter()
+		if !ok {
+			t.Fatal("refused")
+		}
+		time.Sleep(2 * timeout)
+		expired, _, busy := tr.expire(timeout)
+		if expired || busy == nil {
+			t.Fatalf("in use: expired %v", expired)
+		}
+		leave()
+		<-busy
+		wants(timeout)
+		time.Sleep(timeout / 2)
+		tr.Touch()
+		wants(timeout)
+		time.Sleep(timeout)
+		if expired, _, _ := tr.expire(timeout); !expired {
+			t.Error("not expired after the timeout")
+		}
+		if _, ok := tr.Enter(); ok {
+			t.Error("an expired sandbox can be used")
+		}
+	})
 }
 
 func TestTrackerWaits(t *testing.T) {
