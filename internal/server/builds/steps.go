@@ -80,7 +80,7 @@ func (a *attempt) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	box, done, err := a.begin(ctx, base, p)
+	row, done, err := a.begin(ctx, base, p)
 	if err != nil {
 		return err
 	}
@@ -92,7 +92,7 @@ func (a *attempt) run(ctx context.Context) error {
 			return err
 		}
 	}
-	b, err := a.box(box)
+	b, err := a.builder(row)
 	if err != nil {
 		return err
 	}
@@ -279,21 +279,21 @@ func brief(text string) string {
 	return text
 }
 
-// box is the build's sandbox and its host.
-type box struct {
+// builder is the build's sandbox and its host.
+type builder struct {
 	*attempt
 	row  db.Sandbox
 	host *hosts.Host
 	wire string
 }
 
-func (a *attempt) box(row db.Sandbox) (*box, error) {
+func (a *attempt) builder(row db.Sandbox) (*builder, error) {
 	host, err := a.Hosts.Get(row.HostID)
-	return &box{attempt: a, row: row, host: host, wire: id.Format(id.Sandbox, row.ID)}, err
+	return &builder{attempt: a, row: row, host: host, wire: id.Format(id.Sandbox, row.ID)}, err
 }
 
 // do executes a step of the recipe or of the phases around it.
-func (b *box) do(ctx context.Context, act *action, step *Step, out *output) error {
+func (b *builder) do(ctx context.Context, act *action, step *Step, out *output) error {
 	switch s := act.step.(type) {
 	case nil:
 		has, err := b.test(ctx, "command -v apt-get")
@@ -328,7 +328,7 @@ func empty(w io.Writer) error {
 
 // test reports whether root's shell runs a line successfully. It is false if the guest
 // has no shell.
-func (b *box) test(ctx context.Context, line string, args ...string) (bool, error) {
+func (b *builder) test(ctx context.Context, line string, args ...string) (bool, error) {
 	call, cancel := context.WithTimeout(ctx, callTimeout+answerGrace)
 	defer cancel()
 	// Discard what the guest prints.
@@ -345,7 +345,7 @@ func (b *box) test(ctx context.Context, line string, args ...string) (bool, erro
 }
 
 // command runs a command and fails unless it exits with code 0.
-func (b *box) command(ctx context.Context, c recipe.Command, act *action, step *Step, out *output) error {
+func (b *builder) command(ctx context.Context, c recipe.Command, act *action, step *Step, out *output) error {
 	limit := b.limit(act)
 	exit, err := b.exec(ctx, c.Args(), act.surroundings, limit, out)
 	if err != nil {
@@ -363,7 +363,7 @@ func (b *box) command(ctx context.Context, c recipe.Command, act *action, step *
 
 // exec runs a command until it exits (limit 0: without a time limit). If the guest
 // refuses it, the error blames the recipe (see [refused]).
-func (b *box) exec(ctx context.Context, args []string, in surroundings, limit time.Duration, out io.Writer) (*hostagentv1.ExecStreamResponse_Exited, error) {
+func (b *builder) exec(ctx context.Context, args []string, in surroundings, limit time.Duration, out io.Writer) (*hostagentv1.ExecStreamResponse_Exited, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stream := b.host.Agent.ExecStream(ctx)
@@ -417,7 +417,7 @@ func refused(err error) error {
 }
 
 // copy writes a COPY's files to the guest.
-func (b *box) copy(ctx context.Context, act *action) error {
+func (b *builder) copy(ctx context.Context, act *action) error {
 	s, dir, name := act.files, act.files.target, ""
 	if !s.folder {
 		is, err := b.test(ctx, `test -d "$1"`, s.target)
@@ -434,7 +434,7 @@ func (b *box) copy(ctx context.Context, act *action) error {
 }
 
 // unpack has the guest unpack the tar that write writes.
-func (b *box) unpack(ctx context.Context, dir, user, owner string, write func(io.Writer) error) error {
+func (b *builder) unpack(ctx context.Context, dir, user, owner string, write func(io.Writer) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stream := b.host.Agent.WriteFileStream(ctx)
@@ -478,7 +478,7 @@ func (c chunks) Write(p []byte) (int, error) {
 }
 
 // settle kills the processes that steps left running and syncs the disk.
-func (b *box) settle(ctx context.Context) error {
+func (b *builder) settle(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, captureTimeout)
 	defer cancel()
 	if _, err := b.host.Agent.Settle(ctx, connect.NewRequest(&hostagentv1.SettleRequest{SandboxId: b.wire})); err != nil {
@@ -488,7 +488,7 @@ func (b *box) settle(ctx context.Context) error {
 }
 
 // layer captures the result of the steps so far as a layer.
-func (a *attempt) layer(ctx context.Context, b *box, act *action) error {
+func (a *attempt) layer(ctx context.Context, b *builder, act *action) error {
 	if err := b.settle(ctx); err != nil {
 		return err
 	}
@@ -509,7 +509,7 @@ func (a *attempt) layer(ctx context.Context, b *box, act *action) error {
 }
 
 // snapshot inserts a template and has the host capture the sandbox for it.
-func (b *box) snapshot(ctx context.Context, kind string, key []byte, req *hostagentv1.SnapshotRequest) (claimed db.Template, _ *hostagentv1.Template, err error) {
+func (b *builder) snapshot(ctx context.Context, kind string, key []byte, req *hostagentv1.SnapshotRequest) (claimed db.Template, _ *hostagentv1.Template, err error) {
 	template := uuid.New()
 	name := b.attempt.row.Name
 	req.SandboxId, req.TemplateId, req.Name = b.wire, id.Format(id.Template, template), name
@@ -548,7 +548,7 @@ func (b *box) snapshot(ctx context.Context, kind string, key []byte, req *hostag
 
 // capture runs START, waits until the health check succeeds, and captures the template.
 // When it returns nil, the build has succeeded.
-func (a *attempt) capture(ctx context.Context, b *box, r *recipe.Recipe, p *plan, at int) error {
+func (a *attempt) capture(ctx context.Context, b *builder, r *recipe.Recipe, p *plan, at int) error {
 	if err := b.settle(ctx); err != nil {
 		return err
 	}
@@ -643,7 +643,7 @@ func (a *attempt) checkLimit(h *recipe.HealthCheck) time.Duration {
 
 // healthy repeats the health check until it succeeds, START ends, or the retries are used
 // up.
-func (b *box) healthy(ctx context.Context, h *recipe.HealthCheck, in surroundings, ended <-chan error, out *output) error {
+func (b *builder) healthy(ctx context.Context, h *recipe.HealthCheck, in surroundings, ended <-chan error, out *output) error {
 	interval, timeout, retries := cmp.Or(h.Interval, checkInterval), cmp.Or(h.Timeout, checkTimeout), cmp.Or(h.Retries, checkRetries)
 	begun := time.Now()
 	for failures := 0; ; {

@@ -214,11 +214,11 @@ func (s *Service) renewLease(ctx context.Context, row db.Build, off context.Canc
 func (s *Service) clean(ctx context.Context, build uuid.UUID) error {
 	ctx, cancel := context.WithTimeout(ctx, cleanTimeout)
 	defer cancel()
-	boxes, err := s.Store.ListBuildSandboxes(ctx, &build)
+	sandboxes, err := s.Store.ListBuildSandboxes(ctx, &build)
 	if err != nil {
 		return fmt.Errorf("list build's sandboxes: %w", err)
 	}
-	err = each.Do(ctx, s.Log, sweeps, cleanTimeout, boxes, func(ctx context.Context, row db.Sandbox) error {
+	err = each.Do(ctx, s.Log, sweeps, cleanTimeout, sandboxes, func(ctx context.Context, row db.Sandbox) error {
 		return s.Sandboxes.End(ctx, row, "its build")
 	})
 	if err != nil {

@@ -11,12 +11,12 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 )
 
-// box tracks what this server does to one sandbox now, and who waits for the sandbox to
+// activity tracks what this server does to one sandbox now, and who waits for the sandbox to
 // change. It exists only while there is either.
 //
-// Service.mu guards all boxes. It is a leaf lock and is not held during I/O or calls to
+// Service.mu guards all activities. It is a leaf lock and is not held during I/O or calls to
 // other code. A turn lasts as long as its work. The holder of a turn takes no other.
-type box struct {
+type activity struct {
 	// creating is the creation or fork of the sandbox.
 	creating *creation
 	// deleting counts deletions in progress.
@@ -54,25 +54,26 @@ const refreshing State = "refreshing"
 // again.
 var ErrMoved = errors.New("the sandbox has changed its state")
 
-// inBox calls f with a sandbox's box under the lock. f may only read and set its fields.
-func (s *Service) inBox(sandbox uuid.UUID, f func(*box)) {
+// withActivity calls f with a sandbox's activity under the lock. f may only read and set its
+// fields.
+func (s *Service) withActivity(sandbox uuid.UUID, f func(*activity)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	b := s.boxes[sandbox]
-	if b == nil {
-		b = new(box)
+	a := s.activities[sandbox]
+	if a == nil {
+		a = new(activity)
 	}
-	f(b)
-	if *b == (box{}) {
-		delete(s.boxes, sandbox)
+	f(a)
+	if *a == (activity{}) {
+		delete(s.activities, sandbox)
 	} else {
-		s.boxes[sandbox] = b
+		s.activities[sandbox] = a
 	}
 }
 
 // Busy reports whether this server works on the sandbox.
 func (s *Service) Busy(sandbox uuid.UUID) (busy bool) {
-	s.inBox(sandbox, func(b *box) { busy = b.creating != nil || b.deleting > 0 || b.turn != nil })
+	s.withActivity(sandbox, func(a *activity) { busy = a.creating != nil || a.deleting > 0 || a.turn != nil })
 	return busy
 }
 
@@ -86,7 +87,7 @@ func (s *Service) Created(sandbox uuid.UUID) <-chan struct{} {
 }
 
 func (s *Service) creation(sandbox uuid.UUID) (c *creation) {
-	s.inBox(sandbox, func(b *box) { c = b.creating })
+	s.withActivity(sandbox, func(a *activity) { c = a.creating })
 	return c
 }
 
@@ -100,7 +101,7 @@ func (s *Service) beginCreation(sandboxes ...uuid.UUID) (end func(rows []db.Sand
 	made := make([]*creation, len(sandboxes))
 	for i, sandbox := range sandboxes {
 		made[i] = &creation{done: make(chan struct{})}
-		s.inBox(sandbox, func(b *box) { b.creating = made[i] })
+		s.withActivity(sandbox, func(a *activity) { a.creating = made[i] })
 	}
 	return func(rows []db.Sandbox, err error) {
 		defer over()
@@ -108,7 +109,7 @@ func (s *Service) beginCreation(sandboxes ...uuid.UUID) (end func(rows []db.Sand
 			if made[i].err = err; err == nil {
 				made[i].row = rows[i]
 			}
-			s.inBox(sandbox, func(b *box) { b.creating = nil })
+			s.withActivity(sandbox, func(a *activity) { a.creating = nil })
 			close(made[i].done)
 			s.changed(sandbox)
 		}
@@ -121,9 +122,9 @@ func (s *Service) beginDeletion(sandbox uuid.UUID) (end func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	s.inBox(sandbox, func(b *box) { b.deleting++ })
+	s.withActivity(sandbox, func(a *activity) { a.deleting++ })
 	return func() {
-		s.inBox(sandbox, func(b *box) { b.deleting-- })
+		s.withActivity(sandbox, func(a *activity) { a.deleting-- })
 		over()
 	}, nil
 }
@@ -138,11 +139,11 @@ func (s *Service) turn(ctx context.Context, sandbox uuid.UUID, to State, f func(
 	}
 	mine := &turn{to: to, done: make(chan struct{})}
 	is := mine
-	s.inBox(sandbox, func(b *box) {
-		if b.turn == nil {
-			b.turn = mine
+	s.withActivity(sandbox, func(a *activity) {
+		if a.turn == nil {
+			a.turn = mine
 		}
-		is = b.turn
+		is = a.turn
 	})
 	if is != mine {
 		over()
@@ -154,7 +155,7 @@ func (s *Service) turn(ctx context.Context, sandbox uuid.UUID, to State, f func(
 			mine.row, err = f()
 			return err
 		})
-		s.inBox(sandbox, func(b *box) { b.turn = nil })
+		s.withActivity(sandbox, func(a *activity) { a.turn = nil })
 		close(mine.done)
 	}()
 	select {
@@ -220,27 +221,27 @@ func (s *Service) share(ctx context.Context, t *turn, to State) (db.Sandbox, err
 
 // current returns the sandbox's turn, or nil.
 func (s *Service) current(sandbox uuid.UUID) (t *turn) {
-	s.inBox(sandbox, func(b *box) { t = b.turn })
+	s.withActivity(sandbox, func(a *activity) { t = a.turn })
 	return t
 }
 
 // subscribe returns a channel that is closed at the sandbox's next change. The caller
 // must call stop.
 func (s *Service) subscribe(sandbox uuid.UUID) (changed <-chan struct{}, stop func()) {
-	s.inBox(sandbox, func(b *box) {
-		if b.changed == nil {
-			b.changed = make(chan struct{})
+	s.withActivity(sandbox, func(a *activity) {
+		if a.changed == nil {
+			a.changed = make(chan struct{})
 		}
-		b.waiting++
-		changed = b.changed
+		a.waiting++
+		changed = a.changed
 	})
 	return changed, func() {
-		s.inBox(sandbox, func(b *box) {
-			if b.changed != changed {
+		s.withActivity(sandbox, func(a *activity) {
+			if a.changed != changed {
 				return // The change has reset the count.
 			}
-			if b.waiting--; b.waiting == 0 {
-				b.changed = nil
+			if a.waiting--; a.waiting == 0 {
+				a.changed = nil
 			}
 		})
 	}
@@ -285,19 +286,19 @@ func waitFor(ctx context.Context, changed <-chan struct{}, most time.Duration) e
 func (s *Service) wakeAll() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for sandbox, b := range s.boxes {
-		b.wake()
-		if *b == (box{}) {
-			delete(s.boxes, sandbox)
+	for sandbox, a := range s.activities {
+		a.wake()
+		if *a == (activity{}) {
+			delete(s.activities, sandbox)
 		}
 	}
 }
 
 // wake wakes all callers that wait for the sandbox to change. The caller holds
 // Service.mu.
-func (b *box) wake() {
-	if b.changed != nil {
-		close(b.changed)
+func (a *activity) wake() {
+	if a.changed != nil {
+		close(a.changed)
 	}
-	b.changed, b.waiting = nil, 0
+	a.changed, a.waiting = nil, 0
 }

@@ -19,8 +19,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/work"
 )
 
-// newBoxes returns a service with boxes, and without database or hosts.
-func newBoxes(t *testing.T) *Service {
+// newActivities returns a service without database or hosts.
+func newActivities(t *testing.T) *Service {
 	log := slog.New(slog.DiscardHandler)
 	jobs := work.New(log)
 	t.Cleanup(func() {
@@ -34,13 +34,13 @@ func newBoxes(t *testing.T) *Service {
 func (s *Service) kept() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.boxes)
+	return len(s.activities)
 }
 
 // TestTurn checks that concurrent callers of the same operation on a sandbox share one run of
 // it. A caller of another operation must read the state again afterwards.
 func TestTurn(t *testing.T) {
-	s := newBoxes(t)
+	s := newActivities(t)
 	sandbox := uuid.New()
 	ran, let := atomic.Int32{}, make(chan struct{})
 	begun := make(chan struct{})
@@ -90,14 +90,14 @@ func TestTurn(t *testing.T) {
 		t.Errorf("it ran %d times", n)
 	}
 	if n := s.kept(); n != 0 {
-		t.Errorf("%d boxes are kept", n)
+		t.Errorf("%d activities are kept", n)
 	}
 }
 
 // TestTurnPanics checks that a turn ends when it panics, and that the next caller gets
 // its turn.
 func TestTurnPanics(t *testing.T) {
-	s := newBoxes(t)
+	s := newActivities(t)
 	sandbox := uuid.New()
 	err := s.Alone(t.Context(), sandbox, func() error { panic("no") })
 	var panicked *fault.Panic
@@ -109,10 +109,10 @@ func TestTurnPanics(t *testing.T) {
 	}
 }
 
-// TestBoxesStress does everything to a few sandboxes at once. In the end nobody waits and
-// no box is kept.
-func TestBoxesStress(t *testing.T) {
-	s := newBoxes(t)
+// TestActivitiesStress does everything to a few sandboxes at once. In the end nobody waits and
+// no activity is kept.
+func TestActivitiesStress(t *testing.T) {
+	s := newActivities(t)
 	sandboxes := make([]uuid.UUID, 4)
 	held := make([]atomic.Int32, len(sandboxes))
 	for i := range sandboxes {
@@ -178,13 +178,13 @@ func TestBoxesStress(t *testing.T) {
 	}
 	wg.Wait()
 	if n := s.kept(); n != 0 {
-		t.Errorf("%d boxes are kept", n)
+		t.Errorf("%d activities are kept", n)
 	}
 }
 
 // TestUntil checks that a change is seen when it is announced, not only after a time.
 func TestUntil(t *testing.T) {
-	s := newBoxes(t)
+	s := newActivities(t)
 	sandbox := uuid.New()
 	ctx := await.Context(t)
 	looked := make(chan struct{})
@@ -211,6 +211,6 @@ func TestUntil(t *testing.T) {
 		t.Errorf("a failed look: %v", err)
 	}
 	if n := s.kept(); n != 0 {
-		t.Errorf("%d boxes are kept", n)
+		t.Errorf("%d activities are kept", n)
 	}
 }

@@ -64,9 +64,9 @@ type Service struct {
 	Config
 	metrics metrics
 
-	// mu guards boxes: see [box].
-	mu    sync.Mutex
-	boxes map[uuid.UUID]*box
+	// mu guards activities: see [activity].
+	mu         sync.Mutex
+	activities map[uuid.UUID]*activity
 
 	// known has where sandboxes run.
 	known *Cache[place]
@@ -78,7 +78,7 @@ type Service struct {
 
 // New returns a service.
 func New(c Config) *Service {
-	s := &Service{Config: c, metrics: newMetrics(c.Store), boxes: make(map[uuid.UUID]*box)}
+	s := &Service{Config: c, metrics: newMetrics(c.Store), activities: make(map[uuid.UUID]*activity)}
 	s.known = NewCache[place](s)
 	return s
 }
@@ -109,7 +109,7 @@ func (s *Service) Changed(sandboxes ...uuid.UUID) {
 // ChangedElsewhere notifies waiting callers and caches of this server that another server
 // changed the sandbox.
 func (s *Service) ChangedElsewhere(sandbox uuid.UUID) {
-	s.inBox(sandbox, (*box).wake)
+	s.withActivity(sandbox, (*activity).wake)
 	for _, f := range s.hooks {
 		f(sandbox)
 	}
