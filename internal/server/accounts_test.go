@@ -23,6 +23,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/mail/mailtest"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+	"github.com/wrenn-dev/wrenn/internal/server/store/storetest"
 )
 
 const password = "correct horse battery"
@@ -581,7 +582,7 @@ func TestFirstSignUp(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
 	p.end()
-	p.config.DatabaseURL = migrated.New(t)
+	p.config.DatabaseURL = storetest.New(t)
 	p.config.AdminEmail, p.config.AdminPassword, p.config.AdminAPIKey = "", "", ""
 	lines := make(lineWriter, 1000)
 	p.logs = lines

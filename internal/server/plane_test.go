@@ -28,8 +28,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/events/redistest"
 	"github.com/wrenn-dev/wrenn/internal/server/rest"
-	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+	"github.com/wrenn-dev/wrenn/internal/server/store/storetest"
 )
 
 func TestMain(m *testing.M) {
@@ -39,16 +39,6 @@ func TestMain(m *testing.M) {
 	}
 	pgtest.Main(m)
 }
-
-// migrated is a template of a database with the schema, which takes long to create.
-var migrated = pgtest.Template{Fill: func(url string) error {
-	s, err := store.Open(context.Background(), url)
-	if err != nil {
-		return err
-	}
-	s.Close()
-	return nil
-}}
 
 const adminKey = "wrn_0123456789abcdefghijklmnopqrstuvwxyzABCD"
 
@@ -74,7 +64,7 @@ type plane struct {
 func newPlane(t testing.TB) *plane {
 	a, rd := newAgent(t), startRedis(t)
 	p := &plane{TB: t, agent: a, redis: rd, config: server.Config{
-		DatabaseURL: migrated.New(t), RedisURL: rd.url,
+		DatabaseURL: storetest.New(t), RedisURL: rd.url,
 		Domain: "localhost", PublicURL: "http://localhost:8000", SecretKey: strings.Repeat("ab", 32),
 		AgentURL: a.url(), AgentToken: agentToken,
 		AdminEmail: "admin@example.com", AdminPassword: "correct horse", AdminAPIKey: adminKey,

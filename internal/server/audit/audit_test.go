@@ -12,6 +12,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+	"github.com/wrenn-dev/wrenn/internal/server/store/storetest"
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
@@ -19,7 +20,7 @@ func TestMain(m *testing.M) { pgtest.Main(m) }
 // TestCharge checks that audit records, sandboxes' run times, tags and deliveries are
 // charged to a team and its owner at once, and that a team keeps its newest audit records.
 func TestCharge(t *testing.T) {
-	ctx, url := t.Context(), pgtest.New(t)
+	ctx, url := t.Context(), storetest.New(t)
 	s, err := store.Open(context.Background(), url)
 	if err != nil {
 		t.Fatal(err)
@@ -127,7 +128,7 @@ func TestCharge(t *testing.T) {
 // TestUsersAudit checks that a user keeps the newest of the records that no team is charged
 // for, and that those of admins, hosts and the platform stay.
 func TestUsersAudit(t *testing.T) {
-	ctx, url := t.Context(), pgtest.New(t)
+	ctx, url := t.Context(), storetest.New(t)
 	s, err := store.Open(context.Background(), url)
 	if err != nil {
 		t.Fatal(err)
@@ -177,7 +178,7 @@ func TestUsersAudit(t *testing.T) {
 // TestRefusalsTakeNothing checks that refused requests share one record per minute, and
 // that a team is charged for that record alone.
 func TestRefusalsTakeNothing(t *testing.T) {
-	ctx, url := t.Context(), pgtest.New(t)
+	ctx, url := t.Context(), storetest.New(t)
 	s, err := store.Open(context.Background(), url)
 	if err != nil {
 		t.Fatal(err)
@@ -208,7 +209,7 @@ func TestRefusalsTakeNothing(t *testing.T) {
 // TestChargesTogether recounts charges while others write and remove records and check
 // quotas: nothing is lost or counted twice.
 func TestChargesTogether(t *testing.T) {
-	ctx, url := t.Context(), pgtest.New(t)
+	ctx, url := t.Context(), storetest.New(t)
 	s, err := store.Open(context.Background(), url+"&pool_max_conns=10")
 	if err != nil {
 		t.Fatal(err)

@@ -13,6 +13,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+	"github.com/wrenn-dev/wrenn/internal/server/store/storetest"
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
@@ -20,7 +21,7 @@ func TestMain(m *testing.M) { pgtest.Main(m) }
 // TestChecksAreIndependent makes the checks of some of a team's open calls hang, fail and panic:
 // the check that ends another call does not wait for them.
 func TestChecksAreIndependent(t *testing.T) {
-	url := pgtest.New(t)
+	url := storetest.New(t)
 	st, err := store.Open(t.Context(), url)
 	if err != nil {
 		t.Fatal(err)
@@ -62,7 +63,7 @@ func TestChecksAreIndependent(t *testing.T) {
 // TestFailedCheckIsRetried makes a check fail, like one of a database that is too busy: the
 // next check comes soon, not only with the next regular one.
 func TestFailedCheckIsRetried(t *testing.T) {
-	st, err := store.Open(t.Context(), pgtest.New(t))
+	st, err := store.Open(t.Context(), storetest.New(t))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -8,12 +8,13 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+	"github.com/wrenn-dev/wrenn/internal/server/store/storetest"
 )
 
 // TestCheckRecent checks that a key is cached until anybody's access shrinks, and no
 // longer than it is valid.
 func TestCheckRecent(t *testing.T) {
-	url := pgtest.New(t)
+	url := storetest.New(t)
 	st, err := store.Open(t.Context(), url)
 	if err != nil {
 		t.Fatal(err)

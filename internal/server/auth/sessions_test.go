@@ -9,13 +9,13 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
-	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+	"github.com/wrenn-dev/wrenn/internal/server/store/storetest"
 )
 
 // TestSessionsAreBounded checks that a user keeps the newest hundred sessions, and that
 // other users' sessions do not end.
 func TestSessionsAreBounded(t *testing.T) {
-	st, err := store.Open(t.Context(), pgtest.New(t))
+	st, err := store.Open(t.Context(), storetest.New(t))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+	"github.com/wrenn-dev/wrenn/internal/server/store/storetest"
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
@@ -21,7 +22,7 @@ func TestMain(m *testing.M) { pgtest.Main(m) }
 // TestFollowersAreForgotten follows builds that do not exist, have ended or still run: the
 // service remembers none of them when nobody follows any more.
 func TestFollowersAreForgotten(t *testing.T) {
-	st, err := store.Open(context.Background(), pgtest.New(t))
+	st, err := store.Open(context.Background(), storetest.New(t))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -29,6 +29,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/scheduler"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+	"github.com/wrenn-dev/wrenn/internal/server/store/storetest"
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
@@ -44,7 +45,7 @@ type fleet struct {
 func newFleet(t *testing.T, c Config) *fleet {
 	t.Helper()
 	ctx := context.Background()
-	url := pgtest.New(t)
+	url := storetest.New(t)
 	var err error
 	if c.Store, err = store.Open(ctx, url); err != nil {
 		t.Fatal(err)

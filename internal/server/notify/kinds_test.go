@@ -11,20 +11,14 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/wrenn-dev/wrenn/api"
-	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+	"github.com/wrenn-dev/wrenn/internal/server/store/storetest"
 )
 
 // schema returns a connection to a database with an empty schema.
 func schema(t *testing.T) *pgx.Conn {
 	t.Helper()
-	url := pgtest.New(t)
-	s, err := store.Open(t.Context(), url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.Close()
-	return pgtest.Connect(t, url)
+	return pgtest.Connect(t, storetest.New(t))
 }
 
 // documented returns the values of a schema of the API document, sorted.

@@ -38,6 +38,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/ratelimit"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+	"github.com/wrenn-dev/wrenn/internal/server/store/storetest"
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
@@ -323,7 +324,7 @@ func (b *bench) channel(kind, url string, events ...string) db.Channel {
 
 // TestEachKind creates a channel of each kind, and delivers to it.
 func TestEachKind(t *testing.T) {
-	b := newBench(t, pgtest.New(t))
+	b := newBench(t, storetest.New(t))
 	b.exec("INSERT INTO teams (id, name) VALUES ($1, 'team')", b.team)
 	post := mailtest.Start(t, mailtest.Options{})
 	var err error
@@ -351,7 +352,7 @@ func TestEachKind(t *testing.T) {
 // TestDeliveries delivers real changes through two servers, while the receiver sometimes
 // fails.
 func TestDeliveries(t *testing.T) {
-	url := pgtest.New(t)
+	url := storetest.New(t)
 	b := newBench(t, url)
 	b.exec("INSERT INTO teams (id, name) VALUES ($1, 'team')", b.team)
 	hook, slack, discord := newReceiver(t), newReceiver(t), newReceiver(t)
@@ -478,7 +479,7 @@ func TestDeliveries(t *testing.T) {
 
 // TestGivingUp checks that a channel that keeps failing is disabled.
 func TestGivingUp(t *testing.T) {
-	b := newBench(t, pgtest.New(t))
+	b := newBench(t, storetest.New(t))
 	b.exec("INSERT INTO teams (id, name) VALUES ($1, 'team')", b.team)
 	hook := newReceiver(t)
 	hook.fail = true
@@ -525,7 +526,7 @@ func TestGivingUp(t *testing.T) {
 
 // TestQueueDepth counts deliveries that are due and those that are due later.
 func TestQueueDepth(t *testing.T) {
-	b := newBench(t, pgtest.New(t))
+	b := newBench(t, storetest.New(t))
 	b.exec("INSERT INTO teams (id, name) VALUES ($1, 'team')", b.team)
 	b.channel(Slack, newReceiver(t).URL, "quota.reached")
 	if err := b.Quota(t.Context(), b.team, ""); err != nil {
@@ -542,7 +543,7 @@ func TestQueueDepth(t *testing.T) {
 // TestConfirmation checks that an address gets nothing until its recipient has confirmed
 // it, and that nobody can have many mails sent to it.
 func TestConfirmation(t *testing.T) {
-	b := newBench(t, pgtest.New(t))
+	b := newBench(t, storetest.New(t))
 	other := uuid.New()
 	b.exec("INSERT INTO teams (id, name) VALUES ($1, 'Buy now http://spam.example'), ($2, 'other')", b.team, other)
 	post := mailtest.Start(t, mailtest.Options{})

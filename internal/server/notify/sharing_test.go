@@ -13,13 +13,13 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/server/mail"
 	"github.com/wrenn-dev/wrenn/internal/server/mail/mailtest"
-	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+	"github.com/wrenn-dev/wrenn/internal/server/store/storetest"
 )
 
 // TestHangingReceivers has receivers of one team that hang, and a channel of it that
 // panics: deliveries to another team and to the team's other channel are not delayed.
 func TestHangingReceivers(t *testing.T) {
-	b := newBench(t, pgtest.New(t))
+	b := newBench(t, storetest.New(t))
 	other := newBench(t, b.conn.Config().ConnString())
 	b.exec("INSERT INTO teams (id, name) VALUES ($1, 'team'), ($2, 'other')", b.team, other.team)
 	let, hanging := make(chan struct{}), make(chan struct{}, 1000)
@@ -68,7 +68,7 @@ func TestHangingReceivers(t *testing.T) {
 // TestHangingReceiversOfOwner has receivers of several teams of one owner that hang:
 // another team's delivery is not delayed.
 func TestHangingReceiversOfOwner(t *testing.T) {
-	b := newBench(t, pgtest.New(t))
+	b := newBench(t, storetest.New(t))
 	owner := uuid.New()
 	b.exec("INSERT INTO users (id, email) VALUES ($1, 'a@example.com')", owner)
 	let, hanging := make(chan struct{}), make(chan struct{}, 1000)
@@ -113,7 +113,7 @@ func TestHangingReceiversOfOwner(t *testing.T) {
 // TestMailsHaveRate emits more events than mails may be sent for all teams of one owner:
 // the others wait, without using up their attempts.
 func TestMailsHaveRate(t *testing.T) {
-	b := newBench(t, pgtest.New(t))
+	b := newBench(t, storetest.New(t))
 	post := mailtest.Start(t, mailtest.Options{})
 	messages, err := mail.New("smtp://"+post.Addr+"?tls=none", "wrenn@example.com", slog.New(slog.DiscardHandler))
 	if err != nil {

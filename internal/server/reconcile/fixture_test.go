@@ -29,6 +29,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/scheduler"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+	"github.com/wrenn-dev/wrenn/internal/server/store/storetest"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
 	"github.com/wrenn-dev/wrenn/internal/server/work"
 )
@@ -246,7 +247,7 @@ type bench struct {
 
 func newBench(t *testing.T, heartbeat time.Duration) *bench {
 	ctx := context.Background()
-	url := pgtest.New(t)
+	url := storetest.New(t)
 	st, err := store.Open(ctx, url)
 	if err != nil {
 		t.Fatal(err)

@@ -15,8 +15,8 @@ import (
 
 	"github.com/wrenn-dev/wrenn/api"
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
-	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+	"github.com/wrenn-dev/wrenn/internal/server/store/storetest"
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
@@ -30,13 +30,7 @@ var sqlSets = map[string]set{
 // schema returns a connection to a database with an empty schema.
 func schema(t *testing.T) *pgx.Conn {
 	t.Helper()
-	url := pgtest.New(t)
-	s, err := store.Open(t.Context(), url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.Close()
-	return pgtest.Connect(t, url)
+	return pgtest.Connect(t, storetest.New(t))
 }
 
 // TestStates checks that the database and the API document have the table's states, and

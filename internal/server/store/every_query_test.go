@@ -103,13 +103,7 @@ func everyPlan(t *testing.T, conn *pgx.Conn) {
 // connect returns a connection to the test's own database, with the schema.
 func connect(t *testing.T) *pgx.Conn {
 	t.Helper()
-	url := pgtest.New(t)
-	s, err := Open(context.Background(), url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.Close()
-	return pgtest.Connect(t, url)
+	return pgtest.Connect(t, migrated.New(t))
 }
 
 // planAll plans each query of internal/gen/db, and checks that exactly the excused

@@ -16,7 +16,6 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
-	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
 // alone lists the queries that change several rows in no order, with the reason why
@@ -97,7 +96,7 @@ func TestLockOrder(t *testing.T) {
 func TestNoDeadlock(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
-	url := pgtest.New(t)
+	url := migrated.New(t)
 	s, err := Open(ctx, url+"&pool_max_conns=12")
 	if err != nil {
 		t.Fatal(err)

@@ -9,13 +9,12 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
-	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
 // TestMetered checks that every kind of query, in a transaction or not, calls the meter
 // with its rows' sizes, ends with the meter's error, and returns its connection.
 func TestMetered(t *testing.T) {
-	s, err := Open(context.Background(), pgtest.New(t))
+	s, err := Open(context.Background(), migrated.New(t))
 	if err != nil {
 		t.Fatal(err)
 	}

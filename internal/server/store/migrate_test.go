@@ -13,9 +13,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
-// migrated fills a database whose schema is the one before the named migration, migrates
+// migratedFrom fills a database whose schema is the one before the named migration, migrates
 // it, and returns it.
-func migrated(t *testing.T, name string, fill func(exec func(query string, args ...any))) *pgxpool.Pool {
+func migratedFrom(t *testing.T, name string, fill func(exec func(query string, args ...any))) *pgxpool.Pool {
 	t.Helper()
 	pool, err := pgxpool.New(t.Context(), pgtest.New(t))
 	if err != nil {
@@ -58,7 +58,7 @@ func migrated(t *testing.T, name string, fill func(exec func(query string, args 
 // member's verified address, and that others get nothing.
 func TestChannelsBeforeConfirmation(t *testing.T) {
 	team, other := uuid.New(), uuid.New()
-	pool := migrated(t, "channel_confirmation", func(exec func(string, ...any)) {
+	pool := migratedFrom(t, "channel_confirmation", func(exec func(string, ...any)) {
 		exec("INSERT INTO teams (id, name) VALUES ($1, 't'), ($2, 'o')", team, other)
 		for email, verified := range map[string]bool{"Ada@example.com": true, "new@example.com": false} {
 			u := uuid.New()

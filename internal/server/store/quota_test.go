@@ -15,13 +15,12 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
-	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
 // quotaTest returns a store with a team, and the store's connections.
 func quotaTest(t *testing.T) (*Store, *pgxpool.Pool, uuid.UUID) {
 	t.Helper()
-	s, err := Open(context.Background(), pgtest.New(t))
+	s, err := Open(context.Background(), migrated.New(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -336,7 +335,7 @@ func TestQuotaOfTimeouts(t *testing.T) {
 // forks, or will be paused at their timeout.
 func TestSavedBefore(t *testing.T) {
 	team := uuid.New()
-	pool := migrated(t, "saved_memory_quota", func(exec func(string, ...any)) {
+	pool := migratedFrom(t, "saved_memory_quota", func(exec func(string, ...any)) {
 		exec("INSERT INTO teams (id, name) VALUES ($1, 't')", team)
 		for i, more := range []string{"'running', 'destroy', NULL", "'running', 'pause', NULL", "'paused', 'destroy', NULL", "'running', 'destroy', gen_random_uuid()", "'stopped', 'pause', NULL"} {
 			exec(`INSERT INTO sandboxes (id, team_id, template_id, template_name, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, state, on_timeout, forked_from)

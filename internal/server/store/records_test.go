@@ -248,7 +248,7 @@ func TestTagsAreBounded(t *testing.T) {
 // TestRecordsBefore checks that existing rows count after the migration.
 func TestRecordsBefore(t *testing.T) {
 	team := uuid.New()
-	pool := migrated(t, "ended_rows_quota", func(exec func(string, ...any)) {
+	pool := migratedFrom(t, "ended_rows_quota", func(exec func(string, ...any)) {
 		exec("INSERT INTO teams (id, name) VALUES ($1, 't')", team)
 		exec(have, team, 3, 10)
 		exec(insertSandbox, uuid.New(), team, 1, 1, 1)

@@ -20,6 +20,17 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
+// migrated is copied for tests of the schema, because all migrations together take long.
+// Other packages use storetest, which imports this one.
+var migrated = pgtest.Template{Fill: func(url string) error {
+	s, err := Open(context.Background(), url)
+	if err != nil {
+		return err
+	}
+	s.Close()
+	return nil
+}}
+
 // TestOpenTogether starts several servers on one empty database.
 func TestOpenTogether(t *testing.T) {
 	url := pgtest.New(t)
@@ -44,7 +55,7 @@ func TestOpenTogether(t *testing.T) {
 // says so, even if the unknown migration has a low number.
 func TestNewerSchema(t *testing.T) {
 	for _, version := range []int64{2, 99999} {
-		url := pgtest.New(t)
+		url := migrated.New(t)
 		s, err := Open(t.Context(), url)
 		if err != nil {
 			t.Fatal(err)
@@ -92,7 +103,7 @@ func TestOpenHidesPassword(t *testing.T) {
 
 func TestUnreachable(t *testing.T) {
 	c := pgtest.Shared(t)
-	s, err := Open(context.Background(), pgtest.New(t))
+	s, err := Open(context.Background(), migrated.New(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -124,16 +135,11 @@ func TestUnreachable(t *testing.T) {
 // replaces its connections with ones to the new primary.
 func TestReadOnly(t *testing.T) {
 	c := pgtest.Shared(t)
-	created, err := url.Parse(pgtest.New(t))
+	created, err := url.Parse(migrated.New(t))
 	if err != nil {
 		t.Fatal(err)
 	}
 	database := strings.TrimPrefix(created.Path, "/")
-	first, err := Open(t.Context(), c.URL(database))
-	if err != nil {
-		t.Fatal(err)
-	}
-	first.Close()
 	standby := c.Standby(t)
 	s, err := Open(t.Context(), c.URL(database, standby))
 	if err != nil {
@@ -162,7 +168,7 @@ func TestReadOnly(t *testing.T) {
 // reports that some may be lost.
 func TestListen(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
-	s, err := Open(ctx, pgtest.New(t))
+	s, err := Open(ctx, migrated.New(t))
 	if err != nil {
 		t.Fatal(err)
 	}

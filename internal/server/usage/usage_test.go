@@ -14,6 +14,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+	"github.com/wrenn-dev/wrenn/internal/server/store/storetest"
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
@@ -52,7 +53,7 @@ type bench struct {
 
 func newBench(t *testing.T) *bench {
 	ctx := context.Background()
-	url := pgtest.New(t)
+	url := storetest.New(t)
 	st, err := store.Open(ctx, url)
 	if err != nil {
 		t.Fatal(err)
@@ -344,7 +345,7 @@ func TestLateReport(t *testing.T) {
 // TestLease checks that only one of two servers aggregates.
 func TestLease(t *testing.T) {
 	ctx := context.Background()
-	url := pgtest.New(t)
+	url := storetest.New(t)
 	var servers [2]*store.Store
 	for i := range servers {
 		s, err := store.Open(ctx, url)
