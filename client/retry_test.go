@@ -1,10 +1,12 @@
 package client
 
 import (
+	"context"
 	"net"
+	"net/http"
 	"net/http/httptest"
+	"sync"
 	"testing"
-	"time"
 )
 
 // TestUnsent checks that the client waits for a service that is not up yet, even with
@@ -17,15 +19,9 @@ func TestUnsent(t *testing.T) {
 	}
 	address := l.Addr().String()
 	l.Close()
-	c, err := New("http://"+address, "key")
-	if err != nil {
-		t.Fatal(err)
-	}
 	s := &service{answers: []string{`{}`}}
 	server := httptest.NewUnstartedServer(s)
-	done := make(chan struct{})
-	time.AfterFunc(300*time.Millisecond, func() {
-		defer close(done)
+	start := sync.OnceFunc(func() {
 		l, err := net.Listen("tcp", address)
 		if err != nil {
 			t.Error(err)
@@ -35,8 +31,20 @@ func TestUnsent(t *testing.T) {
 		server.Listener = l
 		server.Start()
 	})
+	// The service starts when the first connection has failed.
+	c, err := New("http://"+address, "key", WithHTTPClient(&http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+			conn, err := new(net.Dialer).DialContext(ctx, network, address)
+			if err != nil {
+				start()
+			}
+			return conn, err
+		},
+	}}))
+	if err != nil {
+		t.Fatal(err)
+	}
 	_, err = c.Exec(t.Context(), "cl-1", Command{Cmd: "true"}, nil)
-	<-done
 	defer server.Close()
 	if err != nil || len(s.asked) != 1 {
 		t.Errorf("requests %q: %v", s.asked, err)

@@ -35,14 +35,20 @@ func Scale(d time.Duration) time.Duration {
 // [Hang]. Use it for conditions that no channel signals.
 func Until(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	end, pause := time.Now().Add(Hang), time.Millisecond
-	for !ok() {
+	if !Within(Hang, ok) {
+		t.Fatalf("not within %v: %s", Hang, what)
+	}
+}
+
+// Within is [Until] without a test: it returns false if limit ends before ok returns true.
+func Within(limit time.Duration, ok func() bool) bool {
+	for end, pause := time.Now().Add(limit), time.Millisecond; !ok(); pause = min(2*pause, 32*time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("not within %v: %s", Hang, what)
+			return false
 		}
 		time.Sleep(pause)
-		pause = min(2*pause, 32*time.Millisecond)
 	}
+	return true
 }
 
 // Recv receives a value from c, or the zero value if c is closed. It fails the test if

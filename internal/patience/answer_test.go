@@ -2,7 +2,6 @@ package patience
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +10,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
@@ -94,12 +94,14 @@ func TestUnreadAnswers(t *testing.T) {
 // and the connection's other streams continue.
 func TestUnreadStream(t *testing.T) {
 	ended := make(chan error, 1)
+	begun, over := make(chan struct{}), make(chan struct{})
 	s := answering(t, Limits{Unread: 100 * time.Millisecond, Idle: never}, func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/flood" {
 			ended <- flood(w)
 			return
 		}
-		time.Sleep(300 * time.Millisecond) // longer than a piece may stay unread, without a write
+		close(begun)
+		<-over // without a write for longer than a piece may stay unread, like the other
 		_, _ = w.Write([]byte("all"))
 	})
 	tr := &http.Transport{Protocols: new(http.Protocols)}
@@ -117,12 +119,16 @@ func TestUnreadStream(t *testing.T) {
 		}
 		return resp
 	}
+	others := make(chan *http.Response, 1)
+	go func() { others <- get("/") }()
+	await.Recv(t, "the other request begins", begun)
 	unread := get("/flood")
 	defer unread.Body.Close()
 	if err := await.Recv(t, "the write ends", ended); err == nil {
 		t.Error("it did not fail")
 	}
-	other := get("/")
+	close(over)
+	other := await.Recv(t, "the other response", others)
 	defer other.Body.Close()
 	if b, err := io.ReadAll(other.Body); err != nil || string(b) != "all" || other.ProtoMajor != 2 {
 		t.Errorf("%s of HTTP/%d, %v", b, other.ProtoMajor, err)
@@ -131,34 +137,33 @@ func TestUnreadStream(t *testing.T) {
 
 // TestSlowReader lets a client read slowly, and pause between requests.
 func TestSlowReader(t *testing.T) {
-	const size = 8 << 20
-	s := answering(t, Limits{Unread: time.Second, Idle: never}, func(w http.ResponseWriter, _ *http.Request) {
-		_, _ = io.Copy(w, io.LimitReader(bytes.NewReader(make([]byte, size)), size))
-	})
-	for range 2 {
-		req, err := http.NewRequestWithContext(context.Background(), http.MethodGet, s.URL, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		resp, err := http.DefaultClient.Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		n, piece := int64(0), make([]byte, 256<<10)
-		for {
-			m, err := io.ReadFull(resp.Body, piece)
-			n += int64(m)
+	synctest.Test(t, func(t *testing.T) {
+		const size, unread = 8 << 20, time.Second
+		p := inBubble(t, Answers(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			_, _ = io.Copy(w, io.LimitReader(bytes.NewReader(make([]byte, size)), size))
+		}), Limits{Unread: unread, Idle: never}))
+		c := p.client(t)
+		for range 2 {
+			resp, err := c.Get("http://x")
 			if err != nil {
-				break
+				t.Fatal(err)
 			}
-			time.Sleep(40 * time.Millisecond) // 1.3 s in total
+			n, piece := int64(0), make([]byte, 256<<10)
+			for {
+				m, err := io.ReadFull(resp.Body, piece)
+				n += int64(m)
+				if err != nil {
+					break
+				}
+				time.Sleep(unread / 25)
+			}
+			resp.Body.Close()
+			if n != size {
+				t.Errorf("%d bytes of %d", n, size)
+			}
+			time.Sleep(2 * unread) // until the last write's deadline is over
 		}
-		resp.Body.Close()
-		if n != size {
-			t.Errorf("%d bytes of %d", n, size)
-		}
-		time.Sleep(time.Second + 200*time.Millisecond) // until the deadline is over
-	}
+	})
 }
 
 // TestHalfClosed ends the output of a handler of another protocol: its client sees that,

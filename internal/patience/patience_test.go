@@ -2,6 +2,7 @@ package patience
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
@@ -22,7 +24,14 @@ const never = time.Hour
 // serve responds with the result of reading a body, over HTTP/1.1.
 func serve(t *testing.T, l Limits, say func(*http.Request)) string {
 	t.Helper()
-	s := httptest.NewServer(Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	s := httptest.NewServer(Handler(reads(say), l))
+	t.Cleanup(s.Close)
+	return s.Listener.Addr().String()
+}
+
+// reads responds with the result of reading a body.
+func reads(say func(*http.Request)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
 		if say != nil {
 			say(r)
 		}
@@ -32,9 +41,7 @@ func serve(t *testing.T, l Limits, say func(*http.Request)) string {
 			return
 		}
 		fmt.Fprintf(w, "%d bytes, %v", len(b), err)
-	}), l))
-	t.Cleanup(s.Close)
-	return s.Listener.Addr().String()
+	}
 }
 
 // open starts a request with a body of length bytes, and sends only begun.
@@ -48,6 +55,50 @@ func open(t *testing.T, address string, length int, begun string) (net.Conn, *bu
 	_ = c.SetDeadline(time.Now().Add(await.Hang))
 	fmt.Fprintf(c, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", length, begun)
 	return c, bufio.NewReader(c)
+}
+
+// pipes is a listener whose connections are in memory, for tests in a synctest bubble.
+type pipes struct {
+	conns  chan net.Conn
+	closed chan struct{}
+}
+
+// inBubble serves h in a synctest bubble.
+func inBubble(t *testing.T, h http.Handler) *pipes {
+	p := &pipes{conns: make(chan net.Conn), closed: make(chan struct{})}
+	s := &http.Server{Handler: h}
+	go func() { _ = s.Serve(p) }()
+	t.Cleanup(func() { _ = s.Close() })
+	return p
+}
+
+func (p *pipes) Accept() (net.Conn, error) {
+	select {
+	case c := <-p.conns:
+		return c, nil
+	case <-p.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (p *pipes) Close() error {
+	close(p.closed)
+	return nil
+}
+
+func (p *pipes) Addr() net.Addr { return &net.UnixAddr{Net: "unix", Name: "pipe"} }
+
+func (p *pipes) dial(context.Context, string, string) (net.Conn, error) {
+	ours, theirs := net.Pipe()
+	p.conns <- theirs
+	return ours, nil
+}
+
+// client returns a client of the server.
+func (p *pipes) client(t *testing.T) *http.Client {
+	tr := &http.Transport{DialContext: p.dial}
+	t.Cleanup(tr.CloseIdleConnections)
+	return &http.Client{Transport: tr}
 }
 
 func answer(t *testing.T, in *bufio.Reader) (int, string) {
@@ -106,49 +157,52 @@ func TestUnread(t *testing.T) {
 // TestSlow checks that a slow streamed body passes, and that the connection can be used
 // afterwards.
 func TestSlow(t *testing.T) {
-	l := Limits{Whole: time.Millisecond, Grace: never, Rate: 1, Longest: never, Idle: never}
+	l := Limits{Whole: time.Second, Grace: never, Rate: 1, Longest: never, Idle: never}
 	for name, say := range map[string]func(*http.Request){"stream": Stream, "idle": Idle, "trusted": Trust} {
 		t.Run(name, func(t *testing.T) {
-			began := make(chan struct{}, 2)
-			address := serve(t, l, func(r *http.Request) {
-				say(r)
-				began <- struct{}{}
-				time.Sleep(20 * time.Millisecond) // in total longer than a whole body may take
-			})
-			c, in := open(t, address, 3, "")
-			<-began
-			for range 2 {
-				for _, b := range []string{"a", "b", "c"} {
-					if _, err := c.Write([]byte(b)); err != nil {
-						t.Fatal(err)
+			synctest.Test(t, func(t *testing.T) {
+				c, err := inBubble(t, Handler(reads(say), l)).dial(t.Context(), "", "")
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer c.Close()
+				in := bufio.NewReader(c)
+				for range 2 {
+					fmt.Fprint(c, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n")
+					for _, b := range []string{"a", "b", "c"} {
+						time.Sleep(2 * l.Whole)
+						if _, err := c.Write([]byte(b)); err != nil {
+							t.Fatal(err)
+						}
+					}
+					if status, said := answer(t, in); status != 200 || said != "3 bytes, <nil>" {
+						t.Fatalf("%d %s", status, said)
 					}
 				}
-				if status, said := answer(t, in); status != 200 || said != "3 bytes, <nil>" {
-					t.Fatalf("%d %s", status, said)
-				}
-				fmt.Fprint(c, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n")
-			}
+			})
 		})
 	}
 }
 
 // TestLongAnswer checks that a handler may work on after its body ended.
 func TestLongAnswer(t *testing.T) {
-	s := httptest.NewServer(Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		_, _ = io.Copy(io.Discard, r.Body)
-		select {
-		case <-r.Context().Done():
-			w.WriteHeader(500)
-		case <-time.After(1500 * time.Millisecond): // The deadline is over by then.
+	synctest.Test(t, func(t *testing.T) {
+		const whole = time.Second
+		p := inBubble(t, Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			_, _ = io.Copy(io.Discard, r.Body)
+			select {
+			case <-r.Context().Done():
+				w.WriteHeader(500)
+			case <-time.After(2 * whole):
+			}
+		}), Limits{Whole: whole}))
+		resp, err := p.client(t).Post("http://x", "text/plain", strings.NewReader("all"))
+		if err != nil {
+			t.Fatal(err)
 		}
-	}), Limits{Whole: time.Second}))
-	t.Cleanup(s.Close)
-	resp, err := http.Post(s.URL, "text/plain", strings.NewReader("all"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	resp.Body.Close()
-	if resp.StatusCode != 200 {
-		t.Errorf("status %d", resp.StatusCode)
-	}
+		resp.Body.Close()
+		if resp.StatusCode != 200 {
+			t.Errorf("status %d", resp.StatusCode)
+		}
+	})
 }

@@ -292,10 +292,10 @@ func TestAnswers(t *testing.T) {
 
 // TestClientLeaves checks that only the request of a client that disconnects ends.
 func TestClientLeaves(t *testing.T) {
-	came, ended := make(chan struct{}), make(chan error)
+	came, ended := make(chan *served), make(chan error)
 	answer := make(chan struct{})
-	address, _ := plain(t, func(_ http.ResponseWriter, r *http.Request) {
-		came <- struct{}{}
+	address, _ := plain(t, func(w http.ResponseWriter, r *http.Request) {
+		came <- w.(*reply).c
 		select {
 		case <-r.Context().Done():
 			ended <- r.Context().Err()
@@ -305,8 +305,12 @@ func TestClientLeaves(t *testing.T) {
 	conn := connect(t, address)
 	for range 3 {
 		conn.send(t, "GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
-		<-came
-		time.Sleep(2 * lookAfter) // If the check has not begun by then, the test checks less.
+		c := <-came
+		await.Until(t, "the server looks whether the client leaves", func() bool {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			return c.looking != nil
+		})
 		// Another request must not end one.
 		conn.send(t, "GET /next HTTP/1.1\r\nHost: x\r\n\r\n")
 		answer <- struct{}{}

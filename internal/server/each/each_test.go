@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/wrenn-dev/wrenn/internal/server/each"
@@ -47,20 +48,22 @@ func TestDo(t *testing.T) {
 
 // TestDoBounded checks that no more functions run at once than allowed.
 func TestDoBounded(t *testing.T) {
-	var now, most atomic.Int32
-	err := each.Do(t.Context(), quiet, 2, time.Minute, make([]int, 20), func(context.Context, int) error {
-		for n := now.Add(1); ; {
-			if m := most.Load(); n <= m || most.CompareAndSwap(m, n) {
-				break
+	synctest.Test(t, func(t *testing.T) {
+		var now, most atomic.Int32
+		err := each.Do(t.Context(), quiet, 2, time.Minute, make([]int, 20), func(context.Context, int) error {
+			for n := now.Add(1); ; {
+				if m := most.Load(); n <= m || most.CompareAndSwap(m, n) {
+					break
+				}
 			}
+			time.Sleep(time.Millisecond)
+			now.Add(-1)
+			return nil
+		})
+		if err != nil || most.Load() != 2 {
+			t.Errorf("%d at once, %v", most.Load(), err)
 		}
-		time.Sleep(time.Millisecond)
-		now.Add(-1)
-		return nil
 	})
-	if err != nil || most.Load() > 2 {
-		t.Errorf("%d at once, %v", most.Load(), err)
-	}
 }
 
 // TestDoStops checks that Do starts nothing after its context has ended.
