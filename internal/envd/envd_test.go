@@ -385,13 +385,13 @@ func TestFreeze(t *testing.T) {
 	if g.cgroup == "" {
 		t.Skip("needs a cgroup2 mount")
 	}
-	users, clock := g.writes(), g.clockWrites()
+	users, clock, others := g.writes(), g.clockWrites(), g.othersWrite()
 	await.Until(t, "output", func() bool { return users() > 0 && clock() > 0 })
 	if a := g.do("POST", "/freeze", testToken, nil, nil); a.code != 204 {
 		t.Fatalf("/freeze answers %d %s", a.code, a.body)
 	}
 	users0, clock0 := users(), clock()
-	time.Sleep(200 * time.Millisecond)
+	others()
 	if users() != users0 || clock() != clock0 {
 		t.Error("a frozen process runs")
 	}
@@ -432,6 +432,27 @@ func (g *guest) clockWrites() func() int64 {
 		_ = cmd.Wait()
 	})
 	return func() int64 { return sizeOf(file) }
+}
+
+// othersWrite starts a process that writes like that of [guest.writes], but that the daemon
+// cannot freeze. It returns a function that waits until the process has written some more.
+func (g *guest) othersWrite() (some func()) {
+	g.t.Helper()
+	file := filepath.Join(g.t.TempDir(), "others")
+	cmd := exec.Command("sh", "-c", writeAlways+file)
+	if err := cmd.Start(); err != nil {
+		g.t.Fatal(err)
+	}
+	g.t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	return func() {
+		from := sizeOf(file)
+		if !await.Within(await.Hang, func() bool { return sizeOf(file) >= from+8 }) {
+			g.t.Error("the process that is not frozen does not write")
+		}
+	}
 }
 
 // sizeOf returns the size of a file, or 0 if it does not exist.

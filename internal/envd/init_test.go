@@ -147,14 +147,14 @@ func TestInitThawsLast(t *testing.T) {
 	}
 	n := &notes{}
 	g.server.cfg.Machine = n
-	users, clock := g.writes(), g.clockWrites()
+	users, clock, others := g.writes(), g.clockWrites(), g.othersWrite()
 	await.Until(t, "output", func() bool { return users() > 0 && clock() > 0 })
 	if a := g.do("POST", "/freeze", testToken, nil, nil); a.code != 204 {
 		t.Fatalf("/freeze answers %d %s", a.code, a.body)
 	}
 	users0, clock0 := users(), clock()
 	n.look = func() {
-		time.Sleep(50 * time.Millisecond)
+		others()
 		if users() != users0 {
 			t.Error("a process runs before the guest has its sandbox's identity")
 		}

@@ -109,6 +109,7 @@ func TestProcessKillDescendants(t *testing.T) {
 func TestProcessBackground(t *testing.T) {
 	g := boot(t)
 	file, gate := g.dir+"/after", g.dir+"/gate"
+	// real time: the descendant writes after the process has ended.
 	script := `(sleep 0.03; echo late; while [ ! -e ` + gate + ` ]; do sleep 0.05; done; echo more; echo more >&2; echo x > ` + file + `; exec sleep 60) & echo early`
 	// Output soon after the end still arrives, unless the machine is too busy to produce
 	// it soon.

@@ -236,8 +236,8 @@ func TestProcessManySubscribers(t *testing.T) {
 			for n := 0; s.Receive(); n++ {
 				end = s.Msg().GetEvent().GetEnd()
 				h.Write(s.Msg().GetEvent().GetData().GetStdout())
-				if i == 0 && n%50 == 0 {
-					time.Sleep(5 * time.Millisecond)
+				if i == 0 && n%50 == 0 { // slower than the others
+					_, _ = g.process.List(context.Background(), as("", &pb.ListRequest{}))
 				}
 			}
 			if s.Err() != nil || end == nil {
@@ -272,9 +272,8 @@ func TestProcessManySubscribers(t *testing.T) {
 // loses nothing, while others can still kill it and the daemon's memory stays small.
 func TestProcessBackpressure(t *testing.T) {
 	g := boot(t)
-	p := g.start("", &pb.StartRequest{Process: sh("head -c 67108864 /dev/zero; echo done > " + g.dir + "/done")})
-	time.Sleep(500 * time.Millisecond)
-	if _, err := os.Stat(g.dir + "/done"); err == nil {
+	p := g.start("", &pb.StartRequest{Process: sh("exec head -c 67108864 /dev/zero")})
+	if !g.blocks(p.pid) {
 		t.Error("the daemon accepted 64 MiB that nobody read")
 	}
 	total := 0
@@ -299,7 +298,13 @@ func TestProcessBackpressure(t *testing.T) {
 		if _, err := io.ReadFull(c, make([]byte, 1000)); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(200 * time.Millisecond)
+		res, err := g.process.List(t.Context(), as("", &pb.ListRequest{}))
+		if err != nil || len(res.Msg.GetProcesses()) != 1 {
+			t.Fatalf("%v, %v", res, err)
+		}
+		if !g.blocks(res.Msg.GetProcesses()[0].GetPid()) {
+			t.Fatal("the process ended")
+		}
 		if ending == "signal" {
 			_, err := g.process.SendSignal(t.Context(), as("", &pb.SendSignalRequest{Process: byTag("yes"), Signal: pb.Signal_SIGNAL_SIGKILL}))
 			if err != nil {
@@ -329,6 +334,32 @@ func TestProcessBackpressure(t *testing.T) {
 			t.Error(err)
 		}
 	}
+}
+
+// blocks waits until a process that always writes does not write while the daemon answers
+// many requests. It returns false if the process ended.
+func (g *guest) blocks(pid uint32) bool {
+	g.t.Helper()
+	written := func() (n int64, err error) {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/io", pid))
+		if err == nil {
+			_, err = fmt.Sscanf(string(text), "rchar: %d\nwchar: %d", new(int64), &n)
+		}
+		return n, err
+	}
+	ended := false
+	await.Until(g.t, "the process blocks", func() bool {
+		before, _ := written()
+		for range 30 {
+			if _, err := g.process.List(g.t.Context(), as("", &pb.ListRequest{})); err != nil {
+				g.t.Fatal(err)
+			}
+		}
+		after, err := written()
+		ended = err != nil
+		return ended || before == after && after > 0
+	})
+	return !ended
 }
 
 func TestProcessKeepalive(t *testing.T) {

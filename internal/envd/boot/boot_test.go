@@ -28,7 +28,8 @@ func TestReap(t *testing.T) {
 		if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 			t.Fatal(err)
 		}
-		// The orphan ends before the program, which waits until reap has reaped it.
+		// The orphan ends before the program, which waits until reap has reaped it. real time:
+		// the orphan ends after its parent.
 		const script = `p=$(sh -c 'sleep 0.01 & echo $!'); while [ -e /proc/$p ]; do sleep 0.01; done; exit 3`
 		err := reap([]string{"/bin/sh", "-c", script}, os.Environ())
 		if err == nil || !strings.Contains(err.Error(), "0x300") {

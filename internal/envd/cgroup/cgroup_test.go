@@ -8,7 +8,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
 )
@@ -131,21 +130,33 @@ func TestFreeze(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer g.Close()
+	const writeAlways = "while :; do echo x; sleep 0.01; done >> "
 	file := filepath.Join(t.TempDir(), "n")
-	cmd := start(t, g, "while :; do echo x >> "+file+"; sleep 0.01; done")
-	size := func() int64 {
+	cmd := start(t, g, writeAlways+file)
+	sizeOf := func(file string) int64 {
 		info, err := os.Stat(file)
 		if err != nil {
 			return 0
 		}
 		return info.Size()
 	}
+	size := func() int64 { return sizeOf(file) }
+	// Another process does the same, outside of the tree.
+	free := exec.Command("sh", "-c", writeAlways+file+".free")
+	if err := free.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = free.Process.Kill()
+		_ = free.Wait()
+	}()
 	await.Until(t, "output", func() bool { return size() > 0 })
 	if err := tr.Freeze(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	before := size()
-	time.Sleep(200 * time.Millisecond)
+	other := sizeOf(file + ".free")
+	await.Until(t, "output of the process that is not frozen", func() bool { return sizeOf(file+".free") >= other+10 })
 	if size() != before {
 		t.Error("a frozen process runs")
 	}

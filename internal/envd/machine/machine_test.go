@@ -8,12 +8,15 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
 func TestReseed(t *testing.T) {
@@ -154,6 +157,18 @@ func TestWrong(t *testing.T) {
 	}
 }
 
+// listensForDevices reports whether this process has a socket for the kernel's events of
+// devices.
+func listensForDevices() bool {
+	all, _ := os.ReadFile("/proc/self/net/netlink")
+	for line := range strings.Lines(string(all)) {
+		if f := strings.Fields(line); len(f) > 2 && f[1] == strconv.Itoa(unix.NETLINK_KOBJECT_UEVENT) && f[2] == strconv.Itoa(os.Getpid()) {
+			return true
+		}
+	}
+	return false
+}
+
 func TestGrow(t *testing.T) {
 	for _, tool := range []string{"losetup", "mke2fs"} {
 		if _, err := exec.LookPath(tool); err != nil {
@@ -193,13 +208,18 @@ func TestGrow(t *testing.T) {
 	if _, err := grow(ctx, mounted, 256<<20); err == nil {
 		t.Error("grown beyond the device")
 	}
-	// The device grows while Grow waits for it.
-	bigger := time.AfterFunc(200*time.Millisecond, func() {
+	// The device grows while grow waits for it.
+	grown := make(chan struct{})
+	go func() {
+		defer close(grown)
+		if !await.Within(await.Hang, listensForDevices) {
+			t.Error("grow does not wait for the device")
+		}
 		_ = exec.Command("truncate", "-s", "256M", image).Run()
 		_ = exec.Command("losetup", "-c", loop).Run()
-	})
-	defer bigger.Stop()
+	}()
 	got, err = grow(t.Context(), mounted, 256<<20)
+	<-grown
 	if !allowed && errors.Is(err, unix.EPERM) {
 		t.Skip("the file system itself was not grown: needs CAP_SYS_RESOURCE")
 	}

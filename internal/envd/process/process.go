@@ -317,13 +317,13 @@ func (p *process) pump(o output, flushed func()) {
 	}
 	// Then publish what descendants add within grace. Time spent on subscribers does not
 	// count.
-	patience, room := grace, graceBytes
-	for err = nil; patience > 0 && room > 0; {
+	left, room := grace, graceBytes
+	for err = nil; left > 0 && room > 0; {
 		begin := time.Now()
-		_ = o.r.SetReadDeadline(begin.Add(patience))
+		_ = o.r.SetReadDeadline(begin.Add(left))
 		var n int
 		n, err = o.r.Read(buf)
-		patience -= time.Since(begin)
+		left -= time.Since(begin)
 		room -= n
 		publish(n)
 		if err != nil {
@@ -408,15 +408,15 @@ func (p *process) publish(e *pb.ProcessEvent) {
 // offer waits until s accepts e or leaves. If it delays other subscribers for longer than
 // patience, it is dropped.
 func (p *process) offer(s *subscriber, e *pb.ProcessEvent) {
-	t := time.NewTicker(p.svc.patience)
-	defer t.Stop()
+	late, stop := p.svc.ticker(patience)
+	defer stop()
 	for {
 		select {
 		case s.events <- e:
 			return
 		case <-s.left:
 			return
-		case <-t.C:
+		case <-late:
 			p.mu.Lock()
 			_, there := p.subs[s]
 			drop := there && len(p.subs) > 1

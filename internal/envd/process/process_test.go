@@ -20,7 +20,8 @@ func TestStalledSubscriber(t *testing.T) {
 		t.Skip("needs the user root: ", err)
 	}
 	s := New(Config{Log: slog.New(slog.DiscardHandler), Defaults: func() Defaults { return Defaults{Workdir: "/"} }})
-	s.patience = 5 * time.Second
+	late := make(chan time.Time)
+	s.ticker = func(time.Duration) (<-chan time.Time, func()) { return late, func() {} }
 	p, stalled, err := s.start(who, &pb.StartRequest{Process: &pb.ProcessConfig{Cmd: "head", Args: []string{"-c", "8388608", "/dev/zero"}}}, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -29,6 +30,17 @@ func TestStalledSubscriber(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	go func() {
+		// When only the stalled subscriber delays the process, it has done so for too long.
+		full := func() bool { return len(stalled.events) == cap(stalled.events) && len(sub.events) == 0 }
+		if !await.Within(await.Hang, full) {
+			t.Error("the stalled subscriber does not delay the process")
+		}
+		select {
+		case late <- time.Now():
+		case <-p.ended:
+		}
+	}()
 	total := 0
 	end := false
 	err = p.follow(t.Context(), sub, time.Minute, func(e *pb.ProcessEvent) error {

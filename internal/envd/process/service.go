@@ -51,14 +51,17 @@ type Config struct {
 	Log      *slog.Logger
 }
 
+// patience is how long a subscriber that reads nothing may delay the others of its process.
+// A single subscriber only delays the process, like a full pipe. If its connection dies,
+// which keepalives detect, so does the subscription.
+const patience = 30 * time.Second
+
 // Service is the Connect service. It owns the processes: they continue if the stream that
 // started them breaks.
 type Service struct {
 	cfg Config
-	// patience is how long a subscriber that reads nothing may delay the others of its
-	// process. A single subscriber only delays the process, like a full pipe. If its
-	// connection dies, which keepalives detect, so does the subscription.
-	patience time.Duration
+	// ticker is [time.NewTicker]. Tests replace it.
+	ticker func(time.Duration) (c <-chan time.Time, stop func())
 
 	mu     sync.Mutex
 	byPID  map[uint32]*process
@@ -71,7 +74,11 @@ func New(cfg Config) *Service {
 	if cfg.Tree != nil {
 		cfg.Tree.Prepare()
 	}
-	return &Service{cfg: cfg, patience: 30 * time.Second, byPID: map[uint32]*process{}}
+	ticker := func(d time.Duration) (<-chan time.Time, func()) {
+		t := time.NewTicker(d)
+		return t.C, t.Stop
+	}
+	return &Service{cfg: cfg, ticker: ticker, byPID: map[uint32]*process{}}
 }
 
 // Handler returns the path to mount the service at, and its handler.
