@@ -217,7 +217,7 @@ func (a *agent) shell(ctx context.Context, start *hostagentv1.ExecStreamRequest_
 	case line == "hang":
 		var late <-chan time.Time
 		if n := start.Command.TimeoutSeconds; n > 0 {
-			late = time.After(time.Duration(n) * time.Second)
+			late = time.After(time.Duration(n) * time.Second) // real time: the fake's time limit for a command
 		}
 		select {
 		case <-ctx.Done():

@@ -161,7 +161,7 @@ func (h *tcpHost) beat(p *plane, every time.Duration) (stop func()) {
 		for {
 			_, _ = p.try("POST", "/v1/hosts/heartbeat", map[string]any{"status": report()}, "Authorization", "Bearer "+h.token)
 			select {
-			case <-time.After(every):
+			case <-time.After(every): // real time: the interval of the heartbeats
 			case <-ctx.Done():
 				return
 			}

@@ -394,8 +394,8 @@ func TestAutoResume(t *testing.T) {
 			from, looked := p.agent.called("get"), make(chan struct{})
 			go func() {
 				defer close(looked)
-				for p.agent.called("get") == from {
-					time.Sleep(time.Millisecond)
+				if !await.Within(await.Hang, func() bool { return p.agent.called("get") > from }) {
+					t.Error("the server does not ask the host for the sandbox's state")
 				}
 				p.agent.set(sandbox, paused)
 			}()

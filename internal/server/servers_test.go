@@ -223,7 +223,7 @@ func TestCloseWaits(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
 	p.end()
-	p.config.StopTimeout = 2 * time.Minute
+	p.config.Heartbeat, p.config.StopTimeout = time.Second, 2*time.Minute
 	p.start()
 	begun, let := make(chan struct{}), make(chan struct{})
 	p.agent.mu.Lock()
@@ -256,11 +256,16 @@ func TestCloseWaits(t *testing.T) {
 		t.Fatal(err)
 	}
 	closed := make(chan struct{})
+	_, last := p.heartbeats()
 	go func() { defer close(closed); _ = p.server.Close() }()
+	p.eventually("the closing server sends a heartbeat", func() bool {
+		_, at := p.heartbeats()
+		return at.After(last)
+	})
 	select {
 	case <-closed:
 		t.Fatal("the server did not wait for the creation")
-	case <-time.After(6 * time.Second): // It used to wait for 5.
+	default: // Package work tests for how long it waits.
 	}
 	close(let)
 	<-closed
@@ -323,28 +328,31 @@ func TestStoppingServerKeepsItsWork(t *testing.T) {
 	}
 }
 
+// heartbeats returns how many servers count as alive, and the time of the last heartbeat.
+func (p *plane) heartbeats() (servers int, last time.Time) {
+	p.Helper()
+	if err := p.db().QueryRow(p.Context(), "SELECT count(*), COALESCE(max(seen_at), 'epoch') FROM servers").Scan(&servers, &last); err != nil {
+		p.Fatal(err)
+	}
+	return servers, last
+}
+
 // TestSignsOfLifeWhileItStops checks that a stopping server sends heartbeats until its
 // work is done.
 func TestSignsOfLifeWhileItStops(t *testing.T) {
 	p := newPlane(t)
-	seen := func() (n int, at time.Time) {
-		if err := p.db().QueryRow(t.Context(), "SELECT count(*), COALESCE(max(seen_at), 'epoch') FROM servers").Scan(&n, &at); err != nil {
-			t.Fatal(err)
-		}
-		return n, at
-	}
 	p.halt()
-	_, last := seen()
+	_, last := p.heartbeats()
 	p.server.Linger()
 	for range 2 {
 		p.eventually("another heartbeat", func() bool {
-			_, at := seen()
+			_, at := p.heartbeats()
 			return at.After(last)
 		})
-		_, last = seen()
+		_, last = p.heartbeats()
 	}
 	p.end()
-	if n, _ := seen(); n != 0 {
+	if n, _ := p.heartbeats(); n != 0 {
 		t.Errorf("%d servers count as alive", n)
 	}
 }

@@ -9,6 +9,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
@@ -50,11 +51,7 @@ func TestChecksAreIndependent(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	run := make(chan struct{})
 	go func() { defer close(run); w.Run(ctx) }() // it checks everybody first
-	select {
-	case <-while.Done():
-	case <-time.After(time.Minute):
-		t.Error("the call continues")
-	}
+	await.Recv(t, "the call ends", while.Done())
 	close(ended)
 	cancel()
 	<-run
@@ -84,10 +81,10 @@ func TestFailedCheckIsRetried(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	run := make(chan struct{})
 	go func() { defer close(run); w.Run(ctx) }()
-	select {
-	case <-while.Done():
-	case <-time.After(50 * time.Second): // The regular checks come each minute.
-		t.Error("the call continues")
+	begun := time.Now()
+	await.Recv(t, "the call ends", while.Done())
+	if took := time.Since(begun); took > 50*time.Second { // The regular checks come each minute.
+		t.Errorf("the call ended only after %v", took)
 	}
 	cancel()
 	<-run

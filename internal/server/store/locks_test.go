@@ -189,12 +189,19 @@ func TestNoDeadlock(t *testing.T) {
 		},
 		"drop": func() error { return s.DropUnstarted(ctx, backwards) },
 	}
-	var wg sync.WaitGroup
-	stop := time.Now().Add(8 * time.Second)
+	const times = 20
+	var wg, enough sync.WaitGroup
+	enough.Add(len(deeds))
+	over := make(chan struct{}) // closed when each was done so many times
+	go func() {
+		enough.Wait()
+		close(over)
+	}()
 	for what, deed := range deeds {
 		wg.Go(func() {
-			n := 0
-			for ; n < 20 || time.Now().Before(stop); n++ {
+			did := sync.OnceFunc(enough.Done)
+			defer did()
+			for n := 1; ; n++ {
 				err := deed()
 				var pg *pgconn.PgError
 				if errors.As(err, &pg) && pg.Code == "40P01" {
@@ -205,8 +212,17 @@ func TestNoDeadlock(t *testing.T) {
 					t.Errorf("%s: %v", what, err)
 					return
 				}
+				if n < times {
+					continue
+				}
+				did()
+				select {
+				case <-over:
+					t.Logf("%s: %d times", what, n)
+					return
+				default:
+				}
 			}
-			t.Logf("%s: %d times", what, n)
 		})
 	}
 	wg.Wait()
