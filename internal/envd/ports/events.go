@@ -1,14 +1,14 @@
 package ports
 
 import (
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -18,14 +18,16 @@ import (
 const tcpListen = 10
 
 // events tells when a TCP socket begins or ceases to listen, in any network namespace. The
-// kernel counts that in a ring buffer for each processor, which nobody reads: a change of
-// the buffer's head is the event.
+// kernel records that in a ring buffer for each processor, which nobody reads.
 type events struct {
-	// C has an element if there was an event since the last receive.
+	// C receives a value after one or more events. Nothing watches between a value and the
+	// next receive, so a guest that causes many events wakes the daemon no more often than
+	// it receives.
 	C     chan struct{}
-	files []*os.File
+	polls []unix.PollFd // the first is readable once Close was called
 	rings [][]byte
-	watch sync.WaitGroup
+	stop  chan struct{}
+	done  chan struct{}
 }
 
 // newEvents starts to watch. tracefs is where that file system is mounted.
@@ -38,17 +40,27 @@ func newEvents(tracefs string) (*events, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read id of tracepoint: %w", err)
 	}
-	e := &events{C: make(chan struct{}, 1)}
+	closed, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		return nil, fmt.Errorf("open event: %w", err)
+	}
+	e := &events{C: make(chan struct{}), stop: make(chan struct{}), done: make(chan struct{})}
+	e.poll(closed)
 	for cpu := range runtime.NumCPU() {
 		if err := e.add(id, cpu); err != nil {
-			e.Close()
+			e.free()
 			return nil, fmt.Errorf("watch processor %d: %w", cpu, err)
 		}
 	}
+	go e.watch()
 	return e, nil
 }
 
-// add watches one processor.
+func (e *events) poll(fd int) {
+	e.polls = append(e.polls, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
+}
+
+// add makes the kernel record the events of one processor.
 func (e *events) add(tracepoint uint64, cpu int) error {
 	attr := unix.PerfEventAttr{Type: unix.PERF_TYPE_TRACEPOINT, Config: tracepoint, Sample: 1, Wakeup: 1, Bits: unix.PerfBitDisabled}
 	attr.Size = uint32(unsafe.Sizeof(attr))
@@ -56,12 +68,7 @@ func (e *events) add(tracepoint uint64, cpu int) error {
 	if err != nil {
 		return fmt.Errorf("open event: %w", err)
 	}
-	err = unix.SetNonblock(fd, true) // or os.NewFile would not poll it
-	file := os.NewFile(uintptr(fd), "tracepoint")
-	e.files = append(e.files, file)
-	if err != nil {
-		return err
-	}
+	e.poll(fd)
 	filter, err := unix.BytePtrFromString(fmt.Sprintf("oldstate == %d || newstate == %[1]d", tcpListen))
 	if err != nil {
 		return err
@@ -78,35 +85,46 @@ func (e *events) add(tracepoint uint64, cpu int) error {
 	if err := unix.IoctlSetInt(fd, unix.PERF_EVENT_IOC_ENABLE, 0); err != nil {
 		return fmt.Errorf("enable event: %w", err)
 	}
-	raw, err := file.SyscallConn()
-	if err != nil {
-		return err
-	}
-	head := &(*unix.PerfEventMmapPage)(unsafe.Pointer(&ring[0])).Data_head
-	e.watch.Go(func() {
-		seen := uint64(0)
-		for raw.Read(func(uintptr) bool {
-			now := atomic.LoadUint64(head)
-			changed := now != seen
-			seen = now
-			return changed
-		}) == nil {
-			select {
-			case e.C <- struct{}{}:
-			default: // it has one already
+	return nil
+}
+
+// watch sends to C after events. The kernel remembers those that come between two polls.
+func (e *events) watch() {
+	defer close(e.done)
+	for {
+		_, err := unix.Poll(e.polls, -1)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil || e.polls[0].Revents != 0 {
+			return
+		}
+		for i := range e.polls {
+			if p := &e.polls[i]; p.Revents&^unix.POLLIN != 0 {
+				p.Fd = -1 - p.Fd // The processor is gone. Poll skips negative descriptors.
 			}
 		}
-	})
-	return nil
+		select {
+		case e.C <- struct{}{}:
+		case <-e.stop:
+			return
+		}
+	}
 }
 
 // Close stops watching.
 func (e *events) Close() {
-	for _, f := range e.files {
-		_ = f.Close()
-	}
-	e.watch.Wait()
+	close(e.stop)
+	_, _ = unix.Write(int(e.polls[0].Fd), binary.NativeEndian.AppendUint64(nil, 1))
+	<-e.done
+	e.free()
+}
+
+func (e *events) free() {
 	for _, r := range e.rings {
 		_ = unix.Munmap(r)
+	}
+	for _, p := range e.polls {
+		_ = unix.Close(int(max(p.Fd, -1-p.Fd)))
 	}
 }

@@ -31,6 +31,12 @@ const (
 	// scanDelay is the time between an event and the scan. The kernel lists a socket only
 	// after the event, and a program may open several at once.
 	scanDelay = 10 * time.Millisecond
+	// lateDelay is the time between that scan and another. A busy host may stop the
+	// processor that opens a socket between the event and the listing.
+	lateDelay = 250 * time.Millisecond
+	// rest bounds the time that scans because of events take: after a scan, at least rest
+	// times as long passes before the next one.
+	rest = 10
 )
 
 // listener is one listening TCP socket.
@@ -99,6 +105,7 @@ type Config struct {
 type Forwarder struct {
 	cfg  Config
 	look chan chan<- struct{}
+	list func() ([]listener, error)
 
 	mu      sync.RWMutex
 	byNode  map[uint64]*forward // by the inode of the socket behind the bridge
@@ -120,7 +127,9 @@ func New(cfg Config) *Forwarder {
 	if len(cfg.Files) == 0 {
 		cfg.Files = []string{"/proc/net/tcp", "/proc/net/tcp6"}
 	}
-	return &Forwarder{cfg: cfg, look: make(chan chan<- struct{}), byNode: map[uint64]*forward{}, scanned: make(chan struct{})}
+	f := &Forwarder{cfg: cfg, look: make(chan chan<- struct{}), byNode: map[uint64]*forward{}, scanned: make(chan struct{})}
+	f.list = f.listeners
+	return f
 }
 
 // Forwarded lists the sockets that have a bridge.
@@ -141,7 +150,6 @@ func (f *Forwarder) Run(ctx context.Context) {
 	defer f.stop()
 	pause := interval
 	var changed <-chan struct{}
-	var scanDue <-chan time.Time
 	if f.cfg.Tracefs != "" {
 		e, err := newEvents(f.cfg.Tracefs)
 		if err != nil {
@@ -151,24 +159,43 @@ func (f *Forwarder) Run(ctx context.Context) {
 			changed, pause = e.C, retryAfter
 		}
 	}
-	t := time.NewTicker(pause)
-	defer t.Stop()
-	f.scan()
+	f.follow(ctx, changed, pause)
+}
+
+// follow scans at intervals of pause, twice after each value of changed, and on request.
+func (f *Forwarder) follow(ctx context.Context, changed <-chan struct{}, pause time.Duration) {
+	var rested time.Time // when enough time has passed since the last scan
+	scan := func() {
+		begun := time.Now()
+		f.scan()
+		rested = time.Now().Add(rest * time.Since(begun))
+	}
+	within := func(d time.Duration) time.Duration { return max(d, time.Until(rested)) }
+	scan()
+	next := time.NewTimer(pause)
+	defer next.Stop()
+	due := false // whether the next scan is the first one after an event
 	for {
+		events := changed
+		if due {
+			events = nil // An event that comes now needs a scan of its own.
+		}
 		select {
 		case <-ctx.Done():
 			return
-		case <-t.C:
-			f.scan()
-		case <-changed:
-			if scanDue == nil {
-				scanDue = time.After(scanDelay)
+		case <-events:
+			due = true
+			next.Reset(within(scanDelay))
+		case <-next.C:
+			scan()
+			if due {
+				next.Reset(within(lateDelay))
+			} else {
+				next.Reset(pause)
 			}
-		case <-scanDue:
-			scanDue = nil
-			f.scan()
+			due = false
 		case done := <-f.look:
-			f.scan()
+			scan()
 			close(done)
 		}
 	}
@@ -212,7 +239,7 @@ func (f *Forwarder) stop() {
 
 // scan reads the sockets once, and starts and stops bridges accordingly.
 func (f *Forwarder) scan() {
-	all, err := f.listeners()
+	all, err := f.list()
 	if err != nil {
 		f.cfg.Log.Warn("find listening ports", "error", err)
 		return

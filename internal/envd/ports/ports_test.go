@@ -13,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
@@ -256,4 +257,87 @@ func TestEvents(t *testing.T) {
 	if least > retryAfter/2 {
 		t.Errorf("the forwarder found out after %v", least)
 	}
+}
+
+// TestScans checks when the forwarder scans after events, with a clock of its own.
+func TestScans(t *testing.T) {
+	const port = 80
+	run := func(t *testing.T, list func() ([]listener, error)) (f *Forwarder, changed chan struct{}) {
+		f = New(Config{Log: slog.New(slog.DiscardHandler)})
+		f.list = list
+		changed = make(chan struct{})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { f.follow(ctx, changed, time.Hour); close(done) }()
+		t.Cleanup(func() { cancel(); <-done })
+		synctest.Wait()
+		return f, changed
+	}
+	// opens returns a list that has a server from a time on.
+	opens := func(after time.Duration) func() ([]listener, error) {
+		begun := time.Now()
+		return func() ([]listener, error) {
+			if time.Since(begun) < after {
+				return nil, nil
+			}
+			return []listener{{inode: 1, addr: netip.AddrPortFrom(netip.IPv4Unspecified(), port)}}, nil
+		}
+	}
+	found := func(t *testing.T, f *Forwarder) time.Duration {
+		t.Helper()
+		begun := time.Now()
+		for time.Since(begun) < time.Minute {
+			f.mu.RLock()
+			open := f.open[port]
+			f.mu.RUnlock()
+			if open {
+				return time.Since(begun)
+			}
+			time.Sleep(time.Millisecond)
+		}
+		t.Fatal("no scan finds the server")
+		return 0
+	}
+	t.Run("an event while a scan is due", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			f, changed := run(t, opens(scanDelay+time.Microsecond))
+			changed <- struct{}{}
+			time.Sleep(scanDelay - time.Microsecond)
+			go func() { changed <- struct{}{} }() // of the server
+			if took := found(t, f); took > 2*scanDelay {
+				t.Errorf("a scan found the server after %v", took)
+			}
+		})
+	})
+	t.Run("the kernel lists the socket late", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			f, changed := run(t, opens(lateDelay/2))
+			changed <- struct{}{}
+			if took := found(t, f); took > lateDelay+2*scanDelay {
+				t.Errorf("a scan found the server after %v", took)
+			}
+		})
+	})
+	t.Run("events without end", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			const took, long = 20 * time.Millisecond, time.Minute
+			scans := 0
+			_, changed := run(t, func() ([]listener, error) {
+				scans++
+				time.Sleep(took)
+				return nil, nil
+			})
+			for end := time.After(long); ; {
+				select {
+				case changed <- struct{}{}:
+					continue
+				case <-end:
+				}
+				break
+			}
+			if most := int(long/((1+rest)*took)) + 1; scans > most || scans < most/2 {
+				t.Errorf("%d scans that take %v in %v, want at most %d", scans, took, long, most)
+			}
+		})
+	})
 }
