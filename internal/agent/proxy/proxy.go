@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
@@ -24,6 +25,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/duplex"
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/logging"
 	"github.com/wrenn-dev/wrenn/internal/requestid"
 	"github.com/wrenn-dev/wrenn/internal/tracing"
 	"github.com/wrenn-dev/wrenn/internal/upstream"
@@ -40,11 +42,18 @@ var forwarded = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Pro
 type Proxy struct {
 	use      func(context.Context, uuid.UUID) (*sandbox.Use, error)
 	log      *slog.Logger
+	refusals *logging.Limit // by sandbox
 	errors   *stdlog.Logger // for connections that switch protocols
 	requests *prometheus.CounterVec
 	// forwarded is the counter in requests of forwarded requests.
 	forwarded prometheus.Counter
 }
+
+// maxRefusals is how many refused requests of a sandbox the log gets in each refusalPeriod.
+const (
+	maxRefusals   = 20
+	refusalPeriod = time.Minute
+)
 
 // New makes a proxy. use acquires a sandbox for a request.
 func New(use func(context.Context, uuid.UUID) (*sandbox.Use, error), log *slog.Logger) *Proxy {
@@ -53,6 +62,9 @@ func New(use func(context.Context, uuid.UUID) (*sandbox.Use, error), log *slog.L
 	}, []string{"result"})}
 	p.forwarded = p.requests.WithLabelValues("forwarded")
 	p.errors = slog.NewLogLogger(log.Handler(), slog.LevelDebug)
+	p.refusals = logging.NewLimit(maxRefusals, refusalPeriod, func(name string, omitted int) {
+		log.Info("further requests refused", "sandbox", name, "requests", omitted, "within", refusalPeriod)
+	})
 	return p
 }
 
@@ -257,7 +269,9 @@ func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 	}
 	name, rest, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, Prefix), "/")
 	port, _, _ := strings.Cut(rest, "/")
-	p.log.Log(r.Context(), level, "request refused", "request_id", requestid.From(r.Context()), "sandbox", name, "port", port, "code", own.code, "error", err)
+	if level == slog.LevelDebug || p.log.Enabled(r.Context(), slog.LevelDebug) || p.refusals.Allow(name) {
+		p.log.Log(r.Context(), level, "request refused", "request_id", requestid.From(r.Context()), "sandbox", name, "port", port, "code", own.code, "error", err)
+	}
 	p.requests.WithLabelValues(own.code).Inc()
 	Answer(w, own.status, own.code, own.message)
 }

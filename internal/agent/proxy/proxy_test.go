@@ -20,6 +20,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/coder/websocket"
@@ -138,6 +139,39 @@ func TestRefusalsAreLogged(t *testing.T) {
 	if got := o.log.String(); !strings.Contains(got, want) || !strings.Contains(got, "no such sandbox") || strings.Contains(got, "/secret") {
 		t.Errorf("the log says %q, want %q", got, want)
 	}
+}
+
+// TestManyRefusals checks that a sandbox whose port refuses many requests does not fill the
+// log, and that the log says how many requests it leaves out.
+func TestManyRefusals(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log strings.Builder
+		options := &slog.HandlerOptions{Level: new(slog.LevelVar)}
+		p := New(func(context.Context, uuid.UUID) (*sandbox.Use, error) { return nil, sandbox.ErrNotFound }, slog.New(slog.NewTextHandler(&log, options)))
+		refuse := func(name string, n int) {
+			for range n {
+				p.ServeHTTP(httptest.NewRecorder(), httptest.NewRequestWithContext(t.Context(), http.MethodGet, Prefix+name+"/80/", nil))
+			}
+		}
+		one, other := id.Format(id.Sandbox, uuid.New()), id.Format(id.Sandbox, uuid.New())
+		refuse(one, maxRefusals+100)
+		refuse(other, 1)
+		time.Sleep(refusalPeriod)
+		synctest.Wait()
+		text := log.String()
+		if n := strings.Count(text, "request refused\""); n != maxRefusals+1 || !strings.Contains(text, "sandbox="+other) {
+			t.Errorf("the log has %d of %d requests: %s", n, maxRefusals+101, text)
+		}
+		if want := `msg="further requests refused" sandbox=` + one + " requests=100 "; strings.Count(text, "further") != 1 || !strings.Contains(text, want) {
+			t.Errorf("the log says %q, want %q", text, want)
+		}
+		log.Reset()
+		options.Level.(*slog.LevelVar).Set(slog.LevelDebug)
+		refuse(one, maxRefusals+100)
+		if n := strings.Count(log.String(), "request refused\""); n != maxRefusals+100 {
+			t.Errorf("at the level debug, the log has %d requests", n)
+		}
+	})
 }
 
 func TestBadTargets(t *testing.T) {
