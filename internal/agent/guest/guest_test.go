@@ -97,8 +97,8 @@ func prepareHost() error {
 
 var lastAddr atomic.Uint32
 
-// start runs a daemon and returns its initialised client.
-func start(t *testing.T) *Client {
+// start runs a daemon with flags and returns its initialised client.
+func start(t *testing.T, flags ...string) *Client {
 	t.Helper()
 	bin, err := daemon()
 	if err != nil {
@@ -106,7 +106,8 @@ func start(t *testing.T) *Client {
 	}
 	pid := os.Getpid()
 	addr := netip.AddrFrom4([4]byte{127, byte(100 + pid>>8&63), byte(pid), byte(lastAddr.Add(1))})
-	cmd := exec.Command(bin, "-listen", netip.AddrPortFrom(addr, hostwire.GuestPort).String(), "-cgroup", "", "-interface", "", "-user", "root")
+	flags = append([]string{"-listen", netip.AddrPortFrom(addr, hostwire.GuestPort).String(), "-cgroup", "", "-interface", "", "-user", "root"}, flags...)
+	cmd := exec.Command(bin, flags...)
 	cmd.Stderr = t.Output()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {
