@@ -145,11 +145,12 @@ func TestExec(t *testing.T) {
 		// wantReason is the reason in the error.
 		wantReason string
 	}{
-		"output and code":   {cmd: sh("echo out; echo err >&2; exit 7"), want: Result{Exit: Exit{Code: 7}, Stdout: []byte("out\n"), Stderr: []byte("err\n")}},
-		"binary":            {cmd: Command{Cmd: "cat"}, stdin: binary, want: Result{Stdout: binary}},
-		"no input":          {cmd: Command{Cmd: "cat"}},
-		"environment":       {cmd: Command{Cmd: "sh", Args: []string{"-c", "echo $FROM $OWN; pwd"}, Envs: map[string]string{"OWN": "mine"}, Dir: "/usr"}, want: Result{Stdout: []byte("sandbox mine\n/usr\n")}},
-		"signal":            {cmd: sh("kill -9 $$"), want: Result{Exit: Exit{Code: 137, Error: "signal: killed"}}},
+		"output and code": {cmd: sh("echo out; echo err >&2; exit 7"), want: Result{Exit: Exit{Code: 7}, Stdout: []byte("out\n"), Stderr: []byte("err\n")}},
+		"binary":          {cmd: Command{Cmd: "cat"}, stdin: binary, want: Result{Stdout: binary}},
+		"no input":        {cmd: Command{Cmd: "cat"}},
+		"environment":     {cmd: Command{Cmd: "sh", Args: []string{"-c", "echo $FROM $OWN; pwd"}, Envs: map[string]string{"OWN": "mine"}, Dir: "/usr"}, want: Result{Stdout: []byte("sandbox mine\n/usr\n")}},
+		"signal":          {cmd: sh("kill -9 $$"), want: Result{Exit: Exit{Code: 137, Error: "signal: killed"}}},
+		// real time: the daemon finds the input closed while the command runs.
 		"input not read":    {cmd: sh("exec <&-; sleep 0.3; echo done"), stdin: binary, want: Result{Stdout: []byte("done\n")}},
 		"input partly read": {cmd: sh("head -c 1 >/dev/null; exit 3"), stdin: binary, want: Result{Exit: Exit{Code: 3}}},
 		"no such command":   {cmd: Command{Cmd: "no-such-command"}, wantError: connect.CodeNotFound, wantReason: hostwire.CommandNotFound},
@@ -431,7 +432,12 @@ func TestWaitReturnsCause(t *testing.T) {
 	defer c.Close()
 	ctx, cancel := context.WithCancelCause(t.Context())
 	reason := errors.New("the machine ended")
-	time.AfterFunc(100*time.Millisecond, func() { cancel(reason) })
+	connect := c.transport.Dial
+	c.transport.Dial = func(ctx context.Context, address string) (net.Conn, error) {
+		conn, err := connect(ctx, address)
+		cancel(reason) // after the first attempt
+		return conn, err
+	}
 	if err := c.Wait(ctx); !errors.Is(err, reason) {
 		t.Error(err)
 	}

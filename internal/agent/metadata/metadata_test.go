@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httptrace"
 	"strings"
 	"testing"
 	"time"
@@ -182,7 +183,9 @@ func TestServeLimitsConnections(t *testing.T) {
 	ctx := await.Context(t)
 	req, _ := http.NewRequestWithContext(ctx, "PUT", fmt.Sprintf("http://%s%s", l.Addr(), tokenPath), nil)
 	req.Header.Set("X-metadata-token-ttl-seconds", "60")
-	time.AfterFunc(50*time.Millisecond, func() { idle[0].Close() })
+	req = req.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		WroteRequest: func(httptrace.WroteRequestInfo) { idle[0].Close() },
+	}))
 	client := &http.Client{Transport: &http.Transport{}}
 	defer client.CloseIdleConnections()
 	res, err := client.Do(req)

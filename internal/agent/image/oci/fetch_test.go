@@ -37,7 +37,7 @@ func TestSlowRegistry(t *testing.T) {
 			_ = http.NewResponseController(w).Flush()
 			var again <-chan time.Time
 			if r.URL.Path == "/trickle" {
-				again = time.After(time.Millisecond)
+				again = time.After(time.Millisecond) // real time: the rate of the body
 			}
 			select {
 			case <-again:
