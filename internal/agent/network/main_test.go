@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -265,9 +266,12 @@ func newGuest(t testing.TB, s *Slot) *guest {
 // do runs f as if it were a process of the guest.
 func (g *guest) do(f func() error) error { return inNamespace(g.path, f) }
 
-// hang bounds what must work; only something that hangs takes that long. What must not
-// work gets a second.
+// hang bounds what must work; only something that hangs takes that long.
 const hang = 2 * time.Minute
+
+// silence is how long a guest waits for a response that must not come. It is real time,
+// because a packet that the firewall drops causes no event.
+const silence = time.Second
 
 // call sends something over a new connection and returns the response.
 func (g *guest) call(network, address string) (string, error) {
@@ -311,12 +315,10 @@ func sameAfter(t testing.TB) {
 		}
 		// Ended goroutines and closed namespaces take a moment to disappear.
 		var after map[string][]string
-		for end := time.Now().Add(hang); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		await.Within(hang, func() bool {
 			after = hostState(t)
-			if len(after["goroutines"]) <= len(before["goroutines"]) {
-				break
-			}
-		}
+			return len(after["goroutines"]) <= len(before["goroutines"])
+		})
 		for what := range before {
 			if what == "goroutines" {
 				if len(after[what]) > len(before[what]) {

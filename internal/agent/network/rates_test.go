@@ -103,7 +103,9 @@ func stable(t *testing.T, count func() uint64, least uint64) (n uint64) {
 	t.Helper()
 	await.Until(t, "the flood to pass", func() bool {
 		before := n
-		time.Sleep(50 * time.Millisecond) // a count that only pauses for this long makes the check less strict
+		// real time: nothing tells when the kernel has passed the last packet. A count that only
+		// pauses for this long makes the check less strict.
+		time.Sleep(50 * time.Millisecond)
 		n = count()
 		return n == before && n >= least
 	})
