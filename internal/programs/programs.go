@@ -1,6 +1,7 @@
 // Package programs has the table of the distribution's programs that Wrenn runs, and is
 // the only package that starts them. Because Wrenn can only run what is in the table,
-// `wrenn doctor`, the Makefile and the README list every package that a machine needs.
+// `wrenn doctor`, the Makefile and the README list every package that a machine needs. The
+// drivers of virtual machine monitors add their own programs to the table.
 package programs
 
 import (
@@ -28,28 +29,26 @@ type Program struct {
 
 // The programs that Wrenn runs.
 var (
-	QEMU = add(Program{File: "/usr/bin/qemu-system-x86_64", Package: "qemu-system-x86"})
-
-	AptCache   = add(Program{File: "apt-cache", Package: "apt", Base: true})
-	AptGet     = add(Program{File: "apt-get", Package: "apt", Base: true})
-	DpkgDeb    = add(Program{File: "dpkg-deb", Package: "dpkg", Base: true})
-	Tar        = add(Program{File: "tar", Package: "tar", Base: true})
-	Depmod     = add(Program{File: "depmod", Package: "kmod"})
-	Mmdebstrap = add(Program{File: "mmdebstrap", Package: "mmdebstrap"})
-	Mke2fs     = add(Program{File: "mke2fs", Package: "e2fsprogs"})
-	Debugfs    = add(Program{File: "debugfs", Package: "e2fsprogs"})
+	AptCache   = Add(Program{File: "apt-cache", Package: "apt", Base: true})
+	AptGet     = Add(Program{File: "apt-get", Package: "apt", Base: true})
+	DpkgDeb    = Add(Program{File: "dpkg-deb", Package: "dpkg", Base: true})
+	Tar        = Add(Program{File: "tar", Package: "tar", Base: true})
+	Depmod     = Add(Program{File: "depmod", Package: "kmod"})
+	Mmdebstrap = Add(Program{File: "mmdebstrap", Package: "mmdebstrap"})
+	Mke2fs     = Add(Program{File: "mke2fs", Package: "e2fsprogs"})
+	Debugfs    = Add(Program{File: "debugfs", Package: "e2fsprogs"})
 
 	// Wrenn does not run this one, but needs the certificates in its package for HTTPS.
-	_ = add(Program{File: "update-ca-certificates", Package: "ca-certificates"})
+	_ = Add(Program{File: "update-ca-certificates", Package: "ca-certificates"})
 
 	// These run in a jail, which has no $PATH.
-	Prlimit   = add(Program{File: "/usr/bin/prlimit", Package: "util-linux", Base: true})
-	E2fsck    = add(Program{File: "/sbin/e2fsck", Package: "e2fsprogs"})
-	Resize2fs = add(Program{File: "/sbin/resize2fs", Package: "e2fsprogs"})
+	Prlimit   = Add(Program{File: "/usr/bin/prlimit", Package: "util-linux", Base: true})
+	E2fsck    = Add(Program{File: "/sbin/e2fsck", Package: "e2fsprogs"})
+	Resize2fs = Add(Program{File: "/sbin/resize2fs", Package: "e2fsprogs"})
 
-	Postgres = add(Program{File: "/usr/lib/postgresql/*/bin/postgres", Package: "postgresql", UpOnly: true})
-	InitDB   = add(Program{File: "/usr/lib/postgresql/*/bin/initdb", Package: "postgresql", UpOnly: true})
-	Redis    = add(Program{File: "redis-server", Package: "redis-server", UpOnly: true})
+	Postgres = Add(Program{File: "/usr/lib/postgresql/*/bin/postgres", Package: "postgresql", UpOnly: true})
+	InitDB   = Add(Program{File: "/usr/lib/postgresql/*/bin/initdb", Package: "postgresql", UpOnly: true})
+	Redis    = Add(Program{File: "redis-server", Package: "redis-server", UpOnly: true})
 )
 
 // Iptables is not in the table, because an agent only runs it to change Docker's rules,
@@ -58,12 +57,13 @@ var Iptables = Program{File: "iptables"}
 
 var table []Program
 
-func add(p Program) Program {
+// Add adds a program to the table and returns it. It is for variables of packages.
+func Add(p Program) Program {
 	table = append(table, p)
 	return p
 }
 
-// All returns the table.
+// All returns the table, with the programs of all packages that are linked into this one.
 func All() []Program { return slices.Clone(table) }
 
 // Find returns the program's path, the newest version if there are several. The error

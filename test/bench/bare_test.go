@@ -24,8 +24,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/network"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qemu"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qmp"
-	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
 // patience bounds every manual step.
@@ -33,7 +33,7 @@ const patience = 5 * time.Minute
 
 func version(t *testing.T) string {
 	t.Helper()
-	out, err := programs.QEMU.Command("--version").Output()
+	out, err := qemu.Program.Command("--version").Output()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -160,7 +160,7 @@ func (b bare) prepare(t *testing.T, h *host, incoming *os.File, alone bool) (sta
 		}
 		args = append(args, a)
 	}
-	p := &process{cmd: programs.QEMU.Command(args...), guest: guest.New(slot.Address, b.token)}
+	p := &process{cmd: qemu.Program.Command(args...), guest: guest.New(slot.Address, b.token)}
 	for n := 3; len(files) > 0; n++ {
 		f := files[n]
 		if f == nil {

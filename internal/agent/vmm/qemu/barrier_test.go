@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
-	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
 // TestBarriersAreKept checks the code that QEMU generates for a guest's memory barriers
@@ -36,7 +35,7 @@ func TestBarriersAreKept(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), await.Scale(60*time.Second))
 	defer cancel()
-	cmd := programs.QEMU.CommandContext(ctx, "-nodefaults", "-no-user-config", "-display", "none", "-machine", "pc",
+	cmd := Program.CommandContext(ctx, "-nodefaults", "-no-user-config", "-display", "none", "-machine", "pc",
 		"-accel", TCG, "-smp", processors(models[TCG][0], 1),
 		"-drive", "format=raw,file="+disk, "-d", "in_asm,out_asm", "-dfilter", "0x7c00+0x100", "-D", log)
 	cmd.WaitDelay = time.Second

@@ -16,7 +16,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qmp"
-	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
 // model is a version of the virtual hardware, in terms of QEMU's arguments that a guest or
@@ -155,7 +154,7 @@ func ask(accel string) (a about, err error) {
 		return a, fmt.Errorf("ask QEMU: %w", err)
 	}
 	defer conn.Close()
-	cmd := programs.QEMU.CommandContext(ctx, "-machine", "none", "-accel", accel, "-nodefaults", "-no-user-config", "-display", "none", "-S",
+	cmd := Program.CommandContext(ctx, "-machine", "none", "-accel", accel, "-nodefaults", "-no-user-config", "-display", "none", "-S",
 		"-global", "migration.send-configuration=off",
 		"-chardev", "socket,id=control,fd=3", "-mon", "chardev=control,mode=control")
 	cmd.ExtraFiles = []*os.File{theirs}

@@ -15,7 +15,6 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
-	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
 const (
@@ -132,7 +131,7 @@ func probeKey(kernel, initrd string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	for _, name := range []string{programs.QEMU.File, kernel, initrd} {
+	for _, name := range []string{Program.File, kernel, initrd} {
 		info, err := os.Stat(name)
 		if err != nil {
 			return "", err

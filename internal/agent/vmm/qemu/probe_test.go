@@ -11,7 +11,6 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
-	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
 // TestProbeIsRemembered checks that the probe remembers an answer of QEMU or the guest,
@@ -20,7 +19,7 @@ func TestProbeIsRemembered(t *testing.T) {
 	if _, err := os.Stat("/dev/kvm"); err != nil {
 		t.Skip("needs /dev/kvm")
 	}
-	if _, err := os.Stat(programs.QEMU.File); err != nil {
+	if _, err := os.Stat(Program.File); err != nil {
 		t.Skip("needs QEMU")
 	}
 	dir := t.TempDir()

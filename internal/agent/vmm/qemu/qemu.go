@@ -41,6 +41,9 @@ const (
 // name is the name of the driver.
 const name = "qemu"
 
+// Program is QEMU.
+var Program = programs.Add(programs.Program{File: "/usr/bin/qemu-system-x86_64", Package: "qemu-system-x86"})
+
 const (
 	// overheadBytes is the memory that QEMU needs besides the guest's, for code, heap, and
 	// buffers of disks and network.
@@ -83,7 +86,7 @@ func Open(accel string, c vmm.Config) (*Driver, error) {
 	if accel != KVM && accel != TCG {
 		return nil, fmt.Errorf("open QEMU driver: unknown accelerator %q", accel)
 	}
-	if _, err := programs.QEMU.Find(); err != nil {
+	if _, err := Program.Find(); err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
 	}
 	if err := cgroup.Available(); err != nil {
@@ -384,7 +387,7 @@ func (d *Driver) exec(s vmm.Spec, group cgroup.Group, args []string, files []*os
 	if err != nil {
 		return nil, err
 	}
-	cmd := programs.QEMU.Command(args...)
+	cmd := Program.Command(args...)
 	if d.standIn != "" {
 		cmd.Path = fmt.Sprintf("/proc/self/fd/%d", 3+len(files)) // the launcher's next descriptor
 		cmd.Args = append(cmd.Args, d.standIn)

@@ -7,14 +7,13 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
 	"github.com/wrenn-dev/wrenn/internal/await"
-	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
 // subject is the driver under test.
 var subject = vmmtest.Subject{
 	New: opener(""),
 	Needs: func() error {
-		_, err := programs.QEMU.Find()
+		_, err := Program.Find()
 		return err
 	},
 	Hostile: map[string]vmmtest.Hostile{
