@@ -46,6 +46,7 @@ type Config struct {
 	Accel            string         `env:"WRENN_VMM_ACCEL" envDefault:"auto" help:"what runs guests' instructions: kvm, tcg (emulation), or auto, which is kvm if a kernel boots on it"`
 	NoSeccomp        bool           `env:"WRENN_NO_SECCOMP" help:"run QEMU without Wrenn's seccomp filter, in case it needs a system call that the filter forbids; this removes one wall around each guest"`
 	Processor        string         `env:"WRENN_CPU_MODEL" help:"processor of guests, by QEMU's name (EPYC-v3), so that different hosts can restore one another's snapshots; empty: the host's own (docs/architecture/storage.md)"`
+	Balloon          bool           `env:"WRENN_FREE_PAGE_REPORTING" help:"new guests return memory that they free to the host, which also makes pauses smaller; memory that they take again costs more (docs/architecture/storage.md)"`
 	NestedTeams      []sandbox.Team `env:"WRENN_NESTED_TEAMS" help:"ids of the teams whose guests may run virtual machines of their own, with commas between them (security.md)"`
 	DNS              []netip.Addr   `env:"WRENN_DNS" help:"IPv4 addresses of the guests' resolvers; empty: the host's"`
 	MemoryMiB        int            `env:"WRENN_MEMORY_MIB" help:"memory in MiB for all sandboxes; 0: most of the host's"`
@@ -253,7 +254,7 @@ func (a *Agent) openDriver(ctx context.Context, kernel image.KernelFiles) error 
 		a.problems.Clear(problem.Jail, "seccomp")
 	}
 	d, err := drivers.Open(ctx, cmp.Or(a.cfg.Accel, drivers.Auto), vmm.Config{
-		Dir: dir, Kernel: kernel.Vmlinux, Initrd: kernel.Initrd, Unfiltered: a.cfg.NoSeccomp, Processor: a.cfg.Processor, Log: a.log,
+		Dir: dir, Kernel: kernel.Vmlinux, Initrd: kernel.Initrd, Unfiltered: a.cfg.NoSeccomp, Processor: a.cfg.Processor, Balloon: a.cfg.Balloon, Log: a.log,
 	})
 	if err != nil {
 		return err

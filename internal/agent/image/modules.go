@@ -14,7 +14,7 @@ import (
 // wanted are the modules that a guest needs to boot, unless they are built in: those for
 // the bus, its devices, snapshots and clocks.
 var wanted = []string{
-	"virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng",
+	"virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon",
 	"overlay", "vmw_vsock_virtio_transport", "ptp_kvm", "ext4",
 }
 

@@ -56,7 +56,7 @@ func New(filters [][]unix.SockFilter) (_ *Launcher, err error) {
 	for _, f := range filters {
 		all = append(append(all, unix.SockFilter{K: uint32(len(f))}), f...)
 	}
-	l.filter, err = sealed("filter", bytesOf(all), 0)
+	l.filter, err = Sealed("filter", bytesOf(all), 0)
 	return l, err
 }
 
@@ -85,11 +85,12 @@ func openSelf() (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	return sealed("wrenn", b, unix.MFD_EXEC)
+	return Sealed("wrenn", b, unix.MFD_EXEC)
 }
 
-// sealed returns an immutable file in memory that contains b.
-func sealed(name string, b []byte, flags int) (*os.File, error) {
+// Sealed returns an immutable file in memory that contains b. flags are further ones for
+// memfd_create(2).
+func Sealed(name string, b []byte, flags int) (*os.File, error) {
 	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING|flags)
 	if errors.Is(err, unix.EINVAL) { // kernels before 6.3 neither know nor need MFD_EXEC
 		fd, err = unix.MemfdCreate(name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)

@@ -63,7 +63,7 @@ func TestPrivateProgram(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.self.Close()
-	if l.self, err = sealed("wrenn", b, unix.MFD_EXEC); err != nil {
+	if l.self, err = Sealed("wrenn", b, unix.MFD_EXEC); err != nil {
 		t.Fatal(err)
 	}
 	if out, err := l.run(testLimits, "echo begun"); err != nil || out != "begun" {

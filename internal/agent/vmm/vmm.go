@@ -95,7 +95,10 @@ type Config struct {
 	// Processor is the monitor's name for the guests' processor (empty: the host's, without
 	// features that guests must not have).
 	Processor string
-	Log       *slog.Logger
+	// Balloon lets booting guests return memory that they free to the host. A restored machine
+	// stays as it was saved.
+	Balloon bool
+	Log     *slog.Logger
 }
 
 // Monitor opens a driver with one accelerator. Package drivers lists them all.
@@ -173,7 +176,8 @@ type VM interface {
 	// Devices returns the state of a held machine's processors and devices: some kilobytes.
 	Devices(ctx context.Context) ([]byte, error)
 	// Pages yields the pages of a held machine's memory that may differ from its base:
-	// [Saved.Memory] with [Saved.Changed] over it, or zeros if it booted.
+	// [Saved.Memory] with [Saved.Changed] over it, or zeros if it booted. It leaves out pages
+	// that the guest has freed and returned to the host (see [Config]).
 	Pages() memory.Pages
 	// Divert makes a held machine write to the new, empty overlay at path, above its present
 	// one, which nobody writes to afterwards.

@@ -263,7 +263,7 @@ func (d *Driver) attack(t *testing.T, overlay, name, target string) (syscall.Wai
 			t.Error(err)
 		}
 	}()
-	cmd, err := d.exec(s, group, []string{name, target}, []*os.File{file}, stderr)
+	cmd, err := d.exec(s, group, []string{name, target}, nil, []*os.File{file}, stderr)
 	if err != nil {
 		t.Fatal(err)
 	}

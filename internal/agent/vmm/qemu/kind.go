@@ -29,6 +29,7 @@ type model struct {
 	nesting  string // options that hide features from guests that may not run virtual machines
 	repaired bool   // see [redeliver]
 	modules  bool   // guests have the kernel's modules as a second disk
+	balloon  bool   // guests return memory that they free; every model has this variant
 }
 
 // nesting hides the features with which a guest can run virtual machines itself.
@@ -86,6 +87,7 @@ func (m model) cpuOption(p processor) string {
 func (d *Driver) model(kind string) (model, processor, error) {
 	saved, ok := parseKind(kind)
 	for _, m := range models[d.accel] {
+		m.balloon = saved.balloon
 		if ok && m.name() == saved.machine {
 			p := saved.cpu
 			p.extension = d.processor.extension
@@ -95,8 +97,23 @@ func (d *Driver) model(kind string) (model, processor, error) {
 	return model{}, processor{}, fmt.Errorf("it was saved as %q, a machine that this release does not have", kind)
 }
 
+// boots returns the model of booting machines.
+func (d *Driver) boots() model {
+	m := models[d.accel][0]
+	m.balloon = d.balloon
+	return m
+}
+
+const balloonMark = "+balloon"
+
 // name returns the first word of the model's kinds.
-func (m model) name() string { return fmt.Sprintf("qemu-%d", m.version) }
+func (m model) name() string {
+	s := fmt.Sprintf("qemu-%d", m.version)
+	if m.balloon {
+		s += balloonMark
+	}
+	return s
+}
 
 // kindAs returns the kind of a machine of the model with the processor.
 func (d *Driver) kindAs(m model, p processor) string {
@@ -118,7 +135,7 @@ type command struct {
 func (d *Driver) Kind(nested bool) string {
 	p := d.processor
 	p.nested = nested
-	return d.kindAs(models[d.accel][0], p)
+	return d.kindAs(d.boots(), p)
 }
 
 // Nested implements vmm.Driver.
@@ -135,11 +152,14 @@ type about struct {
 	processors map[string]string
 	// others has the features that this host lacks for each of the other processors.
 	others map[string][]string
+	// balloons says that QEMU loads our library, which [model.balloon] needs.
+	balloons bool
 }
 
-// ask runs QEMU to find out its version and its processors. It fails if QEMU lacks a command
-// that the driver needs, because distributions build it differently.
-func ask(accel string) (a about, err error) {
+// ask runs QEMU with the library (nil: without) to find out its version and its processors.
+// It fails if QEMU lacks a command that the driver needs, because distributions build it
+// differently.
+func ask(accel string, library *os.File) (a about, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -158,6 +178,10 @@ func ask(accel string) (a about, err error) {
 		"-global", "migration.send-configuration=off",
 		"-chardev", "socket,id=control,fd=3", "-mon", "chardev=control,mode=control")
 	cmd.ExtraFiles = []*os.File{theirs}
+	if library != nil {
+		cmd.ExtraFiles = append(cmd.ExtraFiles, library)
+		cmd.Env = append(os.Environ(), preload(2+len(cmd.ExtraFiles)))
+	}
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	if err := cmd.Start(); err != nil {
@@ -176,6 +200,9 @@ func ask(accel string) (a about, err error) {
 		return a, err
 	}
 	defer q.Close()
+	if a.balloons, err = hasLibrary(cmd.Process.Pid); err != nil {
+		return a, err
+	}
 
 	var have []command
 	if err := q.Execute(ctx, "query-commands", nil, &have); err != nil {
@@ -307,7 +334,8 @@ func needless(feature string) bool {
 
 // kindOf has the parts of a kind that matter for a restore.
 type kindOf struct {
-	machine      string
+	machine      string // with the balloon's mark
+	balloon      bool
 	major, minor int
 	accel        string
 	cpu          processor
@@ -318,7 +346,7 @@ func parseKind(kind string) (k kindOf, ok bool) {
 	if len(f) < 4 {
 		return kindOf{}, false
 	}
-	k = kindOf{machine: f[0], accel: f[len(f)-2], cpu: parseProcessor(f[len(f)-1])}
+	k = kindOf{machine: f[0], balloon: strings.HasSuffix(f[0], balloonMark), accel: f[len(f)-2], cpu: parseProcessor(f[len(f)-1])}
 	n, _ := fmt.Sscanf(f[1], "%d.%d.", &k.major, &k.minor)
 	return k, n == 2
 }
@@ -341,6 +369,8 @@ func (d *Driver) Restores(kind string) error {
 		return err
 	}
 	switch {
+	case saved.balloon && !d.balloons:
+		return errNoBalloon
 	case saved.cpu.host != "" && saved.cpu.host != d.host:
 		return errors.New("it ran on a processor of another model or with other features")
 	case saved.cpu.name != "" && d.processors[saved.cpu.name] == "":

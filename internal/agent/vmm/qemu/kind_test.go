@@ -25,6 +25,8 @@ func TestRestores(t *testing.T) {
 	}
 	emulated, real := driver(TCG, processor{host: host}), driver(KVM, processor{host: host})
 	named := driver(KVM, processor{name: "EPYC-v3"})
+	balloons := driver(KVM, processor{host: host})
+	balloons.balloon, balloons.balloons = true, true
 	for _, c := range []struct {
 		driver     *Driver
 		kind, want string
@@ -55,6 +57,12 @@ func TestRestores(t *testing.T) {
 		{real, "qemu-6 7.2.22 kvm " + host, "this release does not have"},
 		// A named processor is the same on each host that has it. An emulated one still
 		// depends on its host, because its clock does.
+		// So can one with a balloon, if QEMU loads the library.
+		{balloons, "qemu-5+balloon 7.2.22 kvm " + host, ""},
+		{balloons, balloons.Kind(false), ""},
+		{balloons, real.Kind(false), ""},
+		{real, balloons.Kind(false), "cannot return memory"},
+		{real, "qemu-6+balloon 7.2.22 kvm " + host, "this release does not have"},
 		{named, named.Kind(false), ""},
 		{named, named.Kind(true), ""},
 		{named, "qemu-4 7.2.22 kvm EPYC-v1", ""},
@@ -76,7 +84,7 @@ func TestRestores(t *testing.T) {
 		}
 	}
 	// A machine that was restored as an earlier model is saved as that model.
-	for _, kind := range []string{"qemu-2 7.2.22 kvm " + host, "qemu-4 7.2.22 kvm EPYC-v1+nested", "qemu-4 7.2.22 kvm " + host + "+nested"} {
+	for _, kind := range []string{"qemu-2 7.2.22 kvm " + host, "qemu-5+balloon 7.2.22 kvm " + host, "qemu-4 7.2.22 kvm EPYC-v1+nested", "qemu-4 7.2.22 kvm " + host + "+nested"} {
 		m, p, err := real.model(kind)
 		if got := real.kindAs(m, p); err != nil || got != strings.Replace(kind, "7.2.22", known.version, 1) {
 			t.Errorf("%q is saved as %q, %v", kind, got, err)

@@ -69,6 +69,8 @@ type Driver struct {
 	about
 	host      string    // digest of the host's processor
 	processor processor // the processor of booting guests
+	balloon   bool      // booting guests return memory that they free
+	library   *os.File  // nil: QEMU cannot load it
 	// launcher starts QEMU with limits that a process can only set for itself.
 	launcher *launcher.Launcher
 	// standIn is set by tests that run this program instead of QEMU. It is the last argument.
@@ -82,7 +84,7 @@ type Driver struct {
 
 // Open returns a driver for QEMU with the accelerator [KVM] or [TCG]. It does not check
 // whether a guest boots; see [KVMWorks].
-func Open(accel string, c vmm.Config) (*Driver, error) {
+func Open(accel string, c vmm.Config) (_ *Driver, err error) {
 	if accel != KVM && accel != TCG {
 		return nil, fmt.Errorf("open QEMU driver: unknown accelerator %q", accel)
 	}
@@ -96,9 +98,21 @@ func Open(accel string, c vmm.Config) (*Driver, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
 	}
-	a, err := ask(accel)
+	library, err := newLibrary()
+	if err != nil {
+		c.Log.Debug("guests cannot return memory", "error", err)
+	}
+	defer func() {
+		if err != nil && library != nil {
+			library.Close()
+		}
+	}()
+	a, err := ask(accel, library)
 	if err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
+	}
+	if c.Balloon && !a.balloons {
+		return nil, fmt.Errorf("open QEMU driver: %w", errNoBalloon)
 	}
 	host, err := hostProcessor(accel)
 	if err != nil {
@@ -126,7 +140,7 @@ func Open(accel string, c vmm.Config) (*Driver, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open QEMU driver: %w", err), l.Close())
 	}
-	return &Driver{accel: accel, jail: j, bootID: strings.TrimSpace(string(bootID)), tscKHz: khz, about: a, host: host.host, processor: cpu, launcher: l, starts: startTimeout, log: c.Log}, nil
+	return &Driver{accel: accel, jail: j, bootID: strings.TrimSpace(string(bootID)), tscKHz: khz, about: a, host: host.host, processor: cpu, balloon: c.Balloon, library: library, launcher: l, starts: startTimeout, log: c.Log}, nil
 }
 
 // Name implements vmm.Driver.
@@ -140,7 +154,11 @@ func (d *Driver) Disks() disk.Format { return disk.Qcow2 }
 
 // Close implements vmm.Driver.
 func (d *Driver) Close() error {
-	return errors.Join(d.launcher.Close(), d.jail.close(), cgroup.RemoveParent())
+	var library error
+	if d.library != nil {
+		library = d.library.Close()
+	}
+	return errors.Join(d.launcher.Close(), library, d.jail.close(), cgroup.RemoveParent())
 }
 
 // limits returns the limits of a machine's control group.
@@ -170,7 +188,7 @@ func (d *Driver) Start(ctx context.Context, s vmm.Spec) (vmm.VM, error) {
 	defer ram.Close()
 	cpu := d.processor
 	cpu.nested = s.Nested
-	vm, err := d.launch(ctx, s, models[d.accel][0], cpu, ram, nil, func(ctx context.Context, m *machine) error {
+	vm, err := d.launch(ctx, s, d.boots(), cpu, ram, nil, func(ctx context.Context, m *machine) error {
 		return m.qmp.Execute(ctx, "cont", nil, nil)
 	})
 	if err != nil {
@@ -225,7 +243,11 @@ func (d *Driver) launch(ctx context.Context, s vmm.Spec, as model, cpu processor
 		return nil, err
 	}
 	defer stderr.Close()
-	cmd, err := d.exec(s, group, args, h.files, stderr)
+	var env []string
+	if as.balloon {
+		env = append(env, preload(h.add(d.library)))
+	}
+	cmd, err := d.exec(s, group, args, env, h.files, stderr)
 	if err != nil {
 		return nil, err
 	}
@@ -367,6 +389,9 @@ func (d *Driver) arguments(s vmm.Spec, as model, cpu processor, control, ram, in
 			"-netdev", fmt.Sprintf("tap,id=net,fd=%d", h.add(s.Tap)),
 			"-device", "virtio-net-device,netdev=net,guest_announce=off,mac="+s.MAC)
 	}
+	if as.balloon {
+		args = append(args, "-device", balloonDevice)
+	}
 	return args, nil
 }
 
@@ -381,8 +406,8 @@ func processors(as model, n int) string {
 	return strconv.Itoa(n)
 }
 
-// exec starts QEMU in its jail, with its limits.
-func (d *Driver) exec(s vmm.Spec, group cgroup.Group, args []string, files []*os.File, stderr *os.File) (*exec.Cmd, error) {
+// exec starts QEMU in its jail, with its limits. env is added to its environment.
+func (d *Driver) exec(s vmm.Spec, group cgroup.Group, args, env []string, files []*os.File, stderr *os.File) (*exec.Cmd, error) {
 	groupDir, err := group.Open()
 	if err != nil {
 		return nil, err
@@ -392,7 +417,7 @@ func (d *Driver) exec(s vmm.Spec, group cgroup.Group, args []string, files []*os
 		cmd.Path = fmt.Sprintf("/proc/self/fd/%d", 3+len(files)) // the launcher's next descriptor
 		cmd.Args = append(cmd.Args, d.standIn)
 	}
-	cmd.Env, cmd.Dir = []string{"PATH=/usr/bin"}, "/"
+	cmd.Env, cmd.Dir = append([]string{"PATH=/usr/bin"}, env...), "/"
 	cmd.Stderr, cmd.ExtraFiles = stderr, files
 	d.launcher.Wrap(cmd, launcher.Limits{FileBytes: fileBytes(s.DiskBytes), Files: maxFiles, Tasks: uint64(d.limits(s).PIDs)})
 	cmd.SysProcAttr = &syscall.SysProcAttr{

@@ -2,12 +2,17 @@ package qemu
 
 import (
 	"log/slog"
+	"os"
 	"testing"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
 	"github.com/wrenn-dev/wrenn/internal/await"
 )
+
+// balloon says that the guests of all tests return memory that they free:
+// WRENN_TEST_BALLOON.
+var balloon = os.Getenv("WRENN_TEST_BALLOON") != ""
 
 // subject is the driver under test.
 var subject = vmmtest.Subject{
@@ -27,13 +32,14 @@ var subject = vmmtest.Subject{
 	Complains: "QEMU's error output",
 	// The guest's own reason, not "host-qmp-quit", which is the driver's way to end QEMU.
 	Rebooted: "the guest shut down (guest-reset)",
+	Returns:  balloon,
 	Devices:  checkDevices,
 }
 
 // opener opens the driver with a fake QEMU, or with QEMU if standIn is empty.
 func opener(standIn string) vmmtest.Opener {
 	return func(dir string, log *slog.Logger) (vmm.Driver, error) {
-		d, err := Open(vmmtest.Accelerator(), vmm.Config{Dir: dir, Log: log})
+		d, err := Open(vmmtest.Accelerator(), vmm.Config{Dir: dir, Balloon: balloon, Log: log})
 		if err != nil {
 			return nil, err
 		}

@@ -36,6 +36,8 @@ type Subject struct {
 	// Complains is a part of the error of a start whose monitor rejects the kernel. Rebooted
 	// is the error of a machine whose guest rebooted.
 	Complains, Rebooted string
+	// Returns says that guests return memory that they free; see [vmm.Config].
+	Returns bool
 	// Devices checks the saved state of a machine's devices. It may be nil.
 	Devices func(t *testing.T, s vmm.Spec, state []byte)
 }
