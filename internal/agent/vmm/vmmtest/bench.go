@@ -28,14 +28,14 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// testUID is the user of tests' monitors.
+// testUID is the user as which the tests' monitors run.
 const testUID = 1_999_998
 
-// bootTime bounds a boot under emulation on a busy host, where a guest may have an eighth of
-// a processor.
+// bootTime bounds a boot under emulation on a busy host, where a guest may get an eighth of a
+// processor.
 const bootTime = 5 * time.Minute
 
-// callTime bounds a call of a guest.
+// callTime bounds a call to a guest.
 const callTime = 90 * time.Second
 
 // Log returns a logger that writes to the test's output.
@@ -100,7 +100,7 @@ func start(t *testing.T, d vmm.Driver, s vmm.Spec) vmm.VM {
 	return vm
 }
 
-// kill ends a machine and checks that nothing of it is left.
+// kill kills a machine and checks that nothing of it is left.
 func kill(t *testing.T, d vmm.Driver, vm vmm.VM) {
 	t.Helper()
 	if err := vm.Kill(context.Background()); err != nil {
@@ -109,7 +109,7 @@ func kill(t *testing.T, d vmm.Driver, vm vmm.VM) {
 	select {
 	case <-vm.Done():
 	default:
-		t.Error("a killed machine is not done")
+		t.Error("Done is not closed after Kill")
 	}
 	nothingLeft(t, d, vm.State())
 }
@@ -120,10 +120,10 @@ func nothingLeft(t *testing.T, d vmm.Driver, st vmm.State) {
 	// A zombie is fine: the parent of an adopted machine may not have reaped it yet.
 	stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", st.PID))
 	if strings.Contains(string(stat), fmt.Sprintf(" %d ", st.StartTime)) && !strings.Contains(string(stat), ") Z ") {
-		t.Error("the process is left")
+		t.Error("the monitor's process is left")
 	}
 	if _, err := os.Stat(st.Socket); !errors.Is(err, fs.ErrNotExist) {
-		t.Error("the socket is left")
+		t.Error("the monitor's socket is left")
 	}
 	gone(t, d, st.ID)
 }
@@ -145,22 +145,23 @@ func awaitConsole(t *testing.T, vm vmm.VM, text string) {
 	ctx, cancel := context.WithTimeout(t.Context(), await.Scale(bootTime))
 	defer cancel()
 	var console []byte
-	for {
+	if !await.Within(await.Scale(bootTime), func() bool {
 		more, err := vm.Console(ctx)
 		if err != nil {
 			t.Fatalf("%v; the console so far: %s", err, console)
 		}
 		console = more
 		if strings.Contains(string(console), text) {
-			return
+			return true
 		}
 		select {
 		case <-vm.Done():
 			t.Fatalf("%v: %s", vm.Err(), console)
-		case <-ctx.Done():
-			t.Fatalf("no %q on the console: %s", text, console)
-		case <-time.After(50 * time.Millisecond):
+		default:
 		}
+		return false
+	}) {
+		t.Fatalf("no %q on the console: %s", text, console)
 	}
 }
 
@@ -184,7 +185,7 @@ type Bench struct {
 	VM     vmm.VM // nil: none runs
 
 	subject Subject
-	dir     string // folder for saved machines (empty: a temporary folder)
+	dir     string // folder for saved machines (empty: the test's temporary folder)
 	guest   *guest.Client
 	begin   time.Time
 }
@@ -276,7 +277,7 @@ func (b *Bench) withTap(f func() error) {
 	b.Must(f())
 }
 
-// Resume restores a machine, runs it, and replaces its daemon's token shown by token.
+// Resume restores a machine, runs it, and replaces the daemon's token shown by token.
 func (b *Bench) Resume(from vmm.Saved, shown, token string) {
 	b.Helper()
 	b.restore(from)
@@ -320,8 +321,8 @@ func (b *Bench) Number(script string) int {
 	return n
 }
 
-// Save holds the machine and returns its state. It saves the memory as a layer over the
-// given image or, if that is nil, as a new image.
+// Save holds the machine, and returns its memory and the state of its devices. It saves the
+// memory as a layer over the given image or, if that is nil, as a new image.
 func (b *Bench) Save(over *memory.Image) (m *memory.Image, devices []byte) {
 	b.Helper()
 	b.begin = time.Now()
@@ -352,7 +353,7 @@ func (b *Bench) Save(over *memory.Image) (m *memory.Image, devices []byte) {
 	return m, devices
 }
 
-// Kill ends the machine, if there is one, and checks that nothing of it is left.
+// Kill kills the machine, if there is one, and checks that nothing of it is left.
 func (b *Bench) Kill() {
 	b.Helper()
 	if b.VM == nil {
@@ -378,8 +379,8 @@ func (b *Bench) Fresh(overlay string) {
 	b.Must(out.Chown(b.Spec.UID, b.Spec.UID))
 }
 
-// Counting is a script that starts a process that counts in memory, in /dev/shm/count. It
-// also writes four megabytes to /dev/shm, which do not change.
+// Counting is a script that starts a process that counts in a file in memory,
+// /dev/shm/count. It also writes four megabytes to /dev/shm that do not change.
 const Counting = `head -c 4000000 /dev/urandom >/dev/shm/blob; sha256sum /dev/shm/blob >/dev/shm/sum
 setsid sh -c 'n=0; while :; do n=$((n+1)); echo $n >/dev/shm/count; sleep 0.05; done' >/dev/null 2>&1 &
-sleep 0.3; sync`
+until [ -s /dev/shm/count ]; do sleep 0.05; done; sync`

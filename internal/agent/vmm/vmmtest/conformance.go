@@ -27,14 +27,14 @@ type Subject struct {
 	// Needs returns an error if the driver cannot run on this machine, in which case the
 	// tests are skipped.
 	Needs func() error
-	// Hostile has drivers that run a program of the test instead of the monitor, by the name
-	// of its attack.
+	// Hostile has drivers that run a program of the test instead of the monitor. The keys name
+	// the programs' attacks.
 	Hostile map[string]Hostile
 
-	// Forget releases a machine like the end of its agent does.
+	// Forget disconnects the driver from a machine, as if the agent had ended.
 	Forget func(vmm.VM)
-	// Complains is a part of the error of a start whose monitor rejects the kernel. Rebooted
-	// is the error of a machine whose guest rebooted.
+	// Complains is part of the error of a start if the monitor rejects the kernel. Rebooted is
+	// the error of a machine whose guest has rebooted.
 	Complains, Rebooted string
 	// Returns says that guests return memory that they free; see [vmm.Config].
 	Returns bool
@@ -45,7 +45,7 @@ type Subject struct {
 // Hostile is a driver with a monitor that its guest has taken over.
 type Hostile struct {
 	New Opener
-	// Starts says that the monitor behaves until it has started a machine.
+	// Starts is true if the monitor attacks only after it has started a machine.
 	Starts bool
 }
 
@@ -127,7 +127,7 @@ func (s *suite) saved(t *testing.T) (*Bench, *savedMachine) {
 	return b, s.kept
 }
 
-// agentEnv is the environment variable with the orders of a process that acts as an agent.
+// agentEnv is the environment variable with the orders for a process that acts as an agent.
 const agentEnv = "WRENN_VMMTEST_AGENT"
 
 // orders tell such an agent to start a machine, or to attach to one and hold it.
@@ -198,7 +198,7 @@ func (s *suite) killedAgent(t *testing.T, o orders) (st vmm.State) {
 	}
 	said := make(chan error, 1)
 	go func() { said <- json.NewDecoder(stdout).Decode(&st) }()
-	err = await.Recv(t, "an agent's answer", said)
+	err = await.Recv(t, "the agent prints the machine's state", said)
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()
 	if err != nil {

@@ -38,7 +38,7 @@ func names(t *testing.T, dir string) []string {
 // maker starts or restores a machine.
 type maker func(context.Context, vmm.Spec) (vmm.VM, error)
 
-// fails checks that f fails, and leaves nothing of the machine, in its folder dir or
+// fails checks that f fails and leaves nothing of the machine behind, in its folder dir or
 // elsewhere. It returns f's error.
 func fails(t *testing.T, d vmm.Driver, dir string, spec vmm.Spec, f maker) error {
 	t.Helper()
@@ -47,18 +47,18 @@ func fails(t *testing.T, d vmm.Driver, dir string, spec vmm.Spec, f maker) error
 	vm, err := f(t.Context(), spec)
 	if err == nil {
 		_ = vm.Kill(context.Background())
-		t.Fatal("it did not fail")
+		t.Fatal("the machine started")
 	}
 	t.Log(err)
 	gone(t, d, spec.ID)
 	if after := names(t, dir); !slices.Equal(before, after) {
-		t.Errorf("its folder had %q and has %q", before, after)
+		t.Errorf("the machine's folder had %q before, and has %q", before, after)
 	}
 	return err
 }
 
-// abandoned cancels f at several moments, and checks that f either made a machine or left
-// nothing of it.
+// abandoned cancels f at several moments, and checks that f either starts a machine or leaves
+// nothing of it behind.
 func abandoned(t *testing.T, d vmm.Driver, spec vmm.Spec, f maker) {
 	t.Helper()
 	for _, after := range []time.Duration{0, 5, 20, 40, 80, 160} {
@@ -77,19 +77,19 @@ func abandoned(t *testing.T, d vmm.Driver, spec vmm.Spec, f maker) {
 // absent is a path that does not exist.
 const absent = "/nonexistent/file"
 
-// brokenParts are changes of a spec that make both start and restore fail.
+// brokenParts are changes to a spec that make both a start and a restore fail.
 var brokenParts = map[string]func(*vmm.Spec){
-	"no folder":       func(s *vmm.Spec) { s.Dir = absent },
-	"no base":         func(s *vmm.Spec) { s.Base = absent },
-	"no layer":        func(s *vmm.Spec) { s.Layers = []string{absent} },
-	"no overlay":      func(s *vmm.Spec) { s.Overlay = filepath.Join(filepath.Dir(s.Overlay), "absent") },
-	"no layer at all": func(s *vmm.Spec) { s.Overlay = s.Kernel },
-	"no size":         func(s *vmm.Spec) { s.DiskBytes = 0 },
-	"no namespace":    func(s *vmm.Spec) { s.NetNS = absent },
-	"no file":         func(s *vmm.Spec) { s.NetNS = s.Base },
+	"no folder":         func(s *vmm.Spec) { s.Dir = absent },
+	"no base":           func(s *vmm.Spec) { s.Base = absent },
+	"no layer":          func(s *vmm.Spec) { s.Layers = []string{absent} },
+	"no overlay":        func(s *vmm.Spec) { s.Overlay = filepath.Join(filepath.Dir(s.Overlay), "absent") },
+	"a kernel as disk":  func(s *vmm.Spec) { s.Overlay = s.Kernel },
+	"no size":           func(s *vmm.Spec) { s.DiskBytes = 0 },
+	"no namespace":      func(s *vmm.Spec) { s.NetNS = absent },
+	"no namespace file": func(s *vmm.Spec) { s.NetNS = s.Base },
 }
 
-// failedStart makes each step of a start fail, and checks that nothing is left.
+// failedStart makes each step of a start fail, and checks that the driver leaves nothing behind.
 func (s *suite) failedStart(t *testing.T) {
 	d := s.Open(t)
 	spec := NewSpec(t, d)
@@ -117,7 +117,7 @@ func (s *suite) failedStart(t *testing.T) {
 	})
 	abandoned(t, d, spec, d.Start)
 	if left := names(t, spec.Dir); !slices.Equal(left, []string{"garbage", "overlay"}) {
-		t.Errorf("the folder has %q", left)
+		t.Errorf("the machine's folder has %q", left)
 	}
 	vm := start(t, d, spec) // the unchanged spec works
 	kill(t, d, vm)
@@ -143,7 +143,7 @@ func sealed(t *testing.T, bytes int64, seals int) *os.File {
 }
 
 // failedRestore restores from damaged states and with missing files, and checks that each
-// restore fails and leaves nothing.
+// restore fails and leaves nothing behind.
 func (s *suite) failedRestore(t *testing.T) {
 	const seals = unix.F_SEAL_WRITE | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_SEAL
 	d := s.Open(t)
@@ -182,10 +182,10 @@ func (s *suite) failedRestore(t *testing.T) {
 		"short page":   {Memory: ram, Devices: devices, Changed: pages(memory.Page{Data: make([]byte, 1)}, nil)},
 		"another kind": {Memory: ram, Devices: devices, Kind: "none 1.2.3 none 0123456789abcdef"},
 		// With these files, one machine could change the memory of all others.
-		"a file":              {Memory: plain, Devices: devices},
-		"unsealed memory":     {Memory: sealed(t, size, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW), Devices: devices},
-		"memory that grows":   {Memory: sealed(t, size, seals&^unix.F_SEAL_GROW), Devices: devices},
-		"memory of less size": {Memory: sealed(t, size/2, seals), Devices: devices},
+		"a file":                   {Memory: plain, Devices: devices},
+		"unsealed memory":          {Memory: sealed(t, size, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW), Devices: devices},
+		"memory that grows":        {Memory: sealed(t, size, seals&^unix.F_SEAL_GROW), Devices: devices},
+		"memory that is too small": {Memory: sealed(t, size/2, seals), Devices: devices},
 	} {
 		t.Run(name, func(t *testing.T) { _ = fails(t, d, spec.Dir, spec, restore(from)) })
 	}
@@ -199,7 +199,7 @@ func (s *suite) failedRestore(t *testing.T) {
 	}
 	abandoned(t, d, spec, restore(good))
 	if left := names(t, spec.Dir); !slices.Equal(left, []string{"overlay"}) {
-		t.Errorf("the folder has %q", left)
+		t.Errorf("the machine's folder has %q", left)
 	}
 	spec.ID = uuid.New()
 	vm, err = d.Restore(t.Context(), spec, good) // the unchanged spec and state work
@@ -209,11 +209,11 @@ func (s *suite) failedRestore(t *testing.T) {
 	kill(t, d, vm)
 }
 
-// hostile runs drivers with a monitor that its guest has taken over. No call may hang or use
-// more memory than allowed, and it must be possible to end the machine.
+// hostile runs drivers with monitors that their guests have taken over. No call may hang or
+// use more memory than allowed, and the driver must be able to kill the machine.
 func (s *suite) hostile(t *testing.T) {
 	if len(s.Hostile) == 0 {
-		t.Fatal("the driver's test has no hostile monitors")
+		t.Fatal("the driver's test runs no hostile monitors")
 	}
 	for name, h := range s.Hostile {
 		t.Run(name, func(t *testing.T) {
@@ -257,7 +257,7 @@ func (s *suite) hostile(t *testing.T) {
 			s.Forget(vm)
 			err = bounded(func(ctx context.Context) error { _, err := d.Attach(ctx, vm.State()); return err })
 			if lives, e := d.Lives(spec.ID); e != nil || lives && errors.Is(err, vmm.ErrGone) {
-				t.Errorf("attach: %v; it lives: %v, %v", err, lives, e)
+				t.Errorf("attach: %v; the machine lives: %v, %v", err, lives, e)
 			}
 		})
 	}

@@ -22,23 +22,23 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
-// booted is what the guest's init prints when it has booted without a network.
+// booted is what the guest's init prints after a boot without a network.
 const booted = "no network card"
 
-// boot kills agents that started, or attached to and held, a machine, attaches to the
-// machine, and checks the jail of the monitor's process.
+// boot kills an agent after it started a machine, and another after it held the machine. Then
+// it attaches to the machine and checks the jail of the monitor's process.
 func (s *suite) boot(t *testing.T) {
 	d := s.Open(t)
 	spec := NewSpec(t, d)
 	if !strings.Contains(d.Kind(false), Accelerator()) || d.Accelerator() != Accelerator() || d.Name() == "" {
-		t.Errorf("it is %q with %q, and its kind %q", d.Name(), d.Accelerator(), d.Kind(false))
+		t.Errorf("the driver is %q with %q, of the kind %q", d.Name(), d.Accelerator(), d.Kind(false))
 	}
 	if err := d.Restores(d.Kind(false)); err != nil {
-		t.Errorf("it does not restore its own kind: %v", err)
+		t.Errorf("the driver does not restore its own kind: %v", err)
 	}
 	for _, kind := range []string{"", "none", "none 1.2.3 " + Accelerator() + " 0123456789abcdef"} {
 		if d.Restores(kind) == nil {
-			t.Errorf("it restores %q", kind)
+			t.Errorf("the driver restores machines of the kind %q", kind)
 		}
 	}
 	st := s.killedAgent(t, orders{Start: &spec})
@@ -49,27 +49,27 @@ func (s *suite) boot(t *testing.T) {
 	// A held machine must stay held when its agent dies.
 	again := s.killedAgent(t, orders{Hold: &st})
 	if again.ID != st.ID || again.PID != st.PID || again.StartTime != st.StartTime {
-		t.Errorf("the state was %+v and is %+v", st, again)
+		t.Errorf("the state was %+v before the agent held the machine, and is %+v", st, again)
 	}
 	vm, err := d.Attach(t.Context(), st)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := vm.Devices(t.Context()); err != nil {
-		t.Errorf("it is not held: %v", err)
+		t.Errorf("the machine is not held: %v", err)
 	}
-	for range 2 { // the second call finds it running
+	for range 2 { // the second call has nothing to do
 		if err := vm.Run(t.Context()); err != nil {
 			t.Error(err)
 		}
 	}
 	awaitConsole(t, vm, booted)
 	if _, err := vm.Devices(t.Context()); err == nil {
-		t.Error("the devices of a running machine were saved")
+		t.Error("the driver saved the devices of a running machine")
 	}
-	walls(t, vm, spec)
+	jailed(t, vm, spec)
 	if m, err := vm.Memory(); err != nil || m < 16<<20 {
-		t.Errorf("its memory is %d bytes, %v", m, err)
+		t.Errorf("the machine takes %d bytes of memory, %v", m, err)
 	}
 	if lives, err := d.Lives(st.ID); err != nil || !lives {
 		t.Errorf("the machine lives: %v, %v", lives, err)
@@ -80,10 +80,10 @@ func (s *suite) boot(t *testing.T) {
 		t.Errorf("attach to a machine that is gone: %v", err)
 	}
 	for name, change := range map[string]func(*vmm.State){
-		"another process":         func(st *vmm.State) { st.PID = os.Getpid() },
-		"a process of before":     func(st *vmm.State) { st.PID = os.Getpid(); st.BootID = "another boot" },
-		"no process":              func(st *vmm.State) { st.PID = 0 },
-		"the first of the host's": func(st *vmm.State) { st.PID = 1 },
+		"another process":              func(st *vmm.State) { st.PID = os.Getpid() },
+		"a process of an earlier boot": func(st *vmm.State) { st.PID = os.Getpid(); st.BootID = "another boot" },
+		"no process":                   func(st *vmm.State) { st.PID = 0 },
+		"the host's init":              func(st *vmm.State) { st.PID = 1 },
 	} {
 		wrong := st
 		change(&wrong)
@@ -96,8 +96,8 @@ func (s *suite) boot(t *testing.T) {
 	}
 }
 
-// walls checks that the monitor's process is in its jail.
-func walls(t *testing.T, vm vmm.VM, spec vmm.Spec) {
+// jailed checks that the monitor's process is in its jail.
+func jailed(t *testing.T, vm vmm.VM, spec vmm.Spec) {
 	t.Helper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", vm.PID()))
 	if err != nil {
@@ -113,7 +113,7 @@ func walls(t *testing.T, vm vmm.VM, spec vmm.Spec) {
 		fmt.Sprintf("NSpid:\t%d\t1\n", vm.PID()),
 	} {
 		if !strings.Contains(string(status), want) {
-			t.Errorf("the process lacks %q:\n%s", want, status)
+			t.Errorf("the monitor's status lacks %q:\n%s", want, status)
 		}
 	}
 	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/root", vm.PID()))
@@ -151,15 +151,15 @@ func confined(t *testing.T, d vmm.Driver, st vmm.State, spec vmm.Spec) {
 	}
 }
 
-// busyHost boots a guest that sometimes gets no processor time for longer than it waits for
-// a timer.
+// busyHost boots a guest on a host so busy that the guest sometimes gets no processor time
+// for longer than its kernel waits for a timer.
 func (s *suite) busyHost(t *testing.T) {
 	d := s.Open(t)
 	spec := NewSpec(t, d)
 	stop := make(chan struct{})
 	var hogs sync.WaitGroup
 	for range 3 * runtime.NumCPU() {
-		cmd := exec.Command("sh", "-c", "ulimit -t 300; while :; do :; done") // ulimit, so that it ends even if the test does not end it
+		cmd := exec.Command("sh", "-c", "ulimit -t 300; while :; do :; done") // the limit ends it even if the test does not
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
@@ -204,14 +204,14 @@ func (s *suite) descriptors(t *testing.T) {
 	kill(t, d, vm)
 }
 
-// console checks that a machine ends when its guest reboots, and that its console says
-// why the guest did.
+// console checks that a machine ends when its guest reboots, and that its console says why
+// the guest rebooted.
 func (s *suite) console(t *testing.T) {
 	d := s.Open(t)
 	spec := NewSpec(t, d)
 	spec.Cmdline = "console=ttyS0 reboot=t panic=-1" // lacks root=, so the init fails
 	vm := start(t, d, spec)
-	awaitDone(t, vm, "a guest that rebooted still runs")
+	await.Recv(t, "the machine ends after its guest has rebooted", vm.Done())
 	console, err := vm.Console(t.Context())
 	if err != nil || !strings.Contains(string(console), "names no root") || len(console) > consoleBytes {
 		t.Errorf("the console is %q, %v", console, err)
@@ -225,17 +225,8 @@ func (s *suite) console(t *testing.T) {
 // consoleBytes is the maximum number of bytes that a driver keeps of a console.
 const consoleBytes = 64 << 10
 
-func awaitDone(t *testing.T, vm vmm.VM, otherwise string) {
-	t.Helper()
-	select {
-	case <-vm.Done():
-	case <-time.After(await.Hang):
-		t.Error(otherwise)
-	}
-}
-
-// end kills the monitor's process, and checks that the driver notices, and that Kill and
-// Reap can be called any number of times.
+// end kills the monitor's process and checks that the driver notices. It also checks that
+// Kill and Reap are idempotent.
 func (s *suite) end(t *testing.T) {
 	d := s.Open(t)
 	spec := NewSpec(t, d)
@@ -243,31 +234,31 @@ func (s *suite) end(t *testing.T) {
 	if err := syscall.Kill(vm.PID(), syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	awaitDone(t, vm, "Done is not closed")
+	await.Recv(t, "Done is closed after the monitor was killed", vm.Done())
 	if vm.Err() == nil {
-		t.Error("nothing says why it ended")
+		t.Error("a machine whose monitor was killed has no error")
 	}
 	for name, f := range onHeld(t, vm, spec) {
 		if err := f(t.Context()); err == nil {
-			t.Errorf("%s: a machine that has ended does it", name)
+			t.Errorf("%s succeeds on a machine that has ended", name)
 		}
 	}
 	for range 2 {
 		kill(t, d, vm)
 	}
-	// Reap must also remove a machine that runs, as one of a killed agent does.
+	// Reap must also end a running machine, such as one that a killed agent left.
 	spec.ID = uuid.New()
 	vm = start(t, d, spec)
 	if err := d.Reap(t.Context(), vm.State()); err != nil {
 		t.Error(err)
 	}
-	awaitDone(t, vm, "Done is not closed")
+	await.Recv(t, "Done is closed after Reap", vm.Done())
 	nothingLeft(t, d, vm.State())
 	kill(t, d, vm)
 }
 
-// onHeld returns the operations that the monitor must answer, by name. Each fails if the
-// machine has ended.
+// onHeld returns the operations, by name, that need a response of the monitor. Each fails if
+// the machine has ended.
 func onHeld(t *testing.T, vm vmm.VM, spec vmm.Spec) map[string]func(context.Context) error {
 	return map[string]func(context.Context) error{
 		"Hold":    vm.Hold,
@@ -281,7 +272,7 @@ func onHeld(t *testing.T, vm vmm.VM, spec vmm.Spec) map[string]func(context.Cont
 					return err
 				}
 				if len(p.Data) == 0 {
-					t.Error("an empty page")
+					t.Error("Pages yields an empty page")
 				}
 			}
 			return nil
@@ -289,8 +280,8 @@ func onHeld(t *testing.T, vm vmm.VM, spec vmm.Spec) map[string]func(context.Cont
 	}
 }
 
-// standstill stops the monitor's process, and checks that all calls respect their contexts
-// and that the machine can be ended.
+// standstill stops the monitor's process with SIGSTOP. All calls must respect their contexts,
+// and the driver must be able to kill the machine.
 func (s *suite) standstill(t *testing.T) {
 	d := s.Open(t)
 	spec := NewSpec(t, d)
@@ -298,20 +289,20 @@ func (s *suite) standstill(t *testing.T) {
 	if err := syscall.Kill(vm.PID(), syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
-	await.Until(t, "all threads of the monitor stand still", func() bool {
+	await.Until(t, "all threads of the monitor are stopped", func() bool {
 		tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", vm.PID()))
 		return err == nil && len(tasks) > 0 && !slices.ContainsFunc(tasks, func(task string) bool {
 			stat, err := os.ReadFile(task)
 			return err == nil && !strings.Contains(string(stat), ") T ")
 		})
 	})
-	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	if _, err := vm.Console(ctx); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("the console of a monitor that stands still: %v", err)
+		t.Errorf("read the console of a stopped monitor: %v", err)
 	}
 	if _, err := vm.Devices(ctx); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("the devices of a monitor that stands still: %v", err)
+		t.Errorf("save the devices of a stopped monitor: %v", err)
 	}
 	if lives, err := d.Lives(spec.ID); err != nil || !lives {
 		t.Errorf("the machine lives: %v, %v", lives, err)
@@ -320,7 +311,7 @@ func (s *suite) standstill(t *testing.T) {
 	ctx, cancel = context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
 	if _, err := d.Attach(ctx, vm.State()); err == nil || errors.Is(err, vmm.ErrGone) {
-		t.Errorf("attach to a monitor that stands still: %v", err)
+		t.Errorf("attach to a stopped monitor: %v", err)
 	}
 	kill(t, d, vm)
 }

@@ -53,9 +53,9 @@ func (b *Bench) writable() (all []string) {
 	return all
 }
 
-// sectors returns a script that waits until the guest's disk has the given size in bytes.
-func sectors(bytes int64) string {
-	return fmt.Sprintf("for i in 1 2 3 4 5 6 7 8 9; do [ $(cat /sys/block/vda/size) = %d ] && exit; sleep 0.2; done; exit 1", bytes/512)
+// awaitSectors returns a script that waits until the guest's disk has the given size in bytes.
+func awaitSectors(bytes int64) string {
+	return fmt.Sprintf("until [ $(cat /sys/block/vda/size) = %d ]; do sleep 0.1; done", bytes/512)
 }
 
 // save restores a saved machine twice, diverts and grows its disk, and saves and restores it
@@ -91,7 +91,7 @@ func (s *suite) save(t *testing.T) {
 		// A failed divert leaves the disk unchanged.
 		for _, wrong := range []string{absent, garbage} {
 			if err := b.VM.Divert(t.Context(), wrong); err == nil {
-				t.Fatalf("it was diverted to %s", wrong)
+				t.Fatalf("the disk was diverted to %s", wrong)
 			}
 		}
 		b.Must(b.VM.Divert(t.Context(), next))
@@ -121,23 +121,23 @@ func (s *suite) save(t *testing.T) {
 		}
 	}
 
-	b.Sh(sectors(b.Spec.DiskBytes))
+	b.Sh(awaitSectors(b.Spec.DiskBytes))
 	b.Must(b.VM.Grow(t.Context(), b.Spec.DiskBytes+1<<30))
-	b.Sh(sectors(b.Spec.DiskBytes + 1<<30))
+	b.Sh(awaitSectors(b.Spec.DiskBytes + 1<<30))
 	if err := b.VM.Grow(t.Context(), b.Spec.DiskBytes); err == nil {
-		t.Error("a disk was made smaller")
+		t.Error("Grow made a disk smaller")
 	}
 	b.Spec.DiskBytes += 1 << 30
 
-	// A restore from a base and its changes has everything.
+	// A restore from a base and its changes restores everything.
 	next, devices := b.Save(saved.image)
 	b.Kill()
 	b.Spec.ID = uuid.New()
 	b.Resume(vmm.Saved{Memory: saved.ram, Changed: next.ChangedFrom(saved.image), Devices: devices}, "second", "third")
 	if got := b.Sh("sha256sum -c /dev/shm/sum >/dev/null && cat /dev/shm/mark /root/file-0 /root/file-1"); got != "a mark that only this guest hasdiverted 0\ndiverted 1" {
-		t.Errorf("the restored guest has %q", got)
+		t.Errorf("the restored guest's files have %q", got)
 	}
-	b.Sh(sectors(b.Spec.DiskBytes))
+	b.Sh(awaitSectors(b.Spec.DiskBytes))
 
 	if s.Returns {
 		return // the rest counts memory that the guest has just freed
@@ -153,7 +153,7 @@ print(len(b))'`))
 	after, err := b.VM.Memory()
 	b.Must(err)
 	if after-before < taken/2 || after > 2*int64(b.Spec.MemoryMiB)<<20+512<<20 {
-		t.Errorf("the guest took %d bytes; the machine takes %d, before %d", taken, after, before)
+		t.Errorf("the guest allocated %d bytes; the machine takes %d, and took %d before", taken, after, before)
 	}
 	b.Kill()
 }
@@ -223,8 +223,8 @@ func (b *Bench) compare(when string, was []byte, ram io.ReaderAt) (pages, same i
 	return len(seen), same
 }
 
-// pages compares a driver's pages with the machine's memory, byte by byte: before its guest
-// runs, after it ran, and in a machine that was restored with changed pages.
+// pages compares the pages that a driver yields with the machine's memory, byte by byte:
+// before its guest runs, after it ran, and in a machine that was restored with changed pages.
 func (s *suite) pages(t *testing.T) {
 	b, saved := s.saved(t)
 	tracks := b.Driver.TracksMemory()
@@ -242,7 +242,7 @@ func (s *suite) pages(t *testing.T) {
 	}
 	b.Must(b.VM.Run(t.Context()))
 	b.init(savedToken, "second")
-	// Some megabytes that nobody writes to afterwards, and a mark.
+	// Write some megabytes that do not change afterwards, and a mark.
 	b.Sh("head -c 8000000 /dev/urandom >/dev/shm/more; sha256sum /dev/shm/more >>/dev/shm/sum; printf mark >/dev/shm/mark")
 	image, devices := b.Save(saved.image)
 	if n, same := b.compare("after it ran", base, saved.ram); n < 1900 || n-same < 1900 || n > len(base)/memory.BlockSize/2 {
@@ -274,7 +274,7 @@ func (s *suite) pages(t *testing.T) {
 	b.Spec.ID = uuid.New()
 	b.Resume(vmm.Saved{Memory: saved.ram, Changed: image.ChangedFrom(saved.image), Devices: devices}, "third", "fourth")
 	if got := b.Sh("sha256sum -c /dev/shm/sum >/dev/null && cat /dev/shm/mark"); got != "another" {
-		t.Errorf("the mark is %q", got)
+		t.Errorf("the restored guest's mark is %q", got)
 	}
 }
 
@@ -297,7 +297,7 @@ func (s *suite) rates(t *testing.T) {
 		} {
 			begin := time.Now()
 			said := b.Sh(w.script)
-			// A tenth for the clocks.
+			// Allow a tenth for the precision of the monitor's timers.
 			if took := time.Since(begin); took < w.least*9/10 {
 				t.Errorf("%s: %s took %v, less than %v: %s", when, w.name, took, w.least, said)
 			}
@@ -323,8 +323,8 @@ func (s *suite) rates(t *testing.T) {
 	slow("after a restore")
 
 	// Hold does not wait for a guest that waits for its disk.
-	b.Sh("setsid dd if=/dev/zero of=/root/blob bs=256k count=2000 oflag=direct conv=notrunc >/dev/null 2>&1 &")
-	time.Sleep(100 * time.Millisecond) // Hold must be fast whether or not the guest waits by now
+	b.Sh(`setsid dd if=/dev/zero of=/root/blob bs=256k count=2000 oflag=direct conv=notrunc >/dev/null 2>&1 &
+until grep -q '[1-9]' /sys/block/vda/inflight; do sleep 0.05; done`)
 	begin := time.Now()
 	b.Must(b.VM.Hold(t.Context()))
 	if took, most := time.Since(begin), await.Scale(20*time.Second); took > most {
@@ -332,8 +332,8 @@ func (s *suite) rates(t *testing.T) {
 	}
 }
 
-// pauses pauses a guest while its disk and its network card interrupt it, WRENN_TEST_PAUSES
-// times (3).
+// pauses pauses a guest while its disk and its network card interrupt it. WRENN_TEST_PAUSES is
+// the number of pauses (3).
 func (s *suite) pauses(t *testing.T) {
 	s.NewBench(t).PauseUnderLoad(Count(t, "WRENN_TEST_PAUSES", 3))
 }
@@ -366,7 +366,7 @@ func (b *Bench) PauseUnderLoad(pauses int) {
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(stopped)
-		tick := time.NewTicker(20 * time.Millisecond)
+		tick := time.NewTicker(20 * time.Millisecond) // real time: the rate of the packets
 		defer tick.Stop()
 		for {
 			select {
