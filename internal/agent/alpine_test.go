@@ -82,7 +82,7 @@ func alpine(t *testing.T) v1.Image {
 // TestAlpineMachine checks, in a sandbox of an image without Debian's programs, that the
 // image's environment reaches every process and that the kernel modules are there.
 func TestAlpineMachine(t *testing.T) {
-	h := newHostWith(t, func(h *host) { h.Env["WRENN_LOCAL_REGISTRIES"] = "1" })
+	h := newHost(t)
 	const password = "password"
 	ref, err := name.ParseReference(ocitest.Registry(t, "reader", password) + "/alpine:1")
 	if err != nil {

@@ -103,7 +103,8 @@ func TestImport(t *testing.T) {
 			t.Skipf("needs %s for the expected result", tool)
 		}
 	}
-	h := newHostWith(t, func(h *host) { h.Env["WRENN_LOCAL_REGISTRIES"] = "1" })
+	// Not shared, because the test kills the agent and counts templates.
+	h := newOwnHost(t, func(h *host) { h.Env["WRENN_LOCAL_REGISTRIES"] = "1" })
 	var layers [][]byte
 	for _, entries := range append(ocitest.Variety(), []ocitest.Entry{listProgram(t)}) {
 		layers = append(layers, ocitest.Archive(t, entries))

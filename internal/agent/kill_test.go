@@ -217,7 +217,7 @@ func (s *survivor) begins(t *testing.T, tpl *pb.Template) {
 // TestKilledAtEveryStep kills the agent at every step that involves captured state: the
 // next agent has every sandbox, complete, and nothing else.
 func TestKilledAtEveryStep(t *testing.T) {
-	s := newHost(t).newSurvivor(t)
+	s := newOwnHost(t, nil).newSurvivor(t) // kills the agent
 	for _, k := range killings {
 		t.Run(k.operation+", "+k.at, func(t *testing.T) { s.killedAt(t, k.at, k.do) })
 	}

@@ -23,7 +23,7 @@ func TestWholeLife(t *testing.T) {
 		t.Skip("without KVM, other tests cover its parts; WRENN_SLOW=1 runs it")
 	}
 	pauses := vmmtest.Count(t, "WRENN_TEST_PAUSES", 3)
-	h := newHost(t)
+	h := newOwnHost(t, nil) // kills the agent
 	s := h.newSurvivor(t)
 
 	t.Run("exec", func(t *testing.T) {

@@ -27,21 +27,30 @@ func TestImages(t *testing.T) { imagetest.Prepare(t) }
 const token = agenttest.Token
 
 // host is an installation with an agent.
-type host struct{ *agenttest.Agent }
-
-func newHost(t *testing.T) *host {
-	t.Helper()
-	return newHostWith(t, nil)
+type host struct {
+	*agenttest.Agent
+	shared bool            // with other tests
+	seen   map[uint64]bool // events that the method event has returned, by number
 }
 
-// newHostWith returns a host whose agent starts after prepare.
-func newHostWith(t *testing.T, prepare func(h *host)) *host {
+// newHost returns a host that other tests use at the same time. It may have sandboxes,
+// templates and events that are not the test's.
+func newHost(t *testing.T) *host {
 	t.Helper()
-	return &host{agenttest.New(t, func(a *agenttest.Agent) {
+	a := agenttest.Shared(t, func(a *agenttest.Agent) { a.Env["WRENN_LOCAL_REGISTRIES"] = "1" })
+	return &host{Agent: a, shared: true, seen: map[uint64]bool{}}
+}
+
+// newOwnHost returns a host that only this test uses, with an agent that starts after
+// prepare, unless that is nil.
+func newOwnHost(t *testing.T, prepare func(h *host)) *host {
+	t.Helper()
+	a := agenttest.New(t, func(a *agenttest.Agent) {
 		if prepare != nil {
-			prepare(&host{a})
+			prepare(&host{Agent: a})
 		}
-	})}
+	})
+	return &host{Agent: a, seen: map[uint64]bool{}}
 }
 
 func read(name string) string {
@@ -56,9 +65,12 @@ func request() *pb.CreateRequest {
 	}
 }
 
-// create creates a sandbox and returns its id.
+// create creates a sandbox and returns its id. On a shared host, it ends with the test.
 func (h *host) create(t *testing.T, r *pb.CreateRequest) string {
 	t.Helper()
+	if h.shared {
+		t.Cleanup(func() { h.destroy(t, r.SandboxId) })
+	}
 	begin := time.Now()
 	res, err := h.Create(t.Context(), connect.NewRequest(r))
 	if err != nil {
@@ -110,7 +122,8 @@ func (h *host) gone(t *testing.T, sandbox string) {
 	}
 }
 
-// event waits for a sandbox's event and acknowledges it.
+// event waits for a sandbox's next event. Unless the host is shared, it acknowledges the
+// event and those before it, which may be other tests'.
 func (h *host) event(t *testing.T, sandbox string) *pb.Event {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
@@ -122,10 +135,13 @@ func (h *host) event(t *testing.T, sandbox string) *pb.Event {
 	defer s.Close()
 	for s.Receive() {
 		e := s.Msg().GetEvent()
-		if _, err := h.AckEvents(ctx, connect.NewRequest(&pb.AckEventsRequest{Seq: e.GetSeq()})); err != nil {
-			t.Fatal(err)
+		if !h.shared {
+			if _, err := h.AckEvents(ctx, connect.NewRequest(&pb.AckEventsRequest{Seq: e.GetSeq()})); err != nil {
+				t.Fatal(err)
+			}
 		}
-		if e.GetSandboxId() == sandbox {
+		if e.GetSandboxId() == sandbox && !h.seen[e.GetSeq()] {
+			h.seen[e.GetSeq()] = true
 			return e
 		}
 	}

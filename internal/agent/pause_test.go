@@ -226,7 +226,7 @@ func TestClockStands(t *testing.T) {
 // TestSnapshot checks that a captured sandbox continues, and that sandboxes of the
 // snapshot start from there with their own identity and outlive the template.
 func TestSnapshot(t *testing.T) {
-	h := newHost(t)
+	h := newOwnHost(t, nil) // no other test may have deleted files open
 	r := request()
 	sandbox := h.create(t, r)
 	h.startCounter(t, sandbox)
@@ -335,6 +335,11 @@ func TestFork(t *testing.T) {
 	for i := range 3 {
 		req.Copies = append(req.Copies, &pb.ForkRequest_Copy{SandboxId: id.Format(id.Sandbox, uuid.New()), AccessToken: fmt.Sprintf("token-%d", i)})
 	}
+	t.Cleanup(func() {
+		for _, c := range req.GetCopies() {
+			h.destroy(t, c.GetSandboxId())
+		}
+	})
 	begin := time.Now()
 	res, err := h.Fork(t.Context(), connect.NewRequest(req))
 	if err != nil {
@@ -375,12 +380,6 @@ func TestFork(t *testing.T) {
 	h.destroy(t, sandbox)
 	h.counts(t, child, pid, last)
 	h.counted(t, child, pid)
-	_, metrics := h.get(t, h.Base+"/metrics", nil)
-	for line := range strings.Lines(metrics) {
-		if strings.HasPrefix(line, `wrenn_agent_step_seconds_sum{operation="capture",step="held"}`) {
-			t.Logf("stopped for %s", line)
-		}
-	}
 }
 
 // mapsMemory returns the file, by device, inode and name, from which a VM maps memory
@@ -498,7 +497,7 @@ func TestLargerDisk(t *testing.T) {
 
 // TestFullDisk checks that a pause without room on the host changes nothing.
 func TestFullDisk(t *testing.T) {
-	h := newHostWith(t, func(h *host) { h.ownDisk(t) })
+	h := newOwnHost(t, func(h *host) { h.ownDisk(t) })
 	sandbox := h.create(t, request())
 	h.startCounter(t, sandbox)
 	pid, last := h.count(t, sandbox)
@@ -615,7 +614,7 @@ func (h *host) tree(t *testing.T) string {
 
 // TestWarm checks that a sandbox starts from a warm machine, with its own identity.
 func TestWarm(t *testing.T) {
-	h := newHostWith(t, func(h *host) { h.Env["WRENN_WARM"] = "1" })
+	h := newOwnHost(t, func(h *host) { h.Env["WRENN_WARM"] = "1" })
 	h.create(t, request())
 	await.Until(t, "a warm machine is ready", func() bool { return strings.Contains(h.Log(), "made a warm machine") })
 	r := request()

@@ -25,7 +25,7 @@ func TestOtherProcessor(t *testing.T) {
 	if err := os.WriteFile(other, model.ReplaceAll([]byte(here), []byte("${1}Another Processor")), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	h := newHost(t)
+	h := newOwnHost(t, nil) // starts the agent on another processor
 	r := request()
 	sandbox := h.create(t, r)
 	h.startCounter(t, sandbox)

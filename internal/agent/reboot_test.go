@@ -160,7 +160,7 @@ func TestReboot(t *testing.T) {
 // TestRebootKilled kills the agent at every step of a reboot of a running and of a paused
 // sandbox: the next agent has the sandbox with its disk, and reboots it.
 func TestRebootKilled(t *testing.T) {
-	h := newHost(t)
+	h := newOwnHost(t, nil) // kills the agent
 	sandbox := h.create(t, request())
 	for _, at := range []string{"reboot: forgotten", "reboot: vacated", "reboot: booted", "reboot: answers", "clean"} {
 		for _, from := range []string{"running", "paused"} {

@@ -22,7 +22,7 @@ import (
 func TestOtherReleases(t *testing.T) {
 	paused, torn := uuid.MustParse("00000000-0000-4000-8000-000000000001"), uuid.MustParse("00000000-0000-4000-8000-000000000002")
 	template := uuid.MustParse("00000000-0000-4000-8000-000000000003")
-	h := newHostWith(t, func(h *host) {
+	h := newOwnHost(t, func(h *host) {
 		all := filepath.Join(string(h.Dir), "earlier")
 		err := os.Mkdir(all, 0o700)
 		if out, e := exec.Command("tar", "-C", all, "-xzf", "sandbox/testdata/data-1.tar.gz").CombinedOutput(); e != nil {

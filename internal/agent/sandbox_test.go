@@ -27,7 +27,7 @@ import (
 
 // TestSandbox does everything with a sandbox that a client can do.
 func TestSandbox(t *testing.T) {
-	h := newHost(t)
+	h := newOwnHost(t, nil) // counts sandboxes and measures the agent's memory
 	r := request()
 	sandbox := h.create(t, r)
 
@@ -243,7 +243,7 @@ func TestMachineIsKilled(t *testing.T) {
 // TestFailedCreates checks that a creation that fails at any step leaves nothing, and at
 // once returns an error that says why.
 func TestFailedCreates(t *testing.T) {
-	h := newHost(t)
+	h := newOwnHost(t, nil) // takes the tap from every slot
 	// booting starts a creation and returns the machine that boots for it.
 	booting := func(r *pb.CreateRequest) (pid int, created chan error) {
 		created = make(chan error, 1)
@@ -349,7 +349,7 @@ func TestFailedCreates(t *testing.T) {
 }
 
 func TestAgentRestarts(t *testing.T) {
-	h := newHost(t)
+	h := newOwnHost(t, nil) // kills the agent
 	r := request()
 	r.TimeoutSeconds = 3600
 	kept := h.create(t, r)
@@ -412,7 +412,7 @@ func TestAgentRestarts(t *testing.T) {
 // TestSlowMachine starts an agent while one machine does not respond and another's record
 // names a slot that does not exist: both machines survive.
 func TestSlowMachine(t *testing.T) {
-	h := newHost(t)
+	h := newOwnHost(t, nil) // kills the agent
 	slow, damaged, other := h.create(t, request()), h.create(t, request()), h.create(t, request())
 	h.exec(t, slow, sh("echo remembered > note"), nil)
 	pid, pidDamaged := agenttest.QEMU(slow), agenttest.QEMU(damaged)
@@ -500,7 +500,7 @@ func TestSlowMachine(t *testing.T) {
 }
 
 func TestTwentyAtOnce(t *testing.T) {
-	h := newHost(t)
+	h := newOwnHost(t, nil) // counts sandboxes and terminates the agent
 	var wg sync.WaitGroup
 	begin := time.Now()
 	for i := range 20 {

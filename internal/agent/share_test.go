@@ -35,7 +35,7 @@ func groupOf(t *testing.T, pid int) string {
 // TestSharedHost does to a host with a real machine what other software does to it, and
 // what breaks most. internal/agent/network tests more ways to break the network.
 func TestSharedHost(t *testing.T) {
-	h := newHost(t)
+	h := newOwnHost(t, nil) // breaks the host and kills the agent
 	sandbox := h.create(t, request())
 	works := func(when string) {
 		t.Helper()

@@ -4,6 +4,10 @@
 // host, so that anything left in them is an agent's leftover. The test binary is the
 // agent's program too, in a separate process that a test can kill. A test package's
 // TestMain must call [Main].
+//
+// Most tests of a package use its [Shared] agent, at the same time. A test calls [New] if
+// it has settings of its own, kills the agent, or counts what the host has. Only one agent
+// runs at a time, because nothing on the host tells whose leftover it is.
 package agenttest
 
 import (
@@ -20,6 +24,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -69,7 +74,12 @@ func Main(m *testing.M) {
 			os.Exit(1)
 		}
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	if err := finishShared(code == 0); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	os.Exit(code)
 }
 
 // Inside reports whether this process runs the tests in the namespaces.
@@ -211,8 +221,80 @@ type Agent struct {
 const mounts = "/proc/thread-self/mounts"
 
 // New calls prepare, unless it is nil, and starts an agent. When the test ends, New
-// terminates the agent, and fails the test if the agent left anything behind.
+// terminates the agent, and fails the test if the agent left anything behind. The test
+// must not be parallel, because the shared agent would be among the leftovers.
 func New(t testing.TB, prepare func(*Agent)) *Agent {
+	t.Helper()
+	// With -count, the parallel tests of the round before have used one.
+	if err := finishShared(false); err != nil {
+		t.Fatal(err)
+	}
+	a := newAgent(t)
+	t.Cleanup(func() {
+		if err := a.discard(); err != nil {
+			t.Error(err)
+		}
+	})
+	a.open(t, prepare)
+	t.Cleanup(func() { a.Finish(t) })
+	return a
+}
+
+// shared has the agent of the tests that call Shared, or nil.
+var shared struct {
+	sync.Mutex
+	agent *Agent
+}
+
+// Shared makes t parallel, and returns the agent that all such tests of the package
+// share. The first test calls prepare, unless it is nil, and starts the agent. After the
+// last test, [Main] terminates the agent, and fails if the agent left anything behind.
+//
+// Parallel tests run after all others, and so after those that call [New].
+func Shared(t *testing.T, prepare func(*Agent)) *Agent {
+	t.Helper()
+	t.Parallel()
+	shared.Lock()
+	defer shared.Unlock()
+	if shared.agent == nil {
+		a := newAgent(t)
+		defer func() {
+			if shared.agent == nil { // it did not start
+				_ = a.discard()
+			}
+		}()
+		a.open(t, prepare)
+		shared.agent = a
+	}
+	a := shared.agent
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the shared agent's log:\n%s", a.Log())
+		}
+	})
+	return a
+}
+
+// finishShared terminates the shared agent, if there is one, and returns an error if it
+// left anything behind. passed says that all of its tests have passed.
+func finishShared(passed bool) error {
+	shared.Lock()
+	defer shared.Unlock()
+	a := shared.agent
+	if a == nil {
+		return nil
+	}
+	shared.agent = nil
+	err := a.finish(passed)
+	if err != nil {
+		err = fmt.Errorf("the shared agent: %w\nits log:\n%s", err, a.Log())
+	}
+	return errors.Join(err, a.discard())
+}
+
+// newAgent returns an agent with a directory, which the caller must discard. It skips the
+// test on machines that cannot run agents.
+func newAgent(t testing.TB) *Agent {
 	t.Helper()
 	if !Inside() {
 		t.Skip("needs root: makes namespaces and starts virtual machines")
@@ -231,10 +313,12 @@ func New(t testing.TB, prepare func(*Agent)) *Agent {
 		t.Fatal(err)
 	}
 	a.Dir = layout.Dir(dir)
-	t.Cleanup(func() {
-		a.discard(t)
-		_ = os.RemoveAll(dir)
-	})
+	return a
+}
+
+// open starts the agent on its directory, after prepare.
+func (a *Agent) open(t testing.TB, prepare func(*Agent)) {
+	t.Helper()
 	a.link(t)
 	if prepare != nil {
 		prepare(a)
@@ -245,8 +329,6 @@ func New(t testing.TB, prepare func(*Agent)) *Agent {
 	a.Plain = &http.Client{Transport: bearer{netaddr.Transport(addr, false)}}
 	a.HostAgentClient = hostagentv1connect.NewHostAgentClient(&http.Client{Transport: bearer{a.HTTP.Transport}}, a.Base)
 	a.Start(t)
-	t.Cleanup(func() { a.Finish(t) })
-	return a
 }
 
 // seed returns the directory of captures of minimal that earlier tests' agents made.
@@ -267,30 +349,32 @@ func (a *Agent) link(t testing.TB) {
 			t.Fatal(err)
 		}
 	}
-	a.seeded = linkAll(t, a.seed(), a.Dir.Captures(uuid.Nil, uuid.Nil))
+	var err error
+	if a.seeded, err = linkAll(a.seed(), a.Dir.Captures(uuid.Nil, uuid.Nil)); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // removeStale deletes captures from the seed if the agent deleted its links to them. An
 // older kernel, envd or driver made them, and each takes some 330 MiB.
-func (a *Agent) removeStale(t testing.TB) {
+func (a *Agent) removeStale() error {
+	var errs []error
 	for _, name := range a.seeded {
 		if _, err := os.Stat(filepath.Join(a.Dir.Captures(uuid.Nil, uuid.Nil), name)); !errors.Is(err, os.ErrNotExist) {
 			continue
 		}
-		if err := os.RemoveAll(filepath.Join(a.seed(), name)); err != nil {
-			t.Error(err)
-		}
+		errs = append(errs, os.RemoveAll(filepath.Join(a.seed(), name)))
 	}
+	return errors.Join(errs...)
 }
 
 // linkAll links every folder of from into to, and returns the names of those that it
 // linked. It skips folders that exist in to and those that another test is removing, and
 // everything if to is on another file system. Agents make missing captures themselves.
-func linkAll(t testing.TB, from, to string) (linked []string) {
-	t.Helper()
+func linkAll(from, to string) (linked []string, err error) {
 	all, err := os.ReadDir(from)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		t.Fatal(err)
+		return nil, err
 	}
 	for _, e := range all {
 		dst := filepath.Join(to, e.Name())
@@ -301,13 +385,13 @@ func linkAll(t testing.TB, from, to string) (linked []string) {
 		case errors.Is(err, os.ErrExist):
 		case errors.Is(err, syscall.EXDEV), errors.Is(err, os.ErrNotExist):
 			if err := os.RemoveAll(dst); err != nil {
-				t.Fatal(err)
+				return linked, err
 			}
 		default:
-			t.Fatal(err)
+			return linked, err
 		}
 	}
-	return linked
+	return linked, nil
 }
 
 // bearer adds the agent's token to requests.
@@ -395,52 +479,65 @@ func (a *Agent) Finish(t testing.TB) {
 		return
 	}
 	a.finished = true
+	if err := a.finish(!t.Failed()); err != nil {
+		t.Error(err)
+	}
+	if t.Failed() {
+		t.Logf("the agent's log:\n%s", a.Log())
+	}
+	if got := Groups(); got != a.groups {
+		t.Logf("control groups were %s and are %s (another test may run beside)", a.groups, got)
+	}
+}
+
+// finish terminates the agent, and returns an error that names everything that is left on
+// the host. If nothing is, and the tests have passed, it keeps the agent's captures for
+// the next agents.
+func (a *Agent) finish(passed bool) error {
 	ns := openNamespaces() // now, because the agent removes their names
 	defer ns.close()
-	if t.Failed() {
-		defer func() { t.Logf("the agent's log:\n%s", a.Log()) }()
+	var errs []error
+	fail := func(what string, err error) {
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", what, err))
+		}
+	}
+	nothing := func(what string, left []string) {
+		if len(left) > 0 {
+			errs = append(errs, fmt.Errorf("%s left: %v", what, left))
+		}
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), await.Scale(120*time.Second))
 	defer cancel()
 	list, err := a.List(ctx, connect.NewRequest(&pb.ListRequest{}))
-	if err != nil {
-		t.Errorf("list: %v", err)
-	} else {
+	fail("list", err)
+	if err == nil {
 		for _, s := range list.Msg.GetSandboxes() {
-			if _, err := a.Destroy(ctx, connect.NewRequest(&pb.DestroyRequest{SandboxId: s.GetSandboxId()})); err != nil {
-				t.Errorf("destroy: %v", err)
-			}
+			_, err := a.Destroy(ctx, connect.NewRequest(&pb.DestroyRequest{SandboxId: s.GetSandboxId()}))
+			fail("destroy", err)
 		}
 	}
 	if _, err := a.Terminate(ctx, connect.NewRequest(&pb.TerminateRequest{})); err != nil {
-		t.Errorf("terminate: %v", err)
+		fail("terminate", err)
 		_ = a.Cmd.Process.Signal(syscall.SIGTERM)
 	}
 	select {
 	case <-a.Ended:
 	case <-time.After(await.Scale(60 * time.Second)):
 		_ = a.Cmd.Process.Kill()
-		t.Error("the agent did not end after its termination")
-		return
+		return errors.Join(append(errs, errors.New("the agent did not end after its termination"))...)
 	}
 	if code := a.Cmd.ProcessState.ExitCode(); code != 0 {
-		t.Errorf("the agent exited with %d", code)
+		errs = append(errs, fmt.Errorf("the agent exited with %d", code))
 	}
 	if strings.Contains(read(a.LogFile()), qemu.LostInterrupts) {
-		t.Error("a saved sandbox lost an interrupt")
-	}
-	nothing := func(what string, left []string) {
-		if len(left) > 0 {
-			t.Errorf("%s left: %v", what, left)
-		}
+		errs = append(errs, errors.New("a saved sandbox lost an interrupt"))
 	}
 	names, _ := filepath.Glob("/run/wrenn/netns/wrenn-*")
 	nothing("namespaces", names)
 	var links []string
 	all, err := netlink.LinkList()
-	if err != nil {
-		t.Error(err)
-	}
+	fail("list links", err)
 	for _, l := range all {
 		if l.Attrs().Name != "lo" {
 			links = append(links, l.Attrs().Name)
@@ -449,14 +546,14 @@ func (a *Agent) Finish(t testing.TB) {
 	nothing("links", links)
 	out, err := exec.Command("nft", "list", "tables").CombinedOutput()
 	if err != nil || strings.Contains(string(out), "wrenn") {
-		t.Errorf("tables left: %s %v", out, err)
+		errs = append(errs, fmt.Errorf("tables left: %s %v", out, err))
 	}
 	folders, _ := filepath.Glob(filepath.Join(a.Dir.Sandboxes(), "*"))
 	nothing("folders", folders)
 	// Only new ones: mounts from outside of this namespace may disappear.
 	for line := range strings.Lines(read(mounts)) {
 		if !strings.Contains(a.mounts, line) {
-			t.Errorf("a mount is left: %s", line)
+			errs = append(errs, fmt.Errorf("a mount is left: %s", line))
 		}
 	}
 	nothing("machines", ns.machines())
@@ -464,39 +561,38 @@ func (a *Agent) Finish(t testing.TB) {
 		hidden, _ := filepath.Glob(filepath.Join(dir, ".tmp-*"))
 		nothing("unpublished", hidden)
 	}
-	if !t.Failed() {
-		if err := os.MkdirAll(a.seed(), 0o700); err != nil {
-			t.Error(err)
-		}
-		linkAll(t, a.Dir.Captures(uuid.Nil, uuid.Nil), a.seed())
-		a.removeStale(t)
+	if len(errs) > 0 || !passed {
+		return errors.Join(errs...)
 	}
-	if got := Groups(); got != a.groups {
-		t.Logf("control groups were %s and are %s (another test may run beside)", a.groups, got)
+	if err := os.MkdirAll(a.seed(), 0o700); err != nil {
+		return err
 	}
+	_, err = linkAll(a.Dir.Captures(uuid.Nil, uuid.Nil), a.seed())
+	return errors.Join(err, a.removeStale())
 }
 
-// discard kills the agent and the machines that a failed test leaves behind, before
-// their files are removed.
-func (a *Agent) discard(t testing.TB) {
-	t.Helper()
+// discard removes the agent's directory, after it has killed the agent and the machines
+// that a failed test leaves behind.
+func (a *Agent) discard() error {
+	defer os.RemoveAll(string(a.Dir))
 	if a.Cmd != nil && a.Ended != nil {
 		_ = a.Cmd.Process.Kill()
 		<-a.Ended
 	}
+	var errs []error
 	homes, _ := os.ReadDir(a.Dir.Sandboxes())
 	for _, home := range homes {
 		group := cgroup.Group{Name: home.Name()}
 		if there, err := group.Populated(); err == nil && !there {
 			continue
 		}
-		t.Logf("ending a machine that the test left: %s", home.Name())
 		ctx, cancel := context.WithTimeout(context.Background(), await.Scale(60*time.Second))
 		if err := group.Destroy(ctx); err != nil {
-			t.Error(err)
+			errs = append(errs, fmt.Errorf("end the machine %s, which the test left: %w", home.Name(), err))
 		}
 		cancel()
 	}
+	return errors.Join(errs...)
 }
 
 // Groups returns the paths of the sandboxes' control groups.
