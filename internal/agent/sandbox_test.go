@@ -200,14 +200,17 @@ func TestExpiryAndUse(t *testing.T) {
 		t.Errorf("after a ping at %v it expires at %v", begun, at)
 	}
 	// So does an idle connection through the proxy.
+	h.exec(t, sandbox, sh("setsid python3 -c 'import socket;s=socket.create_server((\"0.0.0.0\",7000));c=s.accept();import time;time.sleep(600)' >/dev/null 2>&1 </dev/null &"), nil)
+	h.exec(t, sandbox, sh("until ss -ltn | grep -q :7000; do sleep 0.1; done"), nil)
+	// Not earlier, because the agent closes connections that are idle for long.
 	conn, err := net.Dial("unix", h.Dir.AgentSocket())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	h.exec(t, sandbox, sh("setsid python3 -c 'import socket;s=socket.create_server((\"0.0.0.0\",7000));c=s.accept();import time;time.sleep(600)' >/dev/null 2>&1 </dev/null &"), nil)
-	h.exec(t, sandbox, sh("for i in $(seq 100); do ss -ltn | grep -q :7000 && exit; sleep 0.1; done"), nil)
-	fmt.Fprintf(conn, "GET /proxy/%s/7000/ HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n\r\n", sandbox, token)
+	if _, err := fmt.Fprintf(conn, "GET /proxy/%s/7000/ HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n\r\n", sandbox, token); err != nil {
+		t.Fatal(err)
+	}
 	time.Sleep(8 * time.Second)
 	if _, err := h.Get(t.Context(), connect.NewRequest(&pb.GetRequest{SandboxId: sandbox})); err != nil {
 		t.Fatalf("it expired with a connection in flight: %v", err)
