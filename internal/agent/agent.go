@@ -31,6 +31,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/drivers"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/flock"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/tracing"
 )
@@ -275,7 +276,7 @@ func (a *Agent) template(team, id uuid.UUID) (image.Template, error) {
 }
 
 // ToPort reports whether the handler forwards a request to a sandbox's port.
-func (a *Agent) ToPort(r *http.Request) bool { return strings.HasPrefix(r.URL.Path, proxy.Prefix) }
+func (a *Agent) ToPort(r *http.Request) bool { return strings.HasPrefix(r.URL.Path, hostwire.ProxyPrefix) }
 
 // Handler returns the handler of all the agent's requests, for a [netaddr.Server].
 func (a *Agent) Handler() http.Handler { return a.handler }

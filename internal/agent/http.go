@@ -45,7 +45,7 @@ func (a *Agent) routes() http.Handler {
 		patience.Trust(r)
 		r.Header.Del("Authorization") // a guest must never see the token
 		r = r.WithContext(requestid.Received(r.Context(), r.Header, hostwire.RequestID))
-		toPort := strings.HasPrefix(r.URL.Path, proxy.Prefix)
+		toPort := strings.HasPrefix(r.URL.Path, hostwire.ProxyPrefix)
 		name := "proxy"
 		if !toPort {
 			name = r.URL.Path[strings.LastIndexByte(r.URL.Path, '/')+1:]

@@ -16,7 +16,6 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
-	"github.com/wrenn-dev/wrenn/internal/envd/process"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
@@ -375,7 +374,7 @@ func TestProcessMany(t *testing.T) {
 func TestProcessHeldStart(t *testing.T) {
 	g := boot(t)
 	req := as("", &pb.StartRequest{Process: sh("echo first; cat"), Stdin: new(true), Tag: new("held")})
-	req.Header().Set(process.HoldStartHeader, "1")
+	req.Header().Set(hostwire.HoldStart, "1")
 	stream, err := g.process.Start(await.Context(t), req)
 	if err != nil {
 		t.Fatal(err)

@@ -1,9 +1,21 @@
 // Package hostwire states the conventions between server, agent and guest daemon that are
-// not in the definitions of the RPCs: default sizes, the guest daemon's port, headers and
-// reasons of errors.
+// not in the definitions of the RPCs: default sizes, the proxy's paths, the guest daemon's
+// port, headers and reasons of errors.
 package hostwire
 
-import "net/http"
+import (
+	"net/http"
+	"strconv"
+)
+
+// ProxyPrefix begins the paths of requests to sandboxes' ports on an agent.
+const ProxyPrefix = "/proxy/"
+
+// ProxyPath returns the beginning of the paths of requests to a sandbox's port on an agent.
+// The path on the port follows it. sandbox is the id with its prefix.
+func ProxyPath(sandbox string, port int) string {
+	return ProxyPrefix + sandbox + "/" + strconv.Itoa(port)
+}
 
 // GuestPort is the guest daemon's TCP port in every sandbox. A request to it needs the
 // sandbox's access token.
@@ -72,6 +84,14 @@ const (
 	CommandNotFound      = "command_not_found"
 	CommandNotExecutable = "command_not_executable"
 )
+
+// ProcessTimeout is a header of the guest daemon's Start: the number of seconds after which
+// it kills the process with all its descendants.
+const ProcessTimeout = "Process-Timeout"
+
+// HoldStart is a header of the guest daemon's Start. If it is set, the guest daemon sends
+// the start event together with the next event, for callers that only need the outcome.
+const HoldStart = "Process-Hold-Start"
 
 // Trace is a request header with the span to which the call belongs, as a W3C
 // traceparent, if the trace is recorded.

@@ -23,7 +23,7 @@ func TestStatedOnce(t *testing.T) {
 			}
 			files++
 			text, err := fs.ReadFile(root, path)
-			for _, word := range []string{"49983", `"X-Wrenn-`, `"Wrenn-Error-Reason"`, `"Wrenn-Sandbox-State"`, `"X-Access-Token"`} {
+			for _, word := range []string{"49983", `"/proxy/`, "://agent/proxy", `"X-Wrenn-`, `"Process-Timeout"`, `"Process-Hold-Start"`, `"Wrenn-Error-Reason"`, `"Wrenn-Sandbox-State"`, `"X-Access-Token"`} {
 				if strings.Contains(string(text), word) {
 					t.Errorf("%s has %s, which is stated here", path, word)
 				}

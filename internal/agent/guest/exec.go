@@ -17,6 +17,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/backoff"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/text"
 )
 
@@ -134,9 +135,9 @@ func (c *Client) request(ctx context.Context, cmd Command, terminal *Terminal, s
 	}
 	req := connect.NewRequest(&pb.StartRequest{Process: config, Pty: terminal.pty(), Tag: &p.tag, Stdin: &stdin})
 	// Always set, because the guest otherwise uses the request's deadline as the timeout.
-	req.Header().Set(timeoutHeader, strconv.FormatFloat(cmd.Timeout.Seconds(), 'f', 3, 64))
+	req.Header().Set(hostwire.ProcessTimeout, strconv.FormatFloat(cmd.Timeout.Seconds(), 'f', 3, 64))
 	if hold {
-		req.Header().Set(holdHeader, "1")
+		req.Header().Set(hostwire.HoldStart, "1")
 	}
 	if cmd.User != "" {
 		req.Header().Set("Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(cmd.User+":")))

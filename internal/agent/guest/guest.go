@@ -29,9 +29,6 @@ import (
 )
 
 const (
-	timeoutHeader = "Process-Timeout"
-	holdHeader    = "Process-Hold-Start"
-
 	// maxReply bounds one message of the guest, which the agent buffers while its caller
 	// does not read. Root in the guest can replace the daemon, whose own messages have at
 	// most 32 KiB of output.

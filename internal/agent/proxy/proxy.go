@@ -31,14 +31,11 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// Prefix is the prefix of the proxy's paths, which are "/proxy/{sandbox_id}/{port}/…".
-const Prefix = "/proxy/"
-
 // forwarded are the headers in which earlier proxies describe the client.
 var forwarded = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "Forwarded"}
 
-// Proxy is the handler of paths with [Prefix]. Its caller must have authorized the
-// request.
+// Proxy is the handler of paths with [hostwire.ProxyPrefix]. Its caller must have
+// authorized the request.
 type Proxy struct {
 	use      func(context.Context, uuid.UUID) (*sandbox.Use, error)
 	log      *slog.Logger
@@ -94,9 +91,9 @@ type target struct {
 
 func parse(r *http.Request) (target, error) {
 	var t target
-	rest, ok := strings.CutPrefix(r.URL.Path, Prefix)
+	rest, ok := strings.CutPrefix(r.URL.Path, hostwire.ProxyPrefix)
 	if !ok {
-		return t, badRequest("the path does not begin with %s", Prefix)
+		return t, badRequest("the path does not begin with %s", hostwire.ProxyPrefix)
 	}
 	name, rest, _ := strings.Cut(rest, "/")
 	port, _, _ := strings.Cut(rest, "/")
@@ -108,7 +105,7 @@ func parse(r *http.Request) (target, error) {
 	if err != nil || t.port < 1 || t.port > 65535 || strconv.Itoa(t.port) != port {
 		return t, badRequest("port: must be a number from 1 to 65535")
 	}
-	prefix := Prefix + name + "/" + port
+	prefix := hostwire.ProxyPrefix + name + "/" + port
 	if t.path = strings.TrimPrefix(r.URL.Path, prefix); t.path == "" {
 		t.path = "/"
 	}
@@ -267,7 +264,7 @@ func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 		level = slog.LevelError
 		own = &problem{http.StatusInternalServerError, "internal", "the host agent failed"}
 	}
-	name, rest, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, Prefix), "/")
+	name, rest, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, hostwire.ProxyPrefix), "/")
 	port, _, _ := strings.Cut(rest, "/")
 	if level == slog.LevelDebug || p.log.Enabled(r.Context(), slog.LevelDebug) || p.refusals.Allow(name) {
 		p.log.Log(r.Context(), level, "request refused", "request_id", requestid.From(r.Context()), "sandbox", name, "port", port, "code", own.code, "error", err)

@@ -77,7 +77,7 @@ func start(t *testing.T) *testProxy {
 }
 
 func (o *testProxy) path(port any, rest string) string {
-	return fmt.Sprintf("%s%s/%v%s", Prefix, id.Format(id.Sandbox, o.sandbox), port, rest)
+	return fmt.Sprintf("%s%s/%v%s", hostwire.ProxyPrefix, id.Format(id.Sandbox, o.sandbox), port, rest)
 }
 
 // listen serves h at the sandbox's address and returns the port.
@@ -181,9 +181,9 @@ func TestBadTargets(t *testing.T) {
 	}))
 	for path, want := range map[string]int{
 		o.path(0, "/"): 400, o.path(65536, "/"): 400, o.path(-1, "/"): 400, o.path("080", "/"): 400, o.path("+80", "/"): 400, o.path("x", "/"): 400, o.path("", "/"): 400,
-		Prefix: 400, Prefix + "cl-short/80/": 400, Prefix + strings.ToUpper(id.Format(id.Sandbox, o.sandbox)) + "/80/": 400,
+		hostwire.ProxyPrefix: 400, hostwire.ProxyPrefix + "cl-short/80/": 400, hostwire.ProxyPrefix + strings.ToUpper(id.Format(id.Sandbox, o.sandbox)) + "/80/": 400,
 		strings.Replace(o.path(80, "/%2f"), "cl-", "%63l-", 1): 400, o.path(80, "%2fx"): 400,
-		Prefix + id.Format(id.Sandbox, uuid.New()) + "/80/": 404,
+		hostwire.ProxyPrefix + id.Format(id.Sandbox, uuid.New()) + "/80/": 404,
 		o.path(hostwire.GuestPort, "/init"):                 404, o.path(hostwire.GuestPort, "//init"): 404, o.path(hostwire.GuestPort, "/%69nit"): 404, o.path(hostwire.GuestPort, "/x/../init/"): 404,
 		o.path(hostwire.GuestPort, "/freeze"): 404, o.path(hostwire.GuestPort, "/./thaw"): 404, o.path(hostwire.GuestPort, "/INIT"): 404, o.path(hostwire.GuestPort, "/%2finit"): 404,
 		o.path(1, "/"): 502,
@@ -601,7 +601,7 @@ func cutOff(t *testing.T, o *testProxy, port int, method, body string, moment <-
 
 func FuzzParse(f *testing.F) {
 	ok := id.Format(id.Sandbox, uuid.New())
-	for _, s := range []string{Prefix + ok + "/49983/init", Prefix + ok + "/80", Prefix + ok + "/65536/", Prefix + "%63l/1/", Prefix + ok + "/80%2fx"} {
+	for _, s := range []string{hostwire.ProxyPrefix + ok + "/49983/init", hostwire.ProxyPrefix + ok + "/80", hostwire.ProxyPrefix + ok + "/65536/", hostwire.ProxyPrefix + "%63l/1/", hostwire.ProxyPrefix + ok + "/80%2fx"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {

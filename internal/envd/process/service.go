@@ -22,17 +22,12 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/envd/fault"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
 const (
-	// TimeoutHeader is a request header of Start: the number of seconds after which the
-	// process and all its descendants are killed.
-	TimeoutHeader = "Process-Timeout"
 	// KeepaliveHeader is a request header of streams: seconds between keepalives.
 	KeepaliveHeader = "Keepalive-Ping-Interval"
-	// HoldStartHeader is a request header of Start: if it is set, the start event is sent
-	// together with the next event, for callers that only need the outcome.
-	HoldStartHeader = "Process-Hold-Start"
 
 	defaultKeepalive = 90 * time.Second
 	maxMessage       = 32 << 20 // bytes of one request message
@@ -141,7 +136,7 @@ func (s *Service) Start(ctx context.Context, req *connect.Request[pb.StartReques
 	if err != nil {
 		return fault.Connect(err)
 	}
-	return p.follow(ctx, sub, every, paced(ctx, req.Header().Get(HoldStartHeader) != "", func(e *pb.ProcessEvent) error {
+	return p.follow(ctx, sub, every, paced(ctx, req.Header().Get(hostwire.HoldStart) != "", func(e *pb.ProcessEvent) error {
 		return stream.Send(&pb.StartResponse{Event: e})
 	}))
 }
@@ -285,8 +280,8 @@ func (s *Service) find(sel *pb.ProcessSelector) (*process, error) {
 // missing, it is the request's own deadline, because E2B's clients pass a command's time
 // limit as the deadline of its stream.
 func processTimeout(ctx context.Context, h http.Header) (time.Duration, error) {
-	if v := h.Get(TimeoutHeader); v != "" {
-		return seconds(TimeoutHeader, v)
+	if v := h.Get(hostwire.ProcessTimeout); v != "" {
+		return seconds(hostwire.ProcessTimeout, v)
 	}
 	if t, ok := ctx.Deadline(); ok {
 		return max(time.Until(t), time.Millisecond), nil

@@ -395,7 +395,7 @@ func (p *Proxy) lookup(ctx context.Context, sandbox uuid.UUID) (found target, ke
 var forwarded = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"}
 
 func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
-	prefix := "/proxy/" + id.Format(id.Sandbox, d.sandbox) + "/" + strconv.Itoa(d.port)
+	prefix := hostwire.ProxyPath(id.Format(id.Sandbox, d.sandbox), d.port)
 	filter := filterPort(netaddr.Hostname(r.Host))
 	finish := func(*http.Response) {}
 	if d.port == hostwire.GuestPort {

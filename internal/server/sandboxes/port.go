@@ -3,7 +3,6 @@ package sandboxes
 import (
 	"bytes"
 	"context"
-	"fmt"
 	"net/http"
 
 	"github.com/google/uuid"
@@ -31,7 +30,7 @@ func RefusedAs(resp *http.Response) (State, bool) {
 func (s *Service) Port(ctx context.Context, team, sandbox uuid.UUID, port int, method, path string, body []byte) (*http.Response, error) {
 	_, host, err := s.Wake(ctx, team, sandbox)
 	for try := 1; err == nil; try++ {
-		url := fmt.Sprintf("http://agent/proxy/%s/%d%s", id.Format(id.Sandbox, sandbox), port, path)
+		url := "http://agent" + hostwire.ProxyPath(id.Format(id.Sandbox, sandbox), port) + path
 		req, invalid := http.NewRequestWithContext(ctx, method, url, bytes.NewReader(body))
 		if invalid != nil {
 			return nil, invalid
