@@ -149,7 +149,7 @@ func TestBodiesTakeMemory(t *testing.T) {
 	memory := server.Memory(p.server)
 	const all = 256 << 20
 	for i := range budget.Share {
-		if err := memory.Hold(fmt.Sprint("somebody ", i)).Grow(all / budget.Share); err != nil {
+		if err := memory.Reserve(fmt.Sprint("somebody ", i)).Grow(all / budget.Share); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -201,7 +201,7 @@ func TestUnreadStreamsTakeMemory(t *testing.T) {
 	memory := server.Memory(p.server)
 	p.eventually("nothing is held", func() bool { return memory.Used() == 0 })
 	for i := range budget.Share {
-		if err := memory.Hold(fmt.Sprint("somebody ", i)).Grow(256 << 20 / budget.Share); err != nil {
+		if err := memory.Reserve(fmt.Sprint("somebody ", i)).Grow(256 << 20 / budget.Share); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -224,9 +224,9 @@ func TestRowsTakeMemory(t *testing.T) {
 	memory := server.Memory(p.server)
 	const all = 256 << 20
 	fill := func() (empty func()) {
-		var held []*budget.Held
+		var held []*budget.Reservation
 		for i := range budget.Share {
-			h := memory.Hold(fmt.Sprint("somebody ", i))
+			h := memory.Reserve(fmt.Sprint("somebody ", i))
 			if err := h.Grow(all / budget.Share); err != nil {
 				t.Fatal(err)
 			}

@@ -91,12 +91,12 @@ func (b *Budget) Used() int64 {
 	return b.used
 }
 
-// Hold returns an empty account for a request of an owner. The caller must call
-// [Held.Release].
-func (b *Budget) Hold(owner string) *Held { return &Held{budget: b, owner: owner, rows: Free} }
+// Reserve returns an empty reservation for a request of an owner. The caller must call
+// [Reservation.Release].
+func (b *Budget) Reserve(owner string) *Reservation { return &Reservation{budget: b, owner: owner, rows: Free} }
 
-// Held is what one request holds. It is safe for concurrent use.
-type Held struct {
+// Reservation is the memory that one request has reserved. It is safe for concurrent use.
+type Reservation struct {
 	budget *Budget
 	owner  string
 
@@ -107,14 +107,14 @@ type Held struct {
 
 // Grow takes n more bytes; call it before you use them. If the budget lacks them, it
 // takes none and fails with fault.RateLimited.
-func (h *Held) Grow(n int64) error {
+func (h *Reservation) Grow(n int64) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.grow(n)
 }
 
 // grow is Grow for a caller that holds h.mu.
-func (h *Held) grow(n int64) error {
+func (h *Reservation) grow(n int64) error {
 	if n == 0 {
 		return nil
 	}
@@ -125,9 +125,9 @@ func (h *Held) grow(n int64) error {
 	return nil
 }
 
-// GrowFor takes cost bytes for each of n bytes except the first [Free], as [Held.Reader]
+// GrowFor takes cost bytes for each of n bytes except the first [Free], as [Reservation.Reader]
 // does.
-func (h *Held) GrowFor(n int, cost int64) error { return h.Grow(cost * int64(max(0, n-Free))) }
+func (h *Reservation) GrowFor(n int, cost int64) error { return h.Grow(cost * int64(max(0, n-Free))) }
 
 // rowCost is the memory per byte of a row: as the database sends it, decoded, and twice in
 // the response, whose buffer grows by doubling.
@@ -135,7 +135,7 @@ const rowCost = 4
 
 // GrowForRow takes the memory of a row of n bytes that the database sends, in steps. The
 // first [Free] bytes of the request's rows take nothing.
-func (h *Held) GrowForRow(n int) error {
+func (h *Reservation) GrowForRow(n int) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if n > h.rows {
@@ -179,7 +179,7 @@ func (b *Budget) give(owner string, n int64) {
 }
 
 // Release returns everything. The account can be used again.
-func (h *Held) Release() {
+func (h *Reservation) Release() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.budget.give(h.owner, h.bytes)
@@ -187,8 +187,8 @@ func (h *Held) Release() {
 }
 
 // Reader returns a reader of r that takes cost bytes of the budget for each byte except
-// the first [Free], before it reads them. Its reads fail with the error of [Held.Grow].
-func (h *Held) Reader(r io.Reader, cost int64) io.Reader {
+// the first [Free], before it reads them. Its reads fail with the error of [Reservation.Grow].
+func (h *Reservation) Reader(r io.Reader, cost int64) io.Reader {
 	return &reader{held: h, from: r, cost: cost, left: Free}
 }
 
@@ -196,7 +196,7 @@ func (h *Held) Reader(r io.Reader, cost int64) io.Reader {
 const step = 32 << 10
 
 type reader struct {
-	held *Held
+	held *Reservation
 	from io.Reader
 	cost int64
 	left int // bytes taken for but not read yet

@@ -16,19 +16,19 @@ import (
 // memory can be used again.
 func TestBounds(t *testing.T) {
 	b := New(100)
-	a := b.Hold("a")
+	a := b.Reserve("a")
 	if err := a.Grow(25); err != nil {
 		t.Fatal(err)
 	}
 	if err := a.Grow(1); !fault.Is(err, fault.RateLimited) {
 		t.Errorf("beyond an owner's share: %v", err)
 	}
-	if err := b.Hold("a").Grow(1); !fault.Is(err, fault.RateLimited) {
+	if err := b.Reserve("a").Grow(1); !fault.Is(err, fault.RateLimited) {
 		t.Errorf("beyond an owner's share, in another request: %v", err)
 	}
-	d := b.Hold("d")
+	d := b.Reserve("d")
 	for _, other := range []string{"b", "c", "e"} {
-		if err := b.Hold(other).Grow(22); err != nil {
+		if err := b.Reserve(other).Grow(22); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -52,7 +52,7 @@ func TestManyOwners(t *testing.T) {
 		wg.Go(func() {
 			r := rand.New(rand.NewPCG(uint64(i), 1))
 			for range 2000 {
-				h := b.Hold(fmt.Sprint(r.IntN(3)))
+				h := b.Reserve(fmt.Sprint(r.IntN(3)))
 				for range r.IntN(4) {
 					if err := h.Grow(r.Int64N(300)); err != nil && !fault.Is(err, fault.RateLimited) {
 						t.Error(err)
@@ -76,7 +76,7 @@ func TestManyOwners(t *testing.T) {
 // TestReader checks that a reader reserves what it reads, and stops at the bound.
 func TestReader(t *testing.T) {
 	b := New(4 * Share * step)
-	h := b.Hold("a")
+	h := b.Reserve("a")
 	if got, err := io.ReadAll(h.Reader(strings.NewReader(strings.Repeat("x", Free-1)), 2)); err != nil || len(got) != Free-1 || h.bytes != 0 {
 		t.Errorf("%d bytes of a short body, %d held, %v", len(got), h.bytes, err)
 	}

@@ -36,7 +36,7 @@ type Stream struct {
 // Stream wraps w, the response to h's request. If a write exceeds the budget, Stream calls
 // refuse to send a fault.RateLimited; if the response has begun, it aborts it instead. The
 // caller calls [Stream.Finish] when the handler has returned.
-func (h *Held) Stream(w http.ResponseWriter, refuse func(error)) *Stream {
+func (h *Reservation) Stream(w http.ResponseWriter, refuse func(error)) *Stream {
 	return &Stream{ResponseWriter: w, budget: h.budget, owner: h.owner, refuse: refuse, header: maps.Clone(w.Header())}
 }
 
@@ -96,7 +96,7 @@ func (s *Stream) take(n int) (give func(), err error) {
 		s.start()
 		return func() {}, nil
 	}
-	if err := s.budget.Hold(s.owner).Grow(Unread); err != nil {
+	if err := s.budget.Reserve(s.owner).Grow(Unread); err != nil {
 		s.refused = err
 		if s.broken = s.begun; s.broken {
 			return nil, err
@@ -171,7 +171,7 @@ type conn struct {
 func (c *conn) Write(p []byte) (int, error) {
 	if c.left -= len(p); c.left < 0 {
 		c.left = 0
-		if err := c.budget.Hold(c.owner).Grow(Unread); err != nil {
+		if err := c.budget.Reserve(c.owner).Grow(Unread); err != nil {
 			return 0, errors.Join(err, c.Conn.Close())
 		}
 		defer c.budget.give(c.owner, Unread)

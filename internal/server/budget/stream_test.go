@@ -21,7 +21,7 @@ func streamed(t *testing.T, h http.HandlerFunc) (*Budget, *httptest.Server) {
 	t.Helper()
 	b := New(2 * Share * Unread)
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		answer := b.Hold("a").Stream(w, func(err error) {
+		answer := b.Reserve("a").Stream(w, func(err error) {
 			if !fault.Is(err, fault.RateLimited) {
 				t.Error(err)
 			}
@@ -51,7 +51,7 @@ func TestUnreadTakesMemory(t *testing.T) {
 	b := New(2 * Share * Unread)
 	answer := func(gate chan struct{}, n int) *httptest.ResponseRecorder {
 		w := gated{httptest.NewRecorder(), gate}
-		s := b.Hold("a").Stream(w, func(err error) {
+		s := b.Reserve("a").Stream(w, func(err error) {
 			if !fault.Is(err, fault.RateLimited) {
 				t.Error(err)
 			}
@@ -114,7 +114,7 @@ func TestUnreadBreaksOff(t *testing.T) {
 		}
 		_, _ = w.Write([]byte("more"))
 	})
-	taken := b.Hold("a")
+	taken := b.Reserve("a")
 	defer taken.Release()
 	resp, err := http.Get(s.URL)
 	if err != nil {

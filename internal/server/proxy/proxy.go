@@ -160,9 +160,9 @@ func (p *Proxy) serve(w http.ResponseWriter, r *http.Request) {
 			defer leave()
 		}
 	}
-	var held *budget.Held
+	var held *budget.Reservation
 	if err == nil {
-		held = p.Memory.Hold(target.payer.String())
+		held = p.Memory.Reserve(target.payer.String())
 		defer held.Release()
 		err = p.buffer(r, &target, held)
 	}
@@ -204,7 +204,7 @@ const maxBuffered = 64 << 10
 // buffer reads a request's body, so that the request can be sent again if the host
 // refuses it because the sandbox is paused. If the body is too long or held has no room
 // for it, buffer resumes a paused sandbox now.
-func (p *Proxy) buffer(r *http.Request, d *destination, held *budget.Held) error {
+func (p *Proxy) buffer(r *http.Request, d *destination, held *budget.Reservation) error {
 	if r.Body == nil || r.Body == http.NoBody || r.ContentLength == 0 {
 		return nil
 	}

@@ -150,14 +150,14 @@ func binary(s *openapi3.Schema) (all []jsontext.Pointer) {
 }
 
 // growForValues takes the memory of n values and names beside their bytes.
-func growForValues(held *budget.Held, n int) error {
+func growForValues(held *budget.Reservation, n int) error {
 	return held.Grow(valueCost * int64(max(0, n-freeValues)))
 }
 
 // conform checks JSON against a schema and returns it in canonical form, so that callers
 // decode exactly what was checked. It takes the memory of the values before it creates
 // them.
-func conform(s *openapi3.Schema, b []byte, held *budget.Held) ([]byte, error) {
+func conform(s *openapi3.Schema, b []byte, held *budget.Reservation) ([]byte, error) {
 	b, values, err := canonical(b, binary(s))
 	if err != nil {
 		return nil, err
@@ -177,7 +177,7 @@ func conform(s *openapi3.Schema, b []byte, held *budget.Held) ([]byte, error) {
 
 // readBody checks a request's JSON body and replaces it with its canonical form for
 // [decode]. It takes the memory from held.
-func readBody(r *http.Request, op *openapi3.Operation, held *budget.Held) error {
+func readBody(r *http.Request, op *openapi3.Operation, held *budget.Reservation) error {
 	s := bodySchema(op)
 	if s == nil {
 		return nil

@@ -85,7 +85,7 @@ func TestBodies(t *testing.T) {
 		{"exec", `{"cmd":"cat","stdin":"\u0000"}`, "", &rest.ExecRequest{}},
 		{"exec", `{"cmd":"c\u0000at"}`, "cmd: must be UTF-8 without NUL", nil},
 	} {
-		b, err := conform(bodySchema(operation(t, a, tt.op)), []byte(tt.body), budget.New(1<<30).Hold(""))
+		b, err := conform(bodySchema(operation(t, a, tt.op)), []byte(tt.body), budget.New(1<<30).Reserve(""))
 		if tt.into == nil {
 			var f *fault.Error
 			if !errors.As(err, &f) || !strings.HasPrefix(f.Message, tt.wrong) || strings.Contains(f.Message, "rest.") || strings.Contains(f.Message, "Go ") {
@@ -173,7 +173,7 @@ func TestReadBody(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			r := httptest.NewRequest("POST", "/", strings.NewReader(tt.body))
 			r.Header.Set("Content-Type", tt.kind)
-			err := readBody(r, operation(t, a, tt.op), budget.New(1<<20).Hold(""))
+			err := readBody(r, operation(t, a, tt.op), budget.New(1<<20).Reserve(""))
 			var f *fault.Error
 			if tt.want == "" && err != nil || tt.want != "" && (!errors.As(err, &f) || !strings.HasPrefix(f.Message, tt.want)) {
 				t.Errorf("%v, want %q", err, tt.want)
@@ -181,7 +181,7 @@ func TestReadBody(t *testing.T) {
 		})
 	}
 	r := httptest.NewRequest("POST", "/", iotest.ErrReader(io.ErrUnexpectedEOF))
-	if err := readBody(r, operation(t, a, "createTeam"), budget.New(1<<20).Hold("")); !fault.Is(err, fault.InvalidArgument) {
+	if err := readBody(r, operation(t, a, "createTeam"), budget.New(1<<20).Reserve("")); !fault.Is(err, fault.InvalidArgument) {
 		t.Errorf("a body that breaks off: %v", err)
 	}
 }
@@ -194,7 +194,7 @@ func TestRefusalsAreShort(t *testing.T) {
 	for _, body := range []string{`{"cmd":"x","cwd":"` + long + `"}`, `{"cmd":["` + long + `"]}`, `{"` + long + `":1,"cmd":"x"}`, `{"envs":{"` + long + `":1},"cmd":"x"}`} {
 		r := httptest.NewRequest("POST", "/", strings.NewReader(body))
 		r.Header.Set("Content-Type", "application/json")
-		err := readBody(r, operation(t, a, "exec"), budget.New(1<<40).Hold(""))
+		err := readBody(r, operation(t, a, "exec"), budget.New(1<<40).Reserve(""))
 		if !fault.Is(err, fault.InvalidArgument) {
 			t.Fatalf("%.40s: %.200v", body, err)
 		}
@@ -209,7 +209,7 @@ func TestRefusalsAreShort(t *testing.T) {
 func TestReadBodyTakesMemory(t *testing.T) {
 	a := newAPI(t)
 	memory := budget.New(4 << 20)
-	held := memory.Hold("a team")
+	held := memory.Reserve("a team")
 	body := func(n int) *http.Request {
 		r := httptest.NewRequest("POST", "/", strings.NewReader(`{"cmd":"cat","stdin":"`+strings.Repeat("x", n)+`"}`))
 		r.Header.Set("Content-Type", "application/json")
@@ -238,7 +238,7 @@ func TestReadBodyTakesMemory(t *testing.T) {
 // they are decoded.
 func TestGuestsJSONTakesMemory(t *testing.T) {
 	memory := budget.New(4 << 20)
-	held := memory.Hold("a team")
+	held := memory.Reserve("a team")
 	for what, line := range map[string]string{
 		"a tree":  `{"type":"result","json":[` + strings.Repeat("[],", 9999) + `0]}`,
 		"results": strings.Repeat(`{"type":"result"}`, 4000),

@@ -143,7 +143,7 @@ const endOfExecution = "end_of_execution"
 
 // decodeGuest decodes a guest's JSON. It takes the memory of the values before it creates
 // them.
-func decodeGuest(b []byte, held *budget.Held, into any) error {
+func decodeGuest(b []byte, held *budget.Reservation, into any) error {
 	values := 0
 	for d := jsontext.NewDecoder(bytes.NewBuffer(b), guestJSON...); ; values++ {
 		if _, err := d.ReadToken(); errors.Is(err, io.EOF) {
@@ -162,7 +162,7 @@ func decodeGuest(b []byte, held *budget.Held, into any) error {
 var guestJSON = []jsontext.Options{jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true)}
 
 // collectCode merges a guest's lines into one result.
-func collectCode(body io.Reader, held *budget.Held) (rest.CodeResult, error) {
+func collectCode(body io.Reader, held *budget.Reservation) (rest.CodeResult, error) {
 	result := rest.CodeResult{Results: []rest.CodeOutput{}}
 	var stdout, stderr strings.Builder
 	bound := &io.LimitedReader{R: held.Reader(body, codeCost), N: maxCodeOutput}

@@ -248,7 +248,7 @@ func (a *API) readStart(ctx context.Context, ws *websocket.Conn, who auth.Princi
 // parse decodes a message that must match a schema of the document. It holds the memory
 // of that during the call.
 func (a *API) parse(who auth.Principal, schema string, b []byte, v any) error {
-	held := a.Memory.Hold(who.Payer.String())
+	held := a.Memory.Reserve(who.Payer.String())
 	defer held.Release()
 	if err := held.GrowFor(len(b), bodyCost); err != nil {
 		return err

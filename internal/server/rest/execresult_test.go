@@ -70,7 +70,7 @@ func TestLinear(t *testing.T) {
 			lines.WriteString(`{"type":"stdout","text":"0123456789"}` + "\n" + `{"type":"result","text":"1"}` + "\n")
 		}
 		fmt.Fprintf(&lines, `{"type":%q}`, endOfExecution)
-		if r, err := collectCode(strings.NewReader(lines.String()), budget.New(1<<40).Hold("")); err != nil || len(r.Stdout) != 10*n {
+		if r, err := collectCode(strings.NewReader(lines.String()), budget.New(1<<40).Reserve("")); err != nil || len(r.Stdout) != 10*n {
 			t.Errorf("%d bytes, %v", len(r.Stdout), err)
 		}
 	})
@@ -83,7 +83,7 @@ func TestLinear(t *testing.T) {
 	linear.Check(t, "readBody", 1000, func(n int) {
 		r := httptest.NewRequest("POST", "/", strings.NewReader(`{"cmd":"x","args":["a"`+strings.Repeat(`,"a"`, n)+`],"envs":{"a":"`+strings.Repeat("x", 16*n)+`"}}`))
 		r.Header.Set("Content-Type", "application/json")
-		if err := readBody(r, operation(t, a, "exec"), budget.New(1<<40).Hold("")); err != nil {
+		if err := readBody(r, operation(t, a, "exec"), budget.New(1<<40).Reserve("")); err != nil {
 			t.Error(err)
 		}
 	})

@@ -47,7 +47,7 @@ type observation struct {
 	// host is the host whose agent called.
 	host uuid.UUID
 	// held is the memory that the request takes, once the caller is known.
-	held *budget.Held
+	held *budget.Reservation
 }
 
 type observationKey struct{}

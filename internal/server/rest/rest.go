@@ -218,7 +218,7 @@ func (a *API) limit(next http.Handler) http.Handler {
 			owner = a.addressText(r)
 		}
 		o := observed(r)
-		o.held = a.Memory.Hold(owner)
+		o.held = a.Memory.Reserve(owner)
 		defer o.held.Release()
 		r = r.WithContext(store.Metered(r.Context(), o.held.GrowForRow))
 		op := routed(r).op

@@ -157,7 +157,7 @@ func TestReserved(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 		body := []byte(`{"name":"` + name + `","sandbox_id":"cl-0000000000000000000000000"}`)
-		if _, err := conform(bodySchema(operation(t, a, "createSnapshot")), body, budget.New(1<<30).Hold("")); err == nil {
+		if _, err := conform(bodySchema(operation(t, a, "createSnapshot")), body, budget.New(1<<30).Reserve("")); err == nil {
 			t.Errorf("the document accepts %s", body)
 		}
 	}

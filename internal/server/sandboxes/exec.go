@@ -29,7 +29,7 @@ const (
 // held, except for the first [budget.Free] bytes of each stream. Output that finds no
 // memory there, or exceeds 16 MiB of a stream, is dropped, because the command has
 // already run.
-func (s *Service) Exec(ctx context.Context, team, sandbox uuid.UUID, c *hostagentv1.Command, stdin []byte, held *budget.Held) (*hostagentv1.ExecResponse, error) {
+func (s *Service) Exec(ctx context.Context, team, sandbox uuid.UUID, c *hostagentv1.Command, stdin []byte, held *budget.Reservation) (*hostagentv1.ExecResponse, error) {
 	stdout, stderr := kept{held: held}, kept{held: held}
 	var exited *hostagentv1.ExecStreamResponse_Exited
 	err := s.call(ctx, team, sandbox, func(host *hosts.Host) (err error) {
@@ -139,7 +139,7 @@ func feed(stream *connect.BidiStreamForClient[hostagentv1.ExecStreamRequest, hos
 // kept is the stored output of a stream. It stores blocks, because a guest can send tiny
 // pieces.
 type kept struct {
-	held    *budget.Held
+	held    *budget.Reservation
 	blocks  [][]byte
 	bytes   int
 	dropped bool

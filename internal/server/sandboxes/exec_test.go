@@ -24,7 +24,7 @@ import (
 func TestKept(t *testing.T) {
 	memory := budget.New(budget.Share * 2 * outputCost * maxOutput)
 	for name, piece := range map[string][]byte{"byte by byte": []byte("x"), "in pieces": bytes.Repeat([]byte("0123456789"), 5000)} {
-		k := kept{held: memory.Hold("a team")}
+		k := kept{held: memory.Reserve("a team")}
 		var all []byte
 		for len(all) < 300<<10 {
 			k.add(piece)
@@ -38,7 +38,7 @@ func TestKept(t *testing.T) {
 		}
 		k.held.Release()
 	}
-	k := kept{held: memory.Hold("a team")}
+	k := kept{held: memory.Reserve("a team")}
 	k.add(make([]byte, maxOutput-1))
 	k.add([]byte("ab"))
 	k.add([]byte("c"))
@@ -48,14 +48,14 @@ func TestKept(t *testing.T) {
 	// Memory that other requests use is not available to this one, except for short
 	// output.
 	for range 2 {
-		late := kept{held: memory.Hold("a team")}
+		late := kept{held: memory.Reserve("a team")}
 		late.add(make([]byte, maxOutput))
 		k = late
 	}
 	if !k.dropped || k.bytes >= maxOutput {
 		t.Errorf("%d bytes are kept without memory for them", k.bytes)
 	}
-	short := kept{held: memory.Hold("a team")}
+	short := kept{held: memory.Reserve("a team")}
 	if short.add(make([]byte, budget.Free)); short.dropped || short.bytes != budget.Free {
 		t.Errorf("%d bytes of a short output are kept", short.bytes)
 	}
@@ -64,7 +64,7 @@ func TestKept(t *testing.T) {
 func TestKeptIsLinear(t *testing.T) {
 	memory := budget.New(1 << 40)
 	linear.Check(t, "kept", 100_000, func(n int) {
-		k := kept{held: memory.Hold("a team")}
+		k := kept{held: memory.Reserve("a team")}
 		for range n {
 			k.add([]byte("x"))
 		}
