@@ -77,7 +77,8 @@ func wrong(metrics map[string][]string, expr, legend string) (problems []string)
 	return problems
 }
 
-// TestDashboard checks that the dashboard queries only existing metrics and labels.
+// TestDashboard checks that the dashboard shows every metric, and queries only existing
+// metrics and labels.
 func TestDashboard(t *testing.T) {
 	metrics := documentedMetrics(t)
 	for expr, legend := range map[string]string{
@@ -131,10 +132,7 @@ func TestDashboard(t *testing.T) {
 	}
 	for name := range metrics {
 		if !asked[name] {
-			t.Logf("no panel shows %s", name)
+			t.Errorf("no panel shows %s", name)
 		}
-	}
-	if len(asked) < 20 {
-		t.Errorf("the panels query %d metrics", len(asked))
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -120,5 +121,58 @@ func TestChangingNamesCode(t *testing.T) {
 	}
 	if n < 80 {
 		t.Errorf("the page names %d pieces of code", n)
+	}
+}
+
+// TestPagesNameCode checks that every source file that a page names exists, and that it has
+// the names of code that follow in parentheses.
+func TestPagesNameCode(t *testing.T) {
+	sources := make(map[string]string)
+	err := filepath.WalkDir("..", func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() && (d.Name() == "node_modules" || path != ".." && strings.HasPrefix(d.Name(), ".")) {
+			return fs.SkipDir
+		}
+		if err != nil || d.IsDir() || !slices.Contains([]string{".go", ".sql", ".proto"}, filepath.Ext(path)) {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		sources[filepath.ToSlash(path)] = string(b)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var pages []string
+	for _, pattern := range []string{"*.md", "*/*.md", "../*.md"} {
+		found, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pages = append(pages, found...)
+	}
+	source := regexp.MustCompile("`([a-z0-9_./]+\\.(?:go|sql|proto))`(?: \\(((?:`[A-Za-z]+`(?:, | and )?)+)\\))?")
+	files, names := 0, 0
+	for _, page := range pages {
+		for _, m := range source.FindAllStringSubmatch(read(t, page), -1) {
+			var found []string // a page may name a file without its folders
+			for path, text := range sources {
+				if strings.HasSuffix(path, "/"+m[1]) {
+					found = append(found, text)
+				}
+			}
+			if files++; len(found) == 0 {
+				t.Errorf("%s: there is no %s", page, m[1])
+				continue
+			}
+			for _, n := range word.FindAllStringSubmatch(m[2], -1) {
+				names++
+				if !strings.HasPrefix(n[1], "Test") && !slices.ContainsFunc(found, regexp.MustCompile(`\b`+n[1]+`\b`).MatchString) {
+					t.Errorf("%s: %s has no %s", page, m[1], n[1])
+				}
+			}
+		}
+	}
+	if files < 150 || names < 10 {
+		t.Errorf("the pages name %d files, and %d names in them", files, names)
 	}
 }
