@@ -2930,16 +2930,16 @@ type ServerInterface interface {
 	// CreateBuildAdmin Create a platform build
 	// (POST /v1/admin/builds)
 	CreateBuildAdmin(w http.ResponseWriter, r *http.Request)
-	// PutBuildArchiveAdmin Upload a folder that builds copy from
+	// PutBuildArchiveAdmin Upload a folder that platform builds copy from
 	// (PUT /v1/admin/builds/archives/{digest})
 	PutBuildArchiveAdmin(w http.ResponseWriter, r *http.Request, digest ArchiveDigest)
-	// GetBuildAdmin Get a build with its steps
+	// GetBuildAdmin Get a platform build with its steps
 	// (GET /v1/admin/builds/{build_id})
 	GetBuildAdmin(w http.ResponseWriter, r *http.Request, buildID BuildID)
-	// CancelBuildAdmin Cancel a build
+	// CancelBuildAdmin Cancel a platform build
 	// (POST /v1/admin/builds/{build_id}/cancel)
 	CancelBuildAdmin(w http.ResponseWriter, r *http.Request, buildID BuildID)
-	// FollowBuildAdmin Stream a build's log
+	// FollowBuildAdmin Stream a platform build's log
 	// (GET /v1/admin/builds/{build_id}/logs)
 	FollowBuildAdmin(w http.ResponseWriter, r *http.Request, buildID BuildID)
 	// ListHosts List hosts
@@ -3176,7 +3176,7 @@ type ServerInterface interface {
 	// CreateSnapshot Capture a sandbox as a template
 	// (POST /v1/snapshots)
 	CreateSnapshot(w http.ResponseWriter, r *http.Request, params CreateSnapshotParams)
-	// DeleteSnapshot Delete a template of the team
+	// DeleteSnapshot Delete a snapshot
 	// (DELETE /v1/snapshots/{name})
 	DeleteSnapshot(w http.ResponseWriter, r *http.Request, name string)
 	// ListTeams List the caller's teams
@@ -3239,7 +3239,7 @@ type ServerInterface interface {
 	// ImportArchive Import a template from an image archive
 	// (POST /v1/templates/import/archive)
 	ImportArchive(w http.ResponseWriter, r *http.Request, params ImportArchiveParams)
-	// DeleteTemplate Delete a template of the team
+	// DeleteTemplate Delete a template
 	// (DELETE /v1/templates/{template})
 	DeleteTemplate(w http.ResponseWriter, r *http.Request, template TemplateRef)
 	// GetTemplate Get a template
@@ -3314,25 +3314,25 @@ func (_ Unimplemented) CreateBuildAdmin(w http.ResponseWriter, r *http.Request) 
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// PutBuildArchiveAdmin Upload a folder that builds copy from
+// PutBuildArchiveAdmin Upload a folder that platform builds copy from
 // (PUT /v1/admin/builds/archives/{digest})
 func (_ Unimplemented) PutBuildArchiveAdmin(w http.ResponseWriter, r *http.Request, digest ArchiveDigest) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// GetBuildAdmin Get a build with its steps
+// GetBuildAdmin Get a platform build with its steps
 // (GET /v1/admin/builds/{build_id})
 func (_ Unimplemented) GetBuildAdmin(w http.ResponseWriter, r *http.Request, buildID BuildID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// CancelBuildAdmin Cancel a build
+// CancelBuildAdmin Cancel a platform build
 // (POST /v1/admin/builds/{build_id}/cancel)
 func (_ Unimplemented) CancelBuildAdmin(w http.ResponseWriter, r *http.Request, buildID BuildID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// FollowBuildAdmin Stream a build's log
+// FollowBuildAdmin Stream a platform build's log
 // (GET /v1/admin/builds/{build_id}/logs)
 func (_ Unimplemented) FollowBuildAdmin(w http.ResponseWriter, r *http.Request, buildID BuildID) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3806,7 +3806,7 @@ func (_ Unimplemented) CreateSnapshot(w http.ResponseWriter, r *http.Request, pa
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// DeleteSnapshot Delete a template of the team
+// DeleteSnapshot Delete a snapshot
 // (DELETE /v1/snapshots/{name})
 func (_ Unimplemented) DeleteSnapshot(w http.ResponseWriter, r *http.Request, name string) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3932,7 +3932,7 @@ func (_ Unimplemented) ImportArchive(w http.ResponseWriter, r *http.Request, par
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// DeleteTemplate Delete a template of the team
+// DeleteTemplate Delete a template
 // (DELETE /v1/templates/{template})
 func (_ Unimplemented) DeleteTemplate(w http.ResponseWriter, r *http.Request, template TemplateRef) {
 	w.WriteHeader(http.StatusNotImplemented)

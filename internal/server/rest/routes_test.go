@@ -58,8 +58,13 @@ func TestRoutes(t *testing.T) {
 // TestDocumented checks that the document has everything required of each route.
 func TestDocumented(t *testing.T) {
 	a := newAPI(t)
+	summaries := map[string]string{}
 	for path, item := range a.spec.Paths.Map() {
 		for method, op := range item.Operations() {
+			if other := summaries[op.Summary]; other != "" {
+				t.Errorf("%s and %s have the same summary: %s", op.OperationID, other, op.Summary)
+			}
+			summaries[op.Summary] = op.OperationID
 			open := a.access[op].Role == auth.Anybody
 			if open != (!strings.HasPrefix(path, "/v1/") || strings.HasPrefix(path, "/v1/hosts/") || op.Tags[0] == "login") {
 				t.Errorf("%s %s: open = %v", method, path, open)
