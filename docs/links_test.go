@@ -1,9 +1,11 @@
 package docs
 
 import (
+	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -48,6 +50,48 @@ func TestLinks(t *testing.T) {
 	}
 	if links < 50 {
 		t.Errorf("%d pages have %d links", len(pages), links)
+	}
+}
+
+// TestReleasedLinks checks that the pages of a release link to no file that it lacks.
+func TestReleasedLinks(t *testing.T) {
+	script, err := os.ReadFile("../deploy/deb/release")
+	if err != nil {
+		t.Fatal(err)
+	}
+	set := regexp.MustCompile(`(?m)^pages=\((.*)\)$`).FindSubmatch(script)
+	if set == nil {
+		t.Fatal("deploy/deb/release does not say which pages it packs")
+	}
+	packed := strings.Fields(string(set[1]))
+	pages := 0
+	for _, name := range packed {
+		err := filepath.WalkDir(filepath.Join("..", name), func(page string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() || filepath.Ext(page) != ".md" {
+				return err
+			}
+			pages++
+			for _, m := range link.FindAllStringSubmatch(read(t, page), -1) {
+				target, _, _ := strings.Cut(m[1], "#")
+				if target == "" || strings.Contains(target, "://") || strings.HasPrefix(target, "mailto:") {
+					continue
+				}
+				to, err := filepath.Rel("..", filepath.Join(filepath.Dir(page), target))
+				if err != nil {
+					return err
+				}
+				if first, _, _ := strings.Cut(to, "/"); !slices.Contains(packed, first) {
+					t.Errorf("%s links to %s, which a release lacks", page, to)
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if pages < 25 {
+		t.Errorf("a release has %d pages", pages)
 	}
 }
 
