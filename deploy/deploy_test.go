@@ -9,6 +9,22 @@ import (
 	"time"
 )
 
+// TestUnitsServeProfiles checks that each program serves profiles in a directory that
+// systemd makes for it, because the server's user can create none in /run.
+func TestUnitsServeProfiles(t *testing.T) {
+	for _, program := range []string{"server", "agent"} {
+		unit, err := os.ReadFile("systemd/wrenn-" + program + ".service")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, line := range []string{"RuntimeDirectory=wrenn-" + program, "Environment=WRENN_DEBUG_LISTEN=unix:%t/wrenn-" + program + "/debug.sock"} {
+			if !strings.Contains(string(unit), "\n"+line+"\n") {
+				t.Errorf("the unit of the %s lacks %s", program, line)
+			}
+		}
+	}
+}
+
 // TestTimes compares the Caddyfile's time limits with those of the listener that serves
 // requests instead of Caddy.
 func TestTimes(t *testing.T) {
