@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/caarlos0/env/v11"
+	"github.com/spf13/cobra"
 
 	"github.com/wrenn-dev/wrenn/internal/agent"
 	"github.com/wrenn-dev/wrenn/internal/agent/format"
@@ -67,5 +68,24 @@ func TestUnitAllowsForTheMemory(t *testing.T) {
 	}
 	if want := fmt.Sprintf("\nMemoryMax=%dG\n", 2*c.MemoryLimit()>>30); !strings.Contains(string(unit), want) {
 		t.Errorf("the unit lacks %q", want)
+	}
+}
+
+// TestClientsWarn checks that a client command warns about a misspelled setting, and about
+// nothing else in its environment.
+func TestClientsWarn(t *testing.T) {
+	t.Setenv("WRENN_ULR", "https://wrenn.example.com")
+	t.Setenv("WRENN_SOMETHING_ELSE", "x")
+	t.Setenv("WRENN_URL", "http://127.0.0.1:1")
+	t.Setenv("WRENN_API_KEY", "wrn_x")
+	var out, errw strings.Builder
+	root := &cobra.Command{Use: "wrenn", SilenceErrors: true, SilenceUsage: true}
+	root.AddCommand(clientCommands(strings.NewReader(""), &out, &errw)...)
+	root.SetArgs([]string{"key", "current"})
+	if err := root.Execute(); err != nil {
+		t.Fatal(err)
+	}
+	if want := "wrenn: warning: WRENN_ULR is not a setting: did you mean WRENN_URL?\n"; errw.String() != want || out.String() != "wrn_x\n" {
+		t.Errorf("it printed %q and %q, want %q", out.String(), errw.String(), want)
 	}
 }

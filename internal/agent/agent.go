@@ -219,12 +219,9 @@ func (a *Agent) sweep() {
 
 // prepare builds the kernel files and the minimal image if they are missing or stale.
 func (a *Agent) prepare(ctx context.Context) (image.KernelFiles, error) {
-	envd := a.cfg.Envd
-	if envd == "" {
-		var err error
-		if envd, err = image.FindDaemon(); err != nil {
-			return image.KernelFiles{}, err
-		}
+	envd, err := image.FindDaemon(a.cfg.Envd)
+	if err != nil {
+		return image.KernelFiles{}, err
 	}
 	a.envd = envd
 	progress := func(step string) { a.log.Info(step) }

@@ -2,6 +2,7 @@
 package doctor
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -33,6 +34,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/inplace"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/programs"
+	"github.com/wrenn-dev/wrenn/internal/settings"
+	"github.com/wrenn-dev/wrenn/internal/settings/all"
 )
 
 // What a fresh installation with a few sandboxes needs.
@@ -61,7 +64,12 @@ func Command(out io.Writer) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "doctor", Short: "Check this machine and suggest fixes", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			findings := Examine(cmd.Context(), layout.Dir(dir), agent)
+			set, findings := configured(agent)
+			data := cmp.Or(dir, os.Getenv("WRENN_DIR"), layout.DefaultDir)
+			if agent { // `wrenn up` does not take its directory from the file
+				data = cmp.Or(dir, set["WRENN_DIR"], layout.DefaultDir)
+			}
+			findings = append(Examine(cmd.Context(), layout.Dir(data), set["WRENN_ENVD"], agent), findings...)
 			if err := report(out, format, findings); err != nil {
 				return err
 			}
@@ -73,14 +81,29 @@ func Command(out io.Writer) *cobra.Command {
 			return nil
 		},
 	}
-	def := os.Getenv("WRENN_DIR")
-	if def == "" {
-		def = layout.DefaultDir
-	}
-	cmd.Flags().StringVar(&dir, "dir", def, "data directory ($WRENN_DIR)")
+	cmd.Flags().StringVar(&dir, "dir", "", "data directory (default $WRENN_DIR, with --agent also dir in the settings file, else "+layout.DefaultDir+")")
 	cmd.Flags().BoolVar(&agent, "agent", false, "check only what a host agent needs, without PostgreSQL, Redis and Caddy")
 	cmd.Flags().StringVarP(&format, "output", "o", "table", "table or json")
 	return cmd
+}
+
+// configured returns the agent's settings from the environment and the settings file, and
+// what is wrong with the file. It reads the server's section only if agent is false.
+func configured(agent bool) (settings.Values, []Finding) {
+	set, warnings, err := all.AgentProgram.Read(os.Environ())
+	if err == nil && !agent {
+		var more []string
+		_, more, err = all.ServerProgram.Read(os.Environ())
+		warnings = append(warnings, more...)
+	}
+	if err != nil {
+		return nil, []Finding{{Name: "settings", Required: true, Detail: err.Error(), Fix: "correct the settings file (docs/configuration.md)"}}
+	}
+	var findings []Finding
+	for _, w := range append(warnings, settings.UnknownSections(os.Environ(), all.ServerProgram, all.AgentProgram)...) {
+		findings = append(findings, Finding{Name: "settings", Detail: w, Fix: "correct or remove it in the settings file (docs/configuration.md)"})
+	}
+	return set, findings
 }
 
 func report(out io.Writer, format string, findings []Finding) error {
@@ -120,16 +143,17 @@ type check struct {
 	do       func(context.Context, layout.Dir) (string, error)
 }
 
-// Examine checks the machine for `wrenn up`, or only for a host agent. It writes nothing
-// to the data directory dir except the result of the KVM probe.
-func Examine(ctx context.Context, dir layout.Dir, agent bool) []Finding {
+// Examine checks the machine for `wrenn up`, or only for a host agent. envd is the setting
+// WRENN_ENVD. Examine writes nothing to the data directory dir except the result of the KVM
+// probe.
+func Examine(ctx context.Context, dir layout.Dir, envd string, agent bool) []Finding {
 	checks := []check{
 		{"root", true, "run as root: sudo wrenn …", isRoot},
 		{"tun", true, "modprobe tun, or a kernel with CONFIG_TUN", hasTun},
 		{"namespaces", true, "a kernel with network, mount and IPC namespaces, and permission to use them", hasNamespaces},
 		{"nftables", true, "a kernel with CONFIG_NF_TABLES, and NAT", hasNftables},
 		{"cgroups", true, "mount control groups (version 2, or version 1 with memory, cpu and pids)", hasCgroups},
-		{"KVM", false, "without it guests are emulated, about 10 times slower: enable virtualization in the firmware, or nested virtualization in the hypervisor", hasKVM},
+		{"KVM", false, "without it guests are emulated, about 10 times slower: enable virtualization in the firmware, or nested virtualization in the hypervisor", kvmCheck(envd)},
 		{"disk", true, fmt.Sprintf("free %d MiB, or choose another directory with --dir", minDiskMiB), hasDisk},
 		{"memory", true, fmt.Sprintf("free at least %d MiB", minMemoryMiB), hasMemory},
 		{"firewall", false, "let the other firewall forward from interfaces named wrenn-veth-*", noObstacles},
@@ -274,8 +298,13 @@ func hasNftables(context.Context, layout.Dir) (string, error) {
 
 func hasCgroups(context.Context, layout.Dir) (string, error) { return "", cgroup.Available() }
 
-// hasKVM boots a kernel under KVM, if the agent has prepared one.
-func hasKVM(ctx context.Context, dir layout.Dir) (string, error) {
+// kvmCheck returns a check that boots a kernel under KVM. If the agent has prepared no
+// kernel, the check does, with the guest daemon envd.
+func kvmCheck(envd string) func(context.Context, layout.Dir) (string, error) {
+	return func(ctx context.Context, dir layout.Dir) (string, error) { return hasKVM(ctx, dir, envd) }
+}
+
+func hasKVM(ctx context.Context, dir layout.Dir, envd string) (string, error) {
 	if _, err := os.Stat("/dev/kvm"); err != nil {
 		return "", err
 	}
@@ -285,13 +314,13 @@ func hasKVM(ctx context.Context, dir layout.Dir) (string, error) {
 			return "", errors.New("/dev/kvm exists; only root can check whether it works")
 		}
 		// The probe needs a kernel to boot.
-		envd, err := image.FindDaemon()
+		envd, err := image.FindDaemon(envd)
 		if err != nil {
-			return "", fmt.Errorf("/dev/kvm is there; whether it works cannot be told: %w", err)
+			return "", fmt.Errorf("check whether /dev/kvm works: %w", err)
 		}
 		k, err := image.Kernel(ctx, dir, envd, func(string) {})
 		if err != nil {
-			return "", fmt.Errorf("/dev/kvm is there; whether it works cannot be told: %w", err)
+			return "", fmt.Errorf("check whether /dev/kvm works: %w", err)
 		}
 		kernels = []string{k.Vmlinux}
 	}

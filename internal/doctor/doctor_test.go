@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -18,6 +20,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/flock"
 	"github.com/wrenn-dev/wrenn/internal/layout"
+	"github.com/wrenn-dev/wrenn/internal/settings"
 )
 
 func TestExamineThisMachine(t *testing.T) {
@@ -26,8 +29,7 @@ func TestExamineThisMachine(t *testing.T) {
 	}
 	in := imagetest.Prepare(t)
 	deploytest.Caddy(t)
-	t.Setenv("WRENN_ENVD", in.Envd)
-	for _, f := range Examine(t.Context(), in.Dir, false) {
+	for _, f := range Examine(t.Context(), in.Dir, in.Envd, false) {
 		t.Logf("%+v", f)
 		if f.Required && !f.OK {
 			t.Errorf("%s: %s", f.Name, f.Detail) // `make test-deps` installs everything
@@ -35,6 +37,54 @@ func TestExamineThisMachine(t *testing.T) {
 		if !f.OK && f.Fix == "" {
 			t.Errorf("%s has no fix", f.Name)
 		}
+	}
+}
+
+// TestConfigured checks that doctor uses the agent's settings in the settings file, and
+// lists what is wrong with the file.
+func TestConfigured(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "wrenn.yaml")
+	t.Setenv(settings.FileVariable, file)
+	write := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	data := t.TempDir()
+	t.Setenv("WRENN_DIR", "")
+	os.Unsetenv("WRENN_DIR")
+	write("agent:\n  envd: /opt/envd\n  dir: " + data + "\n  wram: 2\nserver:\n  lsten: x\nsever:\n  listen: x\n")
+	for _, agent := range []bool{true, false} {
+		set, findings := configured(agent)
+		if set["WRENN_ENVD"] != "/opt/envd" || set["WRENN_DIR"] != data {
+			t.Errorf("it has %q, %q", set["WRENN_ENVD"], set["WRENN_DIR"])
+		}
+		var said strings.Builder
+		for _, f := range findings {
+			if f.OK || f.Required || f.Fix == "" {
+				t.Errorf("%+v", f)
+			}
+			fmt.Fprintln(&said, f.Detail)
+		}
+		for want, has := range map[string]bool{"agent.wram is not a setting: did you mean warm?": true, "sever is not a section: did you mean server?": true, "server.lsten is not a setting": !agent} {
+			if strings.Contains(said.String(), want) != has {
+				t.Errorf("with --agent %v: %q: %v, in\n%s", agent, want, !has, said.String())
+			}
+		}
+	}
+	write("agent: [")
+	if _, findings := configured(true); len(findings) != 1 || !findings[0].Required || !strings.Contains(findings[0].Detail, file) {
+		t.Errorf("of a file with an error: %+v", findings)
+	}
+	var out bytes.Buffer
+	write("agent:\n  dir: " + data + "/nothing\n")
+	cmd := Command(&out)
+	cmd.SilenceErrors, cmd.SilenceUsage = true, true
+	cmd.SetArgs([]string{"--agent"})
+	_ = cmd.ExecuteContext(t.Context()) // this machine may lack something
+	if want := "free at " + data; !strings.Contains(out.String(), want) {
+		t.Errorf("it does not look at the data directory %s:\n%s", data, out.String())
 	}
 }
 

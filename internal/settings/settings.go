@@ -121,14 +121,9 @@ func (p Program) Read(environ []string) (Values, []string, error) {
 		name, value, _ := strings.Cut(pair, "=")
 		values[name] = value
 	}
-	file := cmp.Or(values[FileVariable], File)
-	text, err := os.ReadFile(file)
-	if err != nil && (values[FileVariable] != "" || !errors.Is(err, fs.ErrNotExist)) {
-		return nil, nil, fmt.Errorf("read settings: %w", err)
-	}
-	var sections map[string]map[string]yaml.Node
-	if err := yaml.Unmarshal(text, &sections); err != nil {
-		return nil, nil, fmt.Errorf("read settings: %s: %w", file, err)
+	file, sections, err := readFile(values[FileVariable])
+	if err != nil {
+		return nil, nil, err
 	}
 	names := map[string]string{}
 	for _, s := range p.Settings {
@@ -139,7 +134,7 @@ func (p Program) Read(environ []string) (Values, []string, error) {
 	for key, node := range sections[p.Name] {
 		name := names[key]
 		if name == "" {
-			warnings = append(warnings, unknown(fmt.Sprintf("%s: %s.%s", file, p.Name, key), key, names))
+			warnings = append(warnings, unknown(fmt.Sprintf("%s: %s.%s", file, p.Name, key), "setting", key, names))
 			continue
 		}
 		value, err := scalar(node)
@@ -152,6 +147,20 @@ func (p Program) Read(environ []string) (Values, []string, error) {
 	}
 	slices.Sort(warnings)
 	return values, warnings, nil
+}
+
+// readFile returns the name and the sections of the settings file. named is the value of
+// [FileVariable]. If it is empty, the file is [File], which need not exist.
+func readFile(named string) (file string, sections map[string]map[string]yaml.Node, err error) {
+	file = cmp.Or(named, File)
+	text, err := os.ReadFile(file)
+	if err != nil && (named != "" || !errors.Is(err, fs.ErrNotExist)) {
+		return "", nil, fmt.Errorf("read settings: %w", err)
+	}
+	if err := yaml.Unmarshal(text, &sections); err != nil {
+		return "", nil, fmt.Errorf("read settings: %s: %w", file, err)
+	}
+	return file, sections, nil
 }
 
 // scalar returns a YAML value in the form that the environment would have.
@@ -198,16 +207,70 @@ func Unknown(environ []string, programs ...Program) []string {
 	for _, pair := range environ {
 		name, _, _ := strings.Cut(pair, "=")
 		if strings.HasPrefix(name, prefix) && names[name] == "" {
-			warnings = append(warnings, unknown(name, name, names))
+			warnings = append(warnings, unknown(name, "setting", name, names))
 		}
 	}
 	slices.Sort(warnings)
 	return warnings
 }
 
-// unknown returns a warning that shown is not a setting. It suggests the key of known
-// that is closest to word.
-func unknown(shown, word string, known map[string]string) string {
+// Misspelled returns a warning for each variable in environ that differs in one letter from
+// the name of one of p's settings, or has two swapped, and is no setting of p or of others.
+func (p Program) Misspelled(environ []string, others ...Program) []string {
+	var warnings []string
+	for _, pair := range environ {
+		name, _, _ := strings.Cut(pair, "=")
+		meant := map[string]string{}
+		for _, s := range p.Settings {
+			d := levenshtein.Distance(name, s.Name, nil)
+			if d == 1 || d == 2 && slices.Equal(sorted(name), sorted(s.Name)) {
+				meant[s.Name] = s.Name
+			}
+		}
+		if len(meant) > 0 && len(Unknown([]string{pair}, append(slices.Clone(others), p)...)) > 0 {
+			warnings = append(warnings, unknown(name, "setting", name, meant))
+		}
+	}
+	slices.Sort(warnings)
+	return warnings
+}
+
+func sorted(word string) []byte {
+	b := []byte(word)
+	slices.Sort(b)
+	return b
+}
+
+// UnknownSections returns a warning for each section of the settings file that is not of
+// any of programs. It ignores a file that cannot be read, which [Program.Read] reports.
+func UnknownSections(environ []string, programs ...Program) []string {
+	named := ""
+	for _, pair := range environ {
+		if value, ok := strings.CutPrefix(pair, FileVariable+"="); ok {
+			named = value
+		}
+	}
+	file, sections, err := readFile(named)
+	if err != nil {
+		return nil
+	}
+	names := map[string]string{}
+	for _, p := range programs {
+		names[p.Name] = p.Name
+	}
+	var warnings []string
+	for section := range sections {
+		if names[section] == "" {
+			warnings = append(warnings, unknown(file+": "+section, "section", section, names))
+		}
+	}
+	slices.Sort(warnings)
+	return warnings
+}
+
+// unknown returns a warning that shown is not a setting or section, as kind says. It
+// suggests the key of known that is closest to word.
+func unknown(shown, kind, word string, known map[string]string) string {
 	closest, least := "", max(2, len(word)/4)+1
 	for k := range known {
 		if d := levenshtein.Distance(word, k, nil); d < least || d == least && closest != "" && k < closest {
@@ -215,7 +278,7 @@ func unknown(shown, word string, known map[string]string) string {
 		}
 	}
 	if closest == "" {
-		return shown + " is not a setting"
+		return fmt.Sprintf("%s is not a %s", shown, kind)
 	}
-	return fmt.Sprintf("%s is not a setting: did you mean %s?", shown, closest)
+	return fmt.Sprintf("%s is not a %s: did you mean %s?", shown, kind, closest)
 }

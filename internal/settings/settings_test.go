@@ -111,6 +111,27 @@ func TestDefault(t *testing.T) {
 	}
 }
 
+func TestMisspelled(t *testing.T) {
+	client := Program{Name: "client", Settings: []Setting{{Name: "WRENN_URL"}, {Name: "WRENN_DIR"}}}
+	got := client.Misspelled([]string{"WRENN_ULR=x", "WRENN_ID=x", "WRENN_URL=x", "WRENN_SLOW=1", "WRENN_MOST=1", "PATH=/bin"}, testProgram())
+	if want := []string{"WRENN_ULR is not a setting: did you mean WRENN_URL?"}; !reflect.DeepEqual(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+func TestUnknownSections(t *testing.T) {
+	environ := write(t, "sever:\n  every: 1m\nserver:\nagent:\n  most: 1\nother:\n")
+	file := strings.TrimPrefix(environ[0], FileVariable+"=")
+	got := UnknownSections(environ, testProgram(), Program{Name: "agent"})
+	want := []string{file + ": other is not a section", file + ": sever is not a section: did you mean server?"}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+	if got := UnknownSections(write(t, "server: ["), testProgram()); got != nil {
+		t.Errorf("of a file with an error: %q", got)
+	}
+}
+
 func TestUnknown(t *testing.T) {
 	got := Unknown([]string{"WRENN_MOST=1", "WRENN_EVRY=2", "WRENN_SOMETHING_ELSE=3", "PATH=/bin", "DATABASE_URLS=x"}, testProgram())
 	want := []string{"WRENN_EVRY is not a setting: did you mean WRENN_EVERY?", "WRENN_SOMETHING_ELSE is not a setting"}

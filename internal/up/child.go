@@ -45,6 +45,7 @@ type program struct {
 	ready   func(context.Context) error // returns when the program answers
 	within  time.Duration               // bounds ready; 0: readyTimeout
 	quit    syscall.Signal              // asks the program to exit
+	reloads bool                        // SIGHUP makes the program read its log's settings again
 	// beforeStop, if not nil, is called before the program is stopped for good.
 	beforeStop func(context.Context) error
 }
@@ -234,6 +235,14 @@ func (c *child) end(ended <-chan struct{}) {
 	c.say("%s does not exit: killing it", c.name)
 	_ = c.cmd.Process.Signal(os.Kill)
 	<-ended
+}
+
+// signal sends a signal to the process, if it runs.
+func (c *child) signal(sig syscall.Signal) {
+	c.mu.Lock()
+	cmd := c.cmd
+	c.mu.Unlock()
+	_ = cmd.Process.Signal(sig) // an error says that the process has ended
 }
 
 // close stops the program for good.

@@ -2,7 +2,9 @@ package up
 
 import (
 	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/wrenn-dev/wrenn/internal/settings"
@@ -17,6 +19,29 @@ func serverSettings(t *testing.T) settings.Values {
 		t.Fatal(err)
 	}
 	return values
+}
+
+// TestIgnoredFile checks that `wrenn up` says which settings of the file it does not use,
+// and leaves all others to the programs, which read the file.
+func TestIgnoredFile(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "wrenn.yaml")
+	if err := os.WriteFile(file, []byte("agent:\n  listen: 192.0.2.1:7070\n  dir: /d\n  warm: 3\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv(settings.FileVariable, file)
+	values, _, err := all.AgentProgram.Read(os.Environ())
+	if err != nil {
+		t.Fatal(err)
+	}
+	env, unused := passed(all.AgentProgram, values, []string{"WRENN_LISTEN=unix:/x", "WRENN_DIR=/d"})
+	if want := []string{"agent.listen in the settings file"}; !slices.Equal(unused, want) {
+		t.Errorf("it does not use %q, want %q", unused, want)
+	}
+	for _, pair := range env {
+		if strings.HasPrefix(pair, "WRENN_WARM=") {
+			t.Errorf("it passes %s, which would override the file", pair)
+		}
+	}
 }
 
 // TestSettingsArePassed checks that every setting reaches the programs that `wrenn up`
@@ -39,7 +64,7 @@ func TestSettingsArePassed(t *testing.T) {
 		}
 		t.Setenv("WRENN_NO_SETTING", "x")
 		t.Setenv("AWS_SECRET_ACCESS_KEY", "x")
-		got, unused := passed(p, chosen)
+		got, unused := passed(p, nil, chosen)
 		want = append(want, "WRENN_DIR=/d")
 		slices.Sort(want)
 		slices.Sort(got)

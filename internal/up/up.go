@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -90,9 +91,13 @@ type service struct {
 	out     io.Writer
 	spawner *spawner
 	secrets secrets
-	server  settings.Values // from the environment and the settings file
-	began   time.Time
-	stack   []func() // functions that stop the parts, called in reverse order
+	// The settings of server and agent, from the environment and the settings file.
+	serverSettings, agentSettings settings.Values
+	began                         time.Time
+	stack                         []func() // functions that stop the parts, called in reverse order
+
+	mu      sync.Mutex
+	reloads []*child // programs that get this process's SIGHUPs
 }
 
 func (s *service) say(format string, args ...any) {
@@ -131,6 +136,9 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 	}
 	s := &service{dir: dir, out: out, spawner: spawner, began: time.Now()}
 	defer s.stopAll()
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	s.followHangups(stop)
 	if err := s.start(ctx, o); err != nil {
 		if ctx.Err() != nil {
 			s.say("interrupted")
@@ -181,8 +189,59 @@ func (s *service) launch(ctx context.Context, p program) error {
 		return err
 	}
 	s.stack = append(s.stack, c.close)
+	if p.reloads {
+		s.mu.Lock()
+		s.reloads = append(s.reloads, c)
+		s.mu.Unlock()
+	}
 	s.say("%s is ready", p.name)
 	return nil
+}
+
+// followHangups passes each SIGHUP on to the programs that reload their log's settings. If
+// it means that the terminal is gone, it calls stop instead. It does nothing if this
+// process ignores SIGHUP, as under nohup.
+func (s *service) followHangups(stop func()) {
+	if signal.Ignored(syscall.SIGHUP) {
+		return
+	}
+	had := hasTerminal()
+	hangups := make(chan os.Signal, 1)
+	signal.Notify(hangups, syscall.SIGHUP)
+	s.during(func(ctx context.Context) {
+		defer signal.Stop(hangups)
+		for {
+			select {
+			case <-hangups:
+				s.hangup(had && !hasTerminal(), stop)
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
+}
+
+// hangup handles a SIGHUP. gone reports that the terminal is gone.
+func (s *service) hangup(gone bool, stop func()) {
+	if gone {
+		stop()
+		return
+	}
+	s.mu.Lock()
+	programs := slices.Clone(s.reloads)
+	s.mu.Unlock()
+	for _, c := range programs {
+		c.signal(syscall.SIGHUP)
+	}
+}
+
+// hasTerminal reports whether this process has a controlling terminal.
+func hasTerminal() bool {
+	f, err := os.Open("/dev/tty")
+	if err == nil {
+		_ = f.Close()
+	}
+	return err == nil
 }
 
 // during runs f until stopAll is called. f must return when its context is done.
@@ -193,21 +252,22 @@ func (s *service) during(f func(context.Context)) {
 	s.stack = append(s.stack, func() { cancel(); <-done })
 }
 
-// readSettings reads the server's settings, and warns about names in the environment and
-// the settings file that are not settings. A file with an error fails before anything starts.
+// readSettings reads the settings of server and agent, and warns about names in the
+// environment and the settings file that are not settings. A file with an error fails before
+// anything starts.
 func (s *service) readSettings() error {
 	server, warnings, err := all.ServerProgram.Read(os.Environ())
 	if err != nil {
 		return err
 	}
-	_, ofAgent, err := all.AgentProgram.Read(os.Environ())
+	hostAgent, ofAgent, err := all.AgentProgram.Read(os.Environ())
 	if err != nil {
 		return err
 	}
 	for _, w := range slices.Concat(all.Unknown(), warnings, ofAgent) {
 		s.say("warning: %s", w)
 	}
-	s.server = server
+	s.serverSettings, s.agentSettings = server, hostAgent
 	return nil
 }
 
@@ -221,7 +281,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 		return err
 	}
 	// First, because its port may be in use.
-	front, err := newFrontDoor(ctx, s.dir, o.listen, s.server)
+	front, err := newFrontDoor(ctx, s.dir, o.listen, s.serverSettings)
 	if err != nil {
 		return err
 	}
@@ -242,7 +302,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 	if err != nil {
 		return err
 	}
-	envd, err := image.FindDaemon()
+	envd, err := image.FindDaemon(s.agentSettings["WRENN_ENVD"])
 	if err != nil {
 		return err
 	}
@@ -291,7 +351,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 
 	agentAt := "unix:" + s.dir.AgentSocket()
 	server := "unix:" + s.dir.ServerSocket()
-	hostAgent := s.own(self, all.AgentProgram, []string{
+	hostAgent := s.own(self, all.AgentProgram, s.agentSettings, []string{
 		"WRENN_DIR=" + string(s.dir), "WRENN_LISTEN=" + agentAt, "WRENN_AGENT_TOKEN=" + s.secrets.AgentToken, "WRENN_ENVD=" + envd,
 		"WRENN_AGENT_METRICS_LISTEN=unix:" + s.dir.AgentMetricsSocket(),
 		"WRENN_SERVER_URL=", "WRENN_HOST_TOKEN=", "WRENN_HOST_URL=",
@@ -309,7 +369,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 		return err
 	}
 	front.doorman.prepares("the control plane")
-	err = s.launch(ctx, s.own(self, all.ServerProgram, []string{
+	err = s.launch(ctx, s.own(self, all.ServerProgram, s.serverSettings, []string{
 		"WRENN_STOP_TIMEOUT=" + operationsTimeout.String(), "WRENN_INSECURE=" + strconv.FormatBool(o.insecure),
 		"WRENN_SPOOL_DIR=" + s.dir.Spool(),
 		"DATABASE_URL=" + pg.url("wrenn"), "REDIS_URL=" + rd.url(), "WRENN_LISTEN=" + server, "WRENN_METRICS_LISTEN=unix:" + s.dir.MetricsSocket(), "WRENN_DOMAIN=" + domain,
@@ -332,9 +392,10 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 }
 
 // own returns a program that this binary contains. It gets the settings in chosen; all
-// others come from this process's environment.
-func (s *service) own(self programs.Program, p settings.Program, chosen []string, ready func(context.Context) error) program {
-	env, unused := passed(p, append(chosen, "WRENN_DEBUG_LISTEN=unix:"+s.dir.DebugSocket(p.Name)))
+// others come from this process's environment, or the program reads them from the settings
+// file. values has the settings of both.
+func (s *service) own(self programs.Program, p settings.Program, values settings.Values, chosen []string, ready func(context.Context) error) program {
+	env, unused := passed(p, values, append(chosen, "WRENN_DEBUG_LISTEN=unix:"+s.dir.DebugSocket(p.Name)))
 	for _, name := range unused {
 		s.say("warning: `wrenn up` ignores %s, because it chooses this itself", name)
 	}
@@ -345,15 +406,16 @@ func (s *service) own(self programs.Program, p settings.Program, chosen []string
 			cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "HOME=/root"}, env...)
 			return cmd
 		},
-		ready: func(ctx context.Context) error { return poll(ctx, ready) },
-		quit:  syscall.SIGTERM,
+		ready:   func(ctx context.Context) error { return poll(ctx, ready) },
+		quit:    syscall.SIGTERM,
+		reloads: true,
 	}
 }
 
 // passed returns the variables for a program: chosen, and those settings in this
 // process's environment that chosen does not have. unused lists settings whose value in
-// the environment differs from the chosen one.
-func passed(p settings.Program, chosen []string) (env, unused []string) {
+// the environment or the settings file, which values has, differs from the chosen one.
+func passed(p settings.Program, values settings.Values, chosen []string) (env, unused []string) {
 	have := map[string]string{}
 	for _, pair := range chosen {
 		name, value, _ := strings.Cut(pair, "=")
@@ -362,11 +424,15 @@ func passed(p settings.Program, chosen []string) (env, unused []string) {
 	env = slices.Clone(chosen)
 	for _, s := range p.Settings {
 		value, set := os.LookupEnv(s.Name)
-		switch fixed, ok := have[s.Name]; {
+		fixed, ok := have[s.Name]
+		inFile, has := values[s.Name]
+		switch {
 		case set && !ok:
 			env = append(env, s.Name+"="+value)
 		case set && value != fixed:
 			unused = append(unused, s.Name)
+		case !set && ok && has && inFile != fixed:
+			unused = append(unused, p.Name+"."+s.Key()+" in the settings file")
 		}
 	}
 	return env, unused
@@ -440,7 +506,7 @@ func (s *service) selfCheck(ctx context.Context, o options) (err error) {
 // prints no secret, because others may see the terminal or keep its output.
 func (s *service) announce(o options) {
 	url := publicURL(o.listen)
-	ports := cmp.Or(s.server[sandboxDomain], domain)
+	ports := cmp.Or(s.serverSettings[sandboxDomain], domain)
 	if _, port, _ := net.SplitHostPort(o.listen); port != "80" {
 		ports = net.JoinHostPort(ports, port)
 	}

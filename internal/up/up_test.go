@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"strconv"
@@ -193,6 +194,55 @@ func TestProgramThatDoesNotStart(t *testing.T) {
 	})
 	if err == nil || !strings.Contains(err.Error(), "the reason") || !strings.Contains(err.Error(), "exit status 3") {
 		t.Errorf("got %v", err)
+	}
+}
+
+// TestHangup checks that a SIGHUP reaches the programs that reload their settings and no
+// others, and that everything stops if the terminal is gone.
+func TestHangup(t *testing.T) {
+	if signal.Ignored(syscall.SIGHUP) {
+		t.Skip("SIGHUP is ignored, as under nohup")
+	}
+	s := newService(t)
+	first, second := filepath.Join(t.TempDir(), "first"), filepath.Join(t.TempDir(), "second")
+	for _, p := range []program{
+		{name: "reloads", reloads: true, command: func() *exec.Cmd {
+			return exec.Command("sh", "-c", `trap 'echo again >>'"$0" HUP; echo up >"$0"; while :; do sleep 0.01; done`, first)
+		}},
+		{name: "does not", command: func() *exec.Cmd {
+			return exec.Command("sh", "-c", `echo up >>"$0"; while :; do sleep 0.01; done`, second)
+		}},
+	} {
+		p.quit = syscall.SIGKILL
+		p.ready = func(ctx context.Context) error {
+			return poll(ctx, func(context.Context) error {
+				_, err := os.Stat(map[bool]string{true: first, false: second}[p.reloads])
+				return err
+			})
+		}
+		if err := s.launch(t.Context(), p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	s.followHangups(stop)
+	if err := syscall.Kill(os.Getpid(), syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	await.Until(t, "the program gets the signal", func() bool {
+		text, err := os.ReadFile(first)
+		return err == nil && string(text) == "up\nagain\n"
+	})
+	if text, err := os.ReadFile(second); err != nil || string(text) != "up\n" {
+		t.Errorf("the other program wrote %q, %v", text, err)
+	}
+	if ctx.Err() != nil {
+		t.Error("it stops although the terminal is there")
+	}
+	s.hangup(true, stop)
+	if ctx.Err() == nil {
+		t.Error("it does not stop although the terminal is gone")
 	}
 }
 

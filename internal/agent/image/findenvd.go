@@ -6,11 +6,11 @@ import (
 	"path/filepath"
 )
 
-// FindDaemon returns the path of the guest daemon's binary: $WRENN_ENVD if set,
-// otherwise envd beside this program.
-func FindDaemon() (string, error) {
-	if p := os.Getenv("WRENN_ENVD"); p != "" {
-		return p, nil
+// FindDaemon returns the path of the guest daemon's binary: set, the value of the setting
+// WRENN_ENVD, or envd beside this program if set is empty.
+func FindDaemon(set string) (string, error) {
+	if set != "" {
+		return set, nil
 	}
 	self, err := os.Executable()
 	if err != nil {

@@ -84,9 +84,17 @@ func documented(caddyfile string) []settings.Setting {
 var variable = regexp.MustCompile(`^WRENN_[A-Z_]+`)
 
 // Unknown returns a warning for each variable of this process's environment that
-// begins with WRENN_ and is not a setting of any program.
+// begins with WRENN_ and is not a setting of any program, and for each section of the
+// settings file that no program reads.
 func Unknown() []string {
-	return settings.Unknown(os.Environ(), ServerProgram, AgentProgram, client, frontDoor)
+	return append(settings.Unknown(os.Environ(), ServerProgram, AgentProgram, client, frontDoor),
+		settings.UnknownSections(os.Environ(), ServerProgram, AgentProgram)...)
+}
+
+// Misspelled returns a warning for each variable of this process's environment that looks
+// like a setting of the client commands, and is not a setting of any program.
+func Misspelled() []string {
+	return client.Misspelled(os.Environ(), ServerProgram, AgentProgram, frontDoor)
 }
 
 // Load reads a program's settings from this process's environment and the settings file
@@ -121,16 +129,16 @@ Settings are environment variables. ` + "`wrenn server`" + ` and ` + "`wrenn age
 
 Keep secrets in the environment (` + "`/etc/wrenn/server.env`" + `, which only root can read): the server's systemd unit runs as a user of its own, so that user must be able to read the settings file. Durations look like ` + "`30s`, `10m` or `24h`" + `. Lists are separated by commas, or are YAML lists.
 
-The log's level and format can change while a program runs: change ` + "`log_level` or `log_format`" + ` in the file and send the program a SIGHUP (` + "`systemctl reload wrenn-server`" + `). Do not also set them in the environment, which overrides the file.
+The log's level and format can change while a program runs: change ` + "`log_level` or `log_format`" + ` in the file and send the program a SIGHUP (` + "`systemctl reload wrenn-server`; `wrenn up` passes a SIGHUP on to server and agent" + `). Do not also set them in the environment, which overrides the file.
 
-Profiles are on a Unix socket (` + "`WRENN_DEBUG_LISTEN`; with `wrenn up`, `run/server-debug.sock` and `run/agent-debug.sock`" + `), because they can show secrets that are in memory. For 10 seconds of the server's processor time:
+Profiles are on a Unix socket (` + "`WRENN_DEBUG_LISTEN`; with the systemd units `/run/wrenn-server/debug.sock` and `/run/wrenn-agent/debug.sock`, with `wrenn up` `run/server-debug.sock` and `run/agent-debug.sock` in its data directory" + `), because they can show secrets that are in memory. For 10 seconds of the server's processor time:
 
     curl --unix-socket /var/lib/wrenn/run/server-debug.sock -o profile 'http://wrenn/debug/pprof/profile?seconds=10'
     go tool pprof bin/wrenn profile
 
-A program that starts warns about a variable that begins with ` + "`WRENN_`" + `, or a key in its section, that is not a setting, and names the closest one.
+A program that starts warns about a variable that begins with ` + "`WRENN_`" + `, or a key in its section, that is not a setting, and names the closest one. It also warns about a section that no program reads. Client commands only warn about a variable whose name is close to that of one of their settings.
 
-` + "`wrenn up`" + ` takes the settings of server and agent, from its environment and from the file. It chooses the settings that connect its parts, such as addresses and secrets, itself, and warns if the environment sets one of them. ` + "`WRENN_DIR` (or `--dir`)" + ` is its data directory.
+` + "`wrenn up`" + ` takes the settings of server and agent, from its environment and from the file. It chooses the settings that connect its parts, such as addresses and secrets, itself, and warns if the environment or the file sets one of them. ` + "`WRENN_DIR` (or `--dir`)" + ` is its data directory.
 
 ## The server
 

@@ -169,7 +169,7 @@ func TestHelp(t *testing.T) {
 // required setting, although that is missing.
 func TestLoadWarnsBeforeItFails(t *testing.T) {
 	t.Setenv(settings.FileVariable, filepath.Join(t.TempDir(), "wrenn.yaml"))
-	if err := os.WriteFile(os.Getenv(settings.FileVariable), []byte("server:\n  secrt_key: x\n"), 0o600); err != nil {
+	if err := os.WriteFile(os.Getenv(settings.FileVariable), []byte("server:\n  secrt_key: x\nagnet:\n  warm: 2\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	t.Setenv("WRENN_SECRET_KAY", "x")
@@ -182,7 +182,7 @@ func TestLoadWarnsBeforeItFails(t *testing.T) {
 		t.Errorf("read settings: %v", err)
 	}
 	all := strings.Join(warnings, "\n")
-	for _, want := range []string{"WRENN_SECRET_KAY is not a setting: did you mean WRENN_SECRET_KEY?", "server.secrt_key is not a setting: did you mean secret_key?"} {
+	for _, want := range []string{"WRENN_SECRET_KAY is not a setting: did you mean WRENN_SECRET_KEY?", "server.secrt_key is not a setting: did you mean secret_key?", "agnet is not a section: did you mean agent?"} {
 		if !strings.Contains(all, want) {
 			t.Errorf("the warnings lack %q:\n%s", want, all)
 		}
