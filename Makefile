@@ -42,7 +42,7 @@ build: go bin/caddy
 	done
 
 # The front door is a separate module, because nothing else needs its imports.
-bin/caddy: $(wildcard deploy/caddy/*) internal/bounded/bounded.go internal/duplex/duplex.go internal/linger/linger.go internal/handover/handover.go $(wildcard internal/upstream/*.go) | go
+bin/caddy: $(wildcard deploy/caddy/*) internal/bounded/bounded.go internal/duplex/duplex.go internal/linger/linger.go internal/handover/handover.go internal/requestid/requestid.go $(wildcard internal/upstream/*.go) | go
 	@mkdir -p bin
 	@CGO_ENABLED=0 go build -C deploy/caddy -trimpath -ldflags "-s -w" -o $(CURDIR)/$@.$$$$ . && mv $@.$$$$ $@
 

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -15,6 +16,7 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
+	"github.com/wrenn-dev/wrenn/deploy/caddy/requestid"
 	"github.com/wrenn-dev/wrenn/deploy/caddy/upstream"
 )
 
@@ -34,6 +36,7 @@ type proxy struct {
 	Address string `json:"address"`
 
 	transport *upstream.Transport
+	log       *slog.Logger
 }
 
 // CaddyModule implements [caddy.Module].
@@ -51,7 +54,8 @@ func (p *proxy) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 }
 
 // Provision implements [caddy.Provisioner].
-func (p *proxy) Provision(caddy.Context) error {
+func (p *proxy) Provision(c caddy.Context) error {
+	p.log = c.Slogger()
 	to, err := caddy.ParseNetworkAddress(p.Address)
 	if err != nil {
 		return err
@@ -100,13 +104,14 @@ func (p *proxy) forward(w http.ResponseWriter, r *http.Request) {
 			if r.Context().Err() != nil {
 				panic(http.ErrAbortHandler) // The client has left.
 			}
-			fail(w, err)
+			// r has the id that the client chose, if any, as the control plane logs it.
+			requestid.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { p.fail(w, r, err) })).ServeHTTP(w, r)
 		},
 	}).ServeHTTP(w, r)
 }
 
-// fail answers a request that the control plane did not answer.
-func fail(w http.ResponseWriter, err error) {
+// fail answers a request that the control plane did not answer, and logs why.
+func (p *proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 	status, code, message := http.StatusBadGateway, "unavailable", "the control plane closed the connection before it answered"
 	switch op := new(net.OpError); {
 	case errors.Is(err, upstream.ErrBody):
@@ -115,7 +120,9 @@ func fail(w http.ResponseWriter, err error) {
 	case errors.As(err, &op) && op.Op == "dial":
 		message = "the front door cannot connect to the control plane: it is starting or has stopped"
 	}
+	p.log.InfoContext(r.Context(), "request refused", "request_id", requestid.From(r.Context()), "method", r.Method, "host", r.Host, "status", status, "code", code, "error", err)
 	h := w.Header()
+	h.Set(requestid.Header, requestid.From(r.Context()))
 	h.Set("Content-Type", "application/json")
 	h.Set("Cache-Control", "no-store")
 	h.Set("X-Content-Type-Options", "nosniff")

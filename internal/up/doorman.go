@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/linger"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
+	"github.com/wrenn-dev/wrenn/internal/requestid"
 )
 
 // retryAfter is the Retry-After of responses while `wrenn up` starts.
@@ -25,17 +27,19 @@ const retryAfter = 5 * time.Second
 type doorman struct {
 	server  *http.Server
 	serving sync.WaitGroup
+	log     *slog.Logger
 	doing   atomic.Pointer[string]
 	// leave stops accepting connections, and may be called again. Requests on accepted
 	// connections still get an answer; [http.Server.Shutdown] would drop them.
 	leave func()
 }
 
-// newDoorman returns a doorman that answers at the sockets. It does not close them.
-func newDoorman(sockets []*os.File) (*doorman, error) {
-	d := &doorman{}
+// newDoorman returns a doorman that answers at the sockets, and logs each request. It does
+// not close the sockets.
+func newDoorman(sockets []*os.File, logger *slog.Logger) (*doorman, error) {
+	d := &doorman{log: logger}
 	d.prepares("everything")
-	d.server = netaddr.Server(d)
+	d.server = netaddr.Server(requestid.Handler(d))
 	d.server.ErrorLog = log.New(io.Discard, "", 0)
 	d.server.SetKeepAlivesEnabled(false) // Caddy gets the next request
 	var listeners []net.Listener
@@ -69,13 +73,16 @@ func (d *doorman) close() {
 func (d *doorman) prepares(what string) { d.doing.Store(&what) }
 
 // ServeHTTP implements [http.Handler].
-func (d *doorman) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
+func (d *doorman) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	id, doing := requestid.From(r.Context()), *d.doing.Load()
+	d.log.InfoContext(r.Context(), "request refused, because wrenn up is starting", "request_id", id, "method", r.Method, "host", r.Host, "preparing", doing)
 	h := w.Header()
+	h.Set(requestid.Header, id)
 	h.Set("Content-Type", "application/json")
 	h.Set("Cache-Control", "no-store")
 	h.Set("Retry-After", strconv.Itoa(int(retryAfter.Seconds())))
 	w.WriteHeader(http.StatusServiceUnavailable)
 	_ = json.NewEncoder(w).Encode(map[string]map[string]string{"error": {
-		"code": "unavailable", "message": fmt.Sprintf("Wrenn is starting and is preparing %s: try again in a few seconds", *d.doing.Load()),
+		"code": "unavailable", "message": fmt.Sprintf("Wrenn is starting and is preparing %s: try again in a few seconds", doing),
 	}})
 }

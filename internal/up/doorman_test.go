@@ -7,11 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -75,6 +77,10 @@ func TestDoorman(t *testing.T) {
 		}
 		if want := `{"error":{"code":"unavailable","message":"Wrenn is starting and is preparing the base image: try again in a few seconds"}}` + "\n"; method != "HEAD" && body != want {
 			t.Errorf("%s: %q", method, body)
+		}
+		log, err := os.ReadFile(filepath.Join(s.dir.Logs(), "front-door.log"))
+		if id := resp.Header.Get("X-Request-Id"); err != nil || id == "" || !strings.Contains(string(log), "request_id="+id+" method="+method) {
+			t.Errorf("%s: the log lacks the request %q: %v\n%s", method, id, err, log)
 		}
 	}
 
@@ -166,7 +172,7 @@ func TestDoormanLeaves(t *testing.T) {
 		}
 	}
 	for range 50 {
-		d, err := newDoorman([]*os.File{socket})
+		d, err := newDoorman([]*os.File{socket}, slog.New(slog.DiscardHandler))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/deploy"
 	"github.com/wrenn-dev/wrenn/internal/layout"
+	"github.com/wrenn-dev/wrenn/internal/logging"
 	"github.com/wrenn-dev/wrenn/internal/programs"
 	"github.com/wrenn-dev/wrenn/internal/settings"
 )
@@ -34,8 +35,9 @@ type frontDoor struct {
 	env    []string
 	listen string
 	files  []*os.File // the listening sockets
-	// doorman answers until Caddy starts.
+	// doorman answers until Caddy starts, and writes to log.
 	doorman *doorman
+	log     *logFile
 }
 
 // newFrontDoor listens on listen, starts a doorman there, and writes Caddy's
@@ -61,7 +63,14 @@ func newFrontDoor(ctx context.Context, dir layout.Dir, listen string, server set
 	if f.files, err = bind(ctx, listen); err != nil {
 		return nil, err
 	}
-	if f.doorman, err = newDoorman(f.files); err != nil {
+	var format logging.Settings
+	if err = server.Parse(&format); err != nil {
+		return nil, err
+	}
+	if f.log, err = openLog(filepath.Join(dir.Logs(), "front-door.log")); err != nil {
+		return nil, err
+	}
+	if f.doorman, err = newDoorman(f.files, logging.New(f.log, format).Logger); err != nil {
 		return nil, err
 	}
 	if err := f.user.ownDir(f.home); err != nil {
@@ -213,6 +222,9 @@ func covered(ip net.IP, files []*os.File) bool {
 func (f *frontDoor) close() {
 	if f.doorman != nil {
 		f.doorman.close()
+	}
+	if f.log != nil {
+		_ = f.log.Close()
 	}
 	for _, l := range f.files {
 		_ = l.Close()

@@ -21,6 +21,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/deploy"
 	"github.com/wrenn-dev/wrenn/deploy/deploytest"
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
@@ -99,7 +100,7 @@ func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
 func TestFrontDoor(t *testing.T) {
 	// The server responds with the request's host and path.
-	_, listen, stopServer := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	door, listen, stopServer := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/breaks" {
 			panic(http.ErrAbortHandler)
 		}
@@ -141,7 +142,37 @@ func TestFrontDoor(t *testing.T) {
 			t.Errorf("%s%s: %d %q, want %d %q", want.host, want.path, status, body, want.status, want.body)
 		}
 	}
+	refused := func(host, path string) {
+		t.Helper()
+		id := strings.NewReplacer("/", "_", ".", "_").Replace(host + path)
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+listen+path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Host = host + ":" + port
+		req.Header.Set("X-Request-Id", id)
+		resp, err := c.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		if got := resp.Header.Get("X-Request-Id"); resp.StatusCode != http.StatusBadGateway || got != "ext-"+id {
+			t.Errorf("%s%s: %d with the id %q, want ext-%s", host, path, resp.StatusCode, got, id)
+		}
+		await.Until(t, "Caddy's log says why it refused "+id, func() bool {
+			text, _ := os.ReadFile(filepath.Join(door.dir.Logs(), "caddy.log"))
+			for line := range strings.Lines(string(text)) {
+				if strings.Contains(line, `"ext-`+id+`"`) && strings.Contains(line, "unavailable") && strings.Contains(line, "error") {
+					return true
+				}
+			}
+			return false
+		})
+	}
+	refused("localhost", "/breaks")
 	stopServer()
+	refused("localhost", "/v1/x")
+	refused("80-cl-x.localhost", "/v1/x")
 	for _, host := range []string{"localhost", "80-cl-x.localhost"} {
 		want := `{"error":{"code":"unavailable","message":"the front door cannot connect to the control plane: it is starting or has stopped"}}`
 		if status, body := get(host, "/v1/x"); status != 502 || body != want {

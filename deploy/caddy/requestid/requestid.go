@@ -1,0 +1,1 @@
+../../../internal/requestid/requestid.go
