@@ -273,7 +273,9 @@ func (a *Agent) template(team, id uuid.UUID) (image.Template, error) {
 }
 
 // ToPort reports whether the handler forwards a request to a sandbox's port.
-func (a *Agent) ToPort(r *http.Request) bool { return strings.HasPrefix(r.URL.Path, hostwire.ProxyPrefix) }
+func (a *Agent) ToPort(r *http.Request) bool {
+	return strings.HasPrefix(r.URL.Path, hostwire.ProxyPrefix)
+}
 
 // Handler returns the handler of all the agent's requests, for a [netaddr.Server].
 func (a *Agent) Handler() http.Handler { return a.handler }

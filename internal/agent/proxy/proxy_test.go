@@ -184,7 +184,7 @@ func TestBadTargets(t *testing.T) {
 		hostwire.ProxyPrefix: 400, hostwire.ProxyPrefix + "cl-short/80/": 400, hostwire.ProxyPrefix + strings.ToUpper(id.Format(id.Sandbox, o.sandbox)) + "/80/": 400,
 		strings.Replace(o.path(80, "/%2f"), "cl-", "%63l-", 1): 400, o.path(80, "%2fx"): 400,
 		hostwire.ProxyPrefix + id.Format(id.Sandbox, uuid.New()) + "/80/": 404,
-		o.path(hostwire.GuestPort, "/init"):                 404, o.path(hostwire.GuestPort, "//init"): 404, o.path(hostwire.GuestPort, "/%69nit"): 404, o.path(hostwire.GuestPort, "/x/../init/"): 404,
+		o.path(hostwire.GuestPort, "/init"):                               404, o.path(hostwire.GuestPort, "//init"): 404, o.path(hostwire.GuestPort, "/%69nit"): 404, o.path(hostwire.GuestPort, "/x/../init/"): 404,
 		o.path(hostwire.GuestPort, "/freeze"): 404, o.path(hostwire.GuestPort, "/./thaw"): 404, o.path(hostwire.GuestPort, "/INIT"): 404, o.path(hostwire.GuestPort, "/%2finit"): 404,
 		o.path(1, "/"): 502,
 	} {

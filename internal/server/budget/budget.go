@@ -93,7 +93,9 @@ func (b *Budget) Used() int64 {
 
 // Reserve returns an empty reservation for a request of an owner. The caller must call
 // [Reservation.Release].
-func (b *Budget) Reserve(owner string) *Reservation { return &Reservation{budget: b, owner: owner, rows: Free} }
+func (b *Budget) Reserve(owner string) *Reservation {
+	return &Reservation{budget: b, owner: owner, rows: Free}
+}
 
 // Reservation is the memory that one request has reserved. It is safe for concurrent use.
 type Reservation struct {
