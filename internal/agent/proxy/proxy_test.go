@@ -150,7 +150,7 @@ func TestManyRefusals(t *testing.T) {
 		p := New(func(context.Context, uuid.UUID) (*sandbox.Use, error) { return nil, sandbox.ErrNotFound }, slog.New(slog.NewTextHandler(&log, options)))
 		refuse := func(name string, n int) {
 			for range n {
-				p.ServeHTTP(httptest.NewRecorder(), httptest.NewRequestWithContext(t.Context(), http.MethodGet, Prefix+name+"/80/", nil))
+				p.ServeHTTP(httptest.NewRecorder(), httptest.NewRequestWithContext(t.Context(), http.MethodGet, hostwire.ProxyPrefix+name+"/80/", nil))
 			}
 		}
 		one, other := id.Format(id.Sandbox, uuid.New()), id.Format(id.Sandbox, uuid.New())
