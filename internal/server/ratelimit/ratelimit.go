@@ -12,6 +12,7 @@ import (
 	"math"
 	"net/netip"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -30,6 +31,12 @@ const (
 	// maxLocal bounds the local counters. Beyond it, new keys are refused, because
 	// dropping a counter would reset it.
 	maxLocal = 65536
+	// A server leases at most maxLease calls, and at most 1/leaseShare of a limit's, for
+	// at most leaseLasts. maxLeases bounds the callers with leases.
+	maxLease   = 16
+	leaseShare = 256
+	leaseLasts = 10 * time.Second
+	maxLeases  = 8192
 )
 
 // Limit allows Burst calls at once, and Burst more in each Per.
@@ -49,19 +56,33 @@ type Try struct {
 // A key has the time at which all its tries are paid off, in seconds since 2017, where
 // doubles are precise enough. It returns how long to wait, "0" if nothing was refused.
 // Its keys and values are those of redis_rate, which earlier releases used.
+//
+// It counts ARGV[1] calls more for each try, as a lease, if none is refused then. The
+// result is minus their number.
 var allow = redis.NewScript(`
 local time = redis.call("TIME")
 local now = (time[1] - 1483228800) + time[2] / 1000000
+local function count(i, calls)
+  local burst, period = tonumber(ARGV[2 * i]), tonumber(ARGV[2 * i + 1])
+  local paid = math.max(tonumber(redis.call("GET", KEYS[i]) or now), now) + calls * period / burst
+  return paid, paid - period - now
+end
+local more = tonumber(ARGV[1])
+for i = 1, more > 0 and #KEYS or 0 do
+  local _, wait = count(i, 1 + more)
+  if wait > 0 then
+    more = 0
+    break
+  end
+end
 for i, key in ipairs(KEYS) do
-  local burst, period = tonumber(ARGV[2 * i - 1]), tonumber(ARGV[2 * i])
-  local paid = math.max(tonumber(redis.call("GET", key) or now), now) + period / burst
-  local wait = paid - period - now
+  local paid, wait = count(i, 1 + more)
   if wait > 0 then
     return tostring(wait)
   end
   redis.call("SET", key, paid, "EX", math.ceil(paid - now))
 end
-return "0"
+return tostring(0 - more)
 `)
 
 // Limiter counts calls. It is safe for concurrent use.
@@ -70,16 +91,28 @@ type Limiter struct {
 	log   *slog.Logger
 	now   func() time.Time // replaced in tests
 
-	mu    sync.Mutex // not held during calls that can block
-	local map[string]*rate.Limiter
-	down  bool
-	ask   time.Time // when to try Redis again, if it is down
+	mu     sync.Mutex // not held during calls that can block
+	local  map[string]*rate.Limiter
+	leases map[string]*lease // by the keys of all tries
+	down   bool
+	ask    time.Time // when to try Redis again, if it is down
+}
+
+// lease has calls that Redis has counted before they are made, so that not every one of a
+// frequent caller's calls waits for Redis. What is left of it after leaseLasts was counted
+// in vain.
+type lease struct {
+	size  int // calls counted together
+	left  int // of them, not made yet
+	until time.Time
+	// asking is set while a call asks Redis for a new lease. Others count one call.
+	asking bool
 }
 
 // New returns a limiter that counts in Redis.
 func New(client *redis.Client, log *slog.Logger) *Limiter {
 	// The client's own timeout applies even if the context's deadline is sooner.
-	return &Limiter{redis: client.WithTimeout(answerWithin), log: log, now: time.Now, local: make(map[string]*rate.Limiter)}
+	return &Limiter{redis: client.WithTimeout(answerWithin), log: log, now: time.Now, local: make(map[string]*rate.Limiter), leases: make(map[string]*lease)}
 }
 
 // key returns the counter's key. It hashes the address or account, so that Redis does not
@@ -94,20 +127,30 @@ func (l *Limiter) Allow(ctx context.Context, limit Limit, of string) error {
 	return l.AllowAll(ctx, Try{limit, of})
 }
 
-// AllowAll is [Limiter.Allow] for each try in order, in one round trip to Redis. It
-// counts none of those after one that is refused.
+// AllowAll is [Limiter.Allow] for each try in order, in at most one round trip to Redis.
+// It counts none of those after one that is refused.
 func (l *Limiter) AllowAll(ctx context.Context, tries ...Try) error {
-	keys, bounds := make([]string, len(tries)), make([]any, 0, 2*len(tries))
+	keys, args := make([]string, len(tries)), make([]any, 1, 1+2*len(tries))
 	for i, t := range tries {
 		keys[i] = t.Limit.key(t.Of)
-		bounds = append(bounds, t.Limit.Burst, t.Limit.Per.Seconds())
+		args = append(args, t.Limit.Burst, t.Limit.Per.Seconds())
 	}
+	leased, more, granted := l.lease(tries, keys)
+	if leased {
+		return nil
+	}
+	left := 0
+	defer func() { granted(left) }()
 	if !l.mayAsk() {
 		return l.allowLocally(tries, keys)
 	}
 	ask, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
-	wait, err := waits(allow.Run(ask, l.redis, keys, bounds...))
+	args[0] = more
+	wait, err := waits(allow.Run(ask, l.redis, keys, args...))
+	if err == nil && wait < 0 {
+		left = int(-wait / time.Second)
+	}
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
@@ -122,7 +165,47 @@ func (l *Limiter) AllowAll(ctx context.Context, tries ...Try) error {
 	return nil
 }
 
-// waits reads what the script allow returned.
+// lease takes a call from the caller's lease. If there is none, it returns how many more
+// calls to count together with this one; the caller must call granted once, with how
+// many of them Redis has counted.
+func (l *Limiter) lease(tries []Try, keys []string) (leased bool, more int, granted func(left int)) {
+	most := maxLease
+	for _, t := range tries {
+		most = min(most, t.Limit.Burst/leaseShare)
+	}
+	if most <= 1 {
+		return false, 0, func(int) {}
+	}
+	name := strings.Join(keys, " ")
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now, one := l.now(), l.leases[name]
+	switch {
+	case one == nil || !one.asking && !now.Before(one.until):
+		// The caller is not frequent.
+		if len(l.leases) >= maxLeases {
+			clear(l.leases)
+		}
+		one = &lease{size: 1}
+		l.leases[name] = one
+	case one.left > 0 && now.Before(one.until):
+		one.left--
+		return true, 0, nil
+	case one.asking:
+		return false, 0, func(int) {}
+	default:
+		one.size = min(2*one.size, most)
+	}
+	one.asking = true
+	return false, one.size - 1, func(left int) {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		one.asking, one.left, one.until = false, left, l.now().Add(leaseLasts)
+	}
+}
+
+// waits reads what the script allow returned: how long to wait, or minus the number of
+// leased calls, in seconds.
 func waits(answer *redis.Cmd) (time.Duration, error) {
 	text, err := answer.Text()
 	if err != nil {

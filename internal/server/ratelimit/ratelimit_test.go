@@ -283,3 +283,106 @@ func TestAllowAll(t *testing.T) {
 		}
 	}
 }
+
+// counting counts the calls of Redis.
+type counting struct{ asked atomic.Int64 }
+
+func (c *counting) DialHook(next redis.DialHook) redis.DialHook { return next }
+
+func (c *counting) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return next
+}
+
+func (c *counting) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
+	return func(ctx context.Context, cmd redis.Cmder) error {
+		c.asked.Add(1)
+		return next(ctx, cmd)
+	}
+}
+
+// TestLeases checks that few of a frequent caller's calls ask Redis, that all servers
+// together never allow more calls than the limit, and that a rare caller's calls are
+// counted one by one.
+func TestLeases(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	redistest.Start(t, socket)
+	client := redis.NewClient(&redis.Options{Network: "unix", Addr: socket})
+	t.Cleanup(func() { _ = client.Close() })
+	var late atomic.Int64
+	start := time.Now()
+	hooked := &counting{}
+	server := func() *Limiter {
+		l := New(client, slog.New(slog.DiscardHandler))
+		l.redis.AddHook(hooked)
+		l.now = func() time.Time { return start.Add(time.Duration(late.Load())) }
+		return l
+	}
+	one, other := server(), server()
+	const burst = 20 * leaseShare
+	own, team := Limit{Name: "own", Burst: burst, Per: 1000 * time.Hour}, Limit{Name: "team", Burst: 2 * burst, Per: 1000 * time.Hour}
+	allow := func(l *Limiter, of string) bool {
+		t.Helper()
+		err := l.AllowAll(t.Context(), Try{own, of}, Try{team, "theirs"})
+		if err != nil && !fault.Is(err, fault.RateLimited) {
+			t.Fatal(err)
+		}
+		return err == nil
+	}
+
+	// Rare calls: each lease has expired before the next call.
+	for range 20 {
+		if !allow(one, "rare") {
+			t.Fatal("a rare call is refused")
+		}
+		late.Add(int64(leaseLasts))
+	}
+	if n := hooked.asked.Load(); n < 20 {
+		t.Errorf("20 rare calls asked Redis %d times", n)
+	}
+	paid := func(limit Limit, of string) float64 {
+		t.Helper()
+		at, err := client.Get(t.Context(), limit.key(of)).Float64()
+		if err != nil {
+			t.Fatal(err)
+		}
+		now, err := client.Time(t.Context()).Result()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return (at - float64(now.UnixNano())/1e9 + 1483228800) / limit.Per.Seconds() * float64(limit.Burst)
+	}
+	if n := paid(own, "rare"); n < 19.5 || n > 20.5 {
+		t.Errorf("20 rare calls were counted as %.1f", n)
+	}
+
+	// Many calls at once, to two servers.
+	before := hooked.asked.Load()
+	var allowed atomic.Int64
+	var callers sync.WaitGroup
+	for i := range 8 {
+		callers.Go(func() {
+			l := one
+			if i%2 == 1 {
+				l = other
+			}
+			for allow(l, "many") {
+				allowed.Add(1)
+			}
+		})
+	}
+	callers.Wait()
+	// Some calls are admitted again while the test runs: fewer than ten in its hang time.
+	if n := allowed.Load(); n > burst+10 || n < burst-2*maxLease {
+		t.Errorf("%d calls of %d are allowed", n, burst)
+	}
+	if n := hooked.asked.Load() - before; n > burst/2 {
+		t.Errorf("%d calls asked Redis %d times", burst, n)
+	}
+	if allow(one, "many") || allow(other, "many") {
+		t.Error("a call beyond the limit is allowed")
+	}
+	// What leases have counted counts for the team too.
+	if n := paid(team, "theirs"); n < burst || n > burst+20.5 {
+		t.Errorf("%.1f calls count for the team, want %d", n, burst+20)
+	}
+}
