@@ -134,7 +134,7 @@ const piece = 32 << 10
 
 // Run implements hostagentv1connect.HostAgentHandler. An agent of the previous release
 // does not have the call.
-func (a *agent) Run(_ context.Context, req *connect.Request[hostagentv1.RunRequest], s *connect.ServerStream[hostagentv1.RunResponse]) error {
+func (a *agent) Run(ctx context.Context, req *connect.Request[hostagentv1.RunRequest], s *connect.ServerStream[hostagentv1.RunResponse]) error {
 	if a.before.Load() {
 		return connect.NewError(connect.CodeUnimplemented, errors.New("no such call"))
 	}
@@ -142,6 +142,9 @@ func (a *agent) Run(_ context.Context, req *connect.Request[hostagentv1.RunReque
 		return connect.NewError(connect.CodeNotFound, errors.New("no such sandbox"))
 	}
 	if err := a.usable(req.Msg.SandboxId); err != nil {
+		return err
+	}
+	if err := a.decide(ctx, "run"); err != nil {
 		return err
 	}
 	r, err := a.exec(req.Msg.Command, nil)

@@ -2,12 +2,14 @@ package server_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/csv"
 	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -17,6 +19,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/wrenn-dev/wrenn/client"
+	"github.com/wrenn-dev/wrenn/internal/await"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/server/metrics"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
@@ -227,6 +230,53 @@ func TestAuditBeforeAnswer(t *testing.T) {
 		t.Error("reads need records")
 	}
 	p.call("DELETE", "/v1/sandboxes/"+sandbox, nil).want(204)
+}
+
+// TestCommandsRecord checks that the record of a command is written while the command
+// runs, that it is replaced if the command does not start, and that no command is
+// acknowledged without one.
+func TestCommandsRecord(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	path := "/v1/sandboxes/" + p.create(map[string]any{}) + "/exec"
+	release := make(chan struct{})
+	p.agent.hook(func(ctx context.Context, call string) error {
+		if call == "run" {
+			select {
+			case <-release:
+			case <-ctx.Done():
+			}
+		}
+		return nil
+	})
+	ran := make(chan error, 1)
+	go func() {
+		r, err := p.try("POST", path, map[string]any{"cmd": "say"})
+		if err == nil && r.Status != http.StatusOK {
+			err = fmt.Errorf("%d %s", r.Status, r.Body)
+		}
+		ran <- err
+	}()
+	records := func() (all []string) {
+		for _, r := range p.call("GET", "/v1/audit?action=exec", nil).want(200).list("records") {
+			r := r.(map[string]any)
+			all = append(all, fmt.Sprint(r["result"], r["code"]))
+		}
+		slices.Sort(all)
+		return all
+	}
+	p.eventually("a command that runs has a record", func() bool { return slices.Equal(records(), []string{"ok"}) })
+	close(release)
+	if err := await.Recv(t, "the command's end", ran); err != nil {
+		t.Fatal(err)
+	}
+	p.call("POST", path, map[string]any{"cmd": "missing"}).fails(422, "command_not_found")
+	p.call("POST", "/v1/sandboxes/cl-0000000000000000000000000/exec", map[string]any{"cmd": "say"}).fails(404, "not_found")
+	if got, want := records(), []string{"ok", "refusedcommand_not_found", "refusednot_found"}; !slices.Equal(got, want) {
+		t.Errorf("the records say %q, want %q", got, want)
+	}
+	p.sql("ALTER TABLE audit_records ADD CONSTRAINT broken CHECK (action <> 'exec') NOT VALID")
+	p.call("POST", path, map[string]any{"cmd": "say"}).fails(503, "unavailable")
 }
 
 func TestMetricsHistory(t *testing.T) {

@@ -93,6 +93,15 @@ func (q *Queries) CountUsersAudit(ctx context.Context, most int64) ([]CountUsers
 	return items, nil
 }
 
+const deleteAudit = `-- name: DeleteAudit :exec
+DELETE FROM audit_records WHERE id = $1
+`
+
+func (q *Queries) DeleteAudit(ctx context.Context, id uuid.UUID) error {
+	_, err := q.db.Exec(ctx, deleteAudit, id)
+	return err
+}
+
 const forgetAudit = `-- name: ForgetAudit :execrows
 DELETE FROM audit_records WHERE id = ANY (ARRAY(SELECT a.id FROM audit_records a WHERE a.at < $1 ORDER BY a.at, a.id LIMIT $2 FOR UPDATE))
 `

@@ -5,8 +5,10 @@
 // The server writes the record of a requested change before it responds, so it
 // acknowledges no change without a record. The record is not in the change's transaction,
 // because most changes take as long as a call to a host. If the server dies between the
-// two, a change that nobody was told of can lack its record. The database records
-// spontaneous changes in the transaction that makes them.
+// two, a change that nobody was told of can lack its record. The record of a command is
+// written while the command runs, and replaced before the response if the command fails
+// ([Log.WriteEarly]). The database records spontaneous changes in the transaction that
+// makes them.
 package audit
 
 import (
@@ -138,18 +140,64 @@ func New(s *store.Store, keep time.Duration, log *slog.Logger) *Log { return &Lo
 
 // Write adds a record. The database sets its time.
 func (l *Log) Write(ctx context.Context, r Record) error {
+	_, err := insert(ctx, l.store.Queries, r)
+	return err
+}
+
+// insert adds a record and returns its id.
+func insert(ctx context.Context, q *db.Queries, r Record) (uuid.UUID, error) {
 	u, err := uuid.NewV7()
+	if err == nil {
+		err = q.InsertAudit(ctx, db.InsertAuditParams{
+			ID: u, TeamID: r.Team, Actor: r.Actor, ActorID: r.ActorID, UserID: r.User, Action: r.Action, Object: r.Object, ObjectID: inside(r.Object, r.ObjectID),
+			Address: r.Address, RequestID: r.RequestID, Result: r.Result, Code: r.Code, Bucket: r.bucket(time.Now()),
+		})
+	}
 	if err != nil {
+		return u, fmt.Errorf("write audit record: %w", err)
+	}
+	return u, nil
+}
+
+// Early is a record that is written while its request still runs.
+type Early struct {
+	log  *Log
+	done chan struct{}
+	// id and err are set before done is closed.
+	id  uuid.UUID
+	err error
+}
+
+// WriteEarly begins to write the record of a request that will probably succeed, so that
+// the response need not wait for it. The end of ctx does not stop it, but it takes at most
+// within. If the server dies before [Early.End], the record remains, and says what it was
+// expected to say. The caller must call End.
+func (l *Log) WriteEarly(ctx context.Context, within time.Duration, r Record) *Early {
+	e := &Early{log: l, done: make(chan struct{})}
+	go func() {
+		defer close(e.done)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), within)
+		defer cancel()
+		e.id, e.err = insert(ctx, l.store.Queries, r)
+	}()
+	return e
+}
+
+// End waits until the record is written. If the request did not succeed, or writing
+// failed, End writes r instead.
+func (e *Early) End(ctx context.Context, r Record) error {
+	<-e.done
+	if e.err == nil && r.Result == OK {
+		return nil
+	}
+	// After an error the record may be there nevertheless.
+	return e.log.store.InTx(ctx, func(q *db.Queries) error {
+		if err := q.DeleteAudit(ctx, e.id); err != nil {
+			return fmt.Errorf("delete early audit record: %w", err)
+		}
+		_, err := insert(ctx, q, r)
 		return err
-	}
-	err = l.store.InsertAudit(ctx, db.InsertAuditParams{
-		ID: u, TeamID: r.Team, Actor: r.Actor, ActorID: r.ActorID, UserID: r.User, Action: r.Action, Object: r.Object, ObjectID: inside(r.Object, r.ObjectID),
-		Address: r.Address, RequestID: r.RequestID, Result: r.Result, Code: r.Code, Bucket: r.bucket(time.Now()),
 	})
-	if err != nil {
-		return fmt.Errorf("write audit record: %w", err)
-	}
-	return nil
 }
 
 // Filter selects audit records. Zero fields match everything.

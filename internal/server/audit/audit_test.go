@@ -3,12 +3,14 @@ package audit
 import (
 	"context"
 	"log/slog"
+	"slices"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
@@ -270,4 +272,79 @@ func TestChargesTogether(t *testing.T) {
 	if charged != rows*512 || counted != rows*512 {
 		t.Errorf("the team has %d records, and is charged for %d bytes, %d of them recounted", rows, charged, counted)
 	}
+}
+
+// TestEarly checks that a request whose record is written early ends up with exactly one
+// record, which has the request's result.
+func TestEarly(t *testing.T) {
+	ctx, url := t.Context(), pgtest.New(t)
+	s, err := store.Open(context.Background(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	conn := pgtest.Connect(t, url)
+	exec := func(query string, args ...any) {
+		t.Helper()
+		if _, err := conn.Exec(ctx, query, args...); err != nil {
+			t.Fatalf("%s: %v", query, err)
+		}
+	}
+	team, key := uuid.New(), uuid.New()
+	exec("INSERT INTO teams (id, name) VALUES ($1, 't')", team)
+	l := New(s, time.Hour, slog.New(slog.DiscardHandler))
+	as := func(result, code string) Record {
+		return Record{Team: &team, Actor: Key, ActorID: &key, Action: "exec", Object: "sandbox", ObjectID: "x", Result: result, Code: code}
+	}
+	early := func() *Early {
+		left, leave := context.WithCancel(ctx)
+		leave() // The end of the request does not stop it.
+		return l.WriteEarly(left, await.Hang, as(OK, ""))
+	}
+	written := func(when string, want ...string) {
+		t.Helper()
+		var got []string
+		var charged int
+		if err := conn.QueryRow(ctx, `SELECT array_agg(concat_ws(' ', result, NULLIF(code, ''), count) ORDER BY result, code),
+			(SELECT sum(bytes) / 512 FROM record_charges) FROM audit_records`).Scan(&got, &charged); err != nil {
+			t.Fatal(err)
+		}
+		if !slices.Equal(got, want) || charged != len(want) {
+			t.Errorf("%s: %q, want %q; %d are charged", when, got, want, charged)
+		}
+	}
+	if err := early().End(ctx, as(OK, "")); err != nil {
+		t.Error(err)
+	}
+	written("a success", "ok 1")
+	if err := early().End(ctx, as(Failed, "internal")); err != nil {
+		t.Error(err)
+	}
+	written("and a failure", "failed internal 1", "ok 1")
+	for {
+		exec("DELETE FROM audit_records WHERE result = 'refused'")
+		minute := time.Now().Unix() / 60
+		for range 2 {
+			if err := early().End(ctx, as(Refused, "not_found")); err != nil {
+				t.Error(err)
+			}
+		}
+		if time.Now().Unix()/60 == minute {
+			break // Both are of the same minute, so they share a record.
+		}
+	}
+	written("and two refusals", "failed internal 1", "ok 1", "refused not_found 2")
+
+	// A record that the database did not take early is written at the end, or never.
+	exec("ALTER TABLE audit_records ADD CONSTRAINT broken CHECK (result <> 'ok') NOT VALID")
+	if err := early().End(ctx, as(OK, "")); err == nil {
+		t.Error("no error says that the record is missing")
+	}
+	late := early()
+	<-late.done
+	exec("ALTER TABLE audit_records DROP CONSTRAINT broken")
+	if err := late.End(ctx, as(OK, "")); err != nil {
+		t.Error(err)
+	}
+	written("and a second try", "failed internal 1", "ok 1", "ok 1", "refused not_found 2")
 }

@@ -35,6 +35,7 @@ func (a *API) audit(next http.Handler) http.Handler {
 			return
 		}
 		rec := &recorder{ResponseWriter: w, api: a, r: r, op: m.op}
+		observed(r).recorder = rec
 		defer func() {
 			if rec.began {
 				return
@@ -67,6 +68,20 @@ type recorder struct {
 	op  *openapi3.Operation
 	// began: the response has begun. mute: discard the handler's response.
 	began, mute bool
+	// early is the record if it is written before the response; nil: it is not.
+	early *audit.Early
+}
+
+// recordEarly begins to write a request's audit record, which says that the request
+// succeeded. If it does not, the recorder replaces the record before the response.
+func recordEarly(r *http.Request) {
+	rec := observed(r).recorder
+	if rec == nil || rec.early != nil {
+		return
+	}
+	if record, ok := rec.record(audit.OK, ""); ok {
+		rec.early = rec.api.Audit.WriteEarly(r.Context(), recordWithin, record)
+	}
 }
 
 // Unwrap lets http.ResponseController reach the connection.
@@ -109,30 +124,43 @@ func (rec *recorder) Write(b []byte) (int, error) {
 	return rec.ResponseWriter.Write(b)
 }
 
-// write writes the record. It skips unauthenticated callers of operations that need
-// authentication, because they change nothing and could fill the log.
-func (rec *recorder) write(result, code string) error {
+// record returns the record of a request with a result; ok is false if there is none.
+// Unauthenticated callers of operations that need authentication have none, because they
+// change nothing and could fill the log.
+func (rec *recorder) record(result, code string) (record audit.Record, ok bool) {
 	o := observed(rec.r)
-	record := audit.Record{Actor: audit.Anonymous, Action: rec.op.OperationID, Address: rec.api.addressText(rec.r), RequestID: requestid.From(rec.r.Context()), Result: result, Code: code}
+	record = audit.Record{Actor: audit.Anonymous, Action: rec.op.OperationID, Address: rec.api.addressText(rec.r), RequestID: requestid.From(rec.r.Context()), Result: result, Code: code}
 	switch {
 	case o.host != uuid.Nil:
 		record.Actor, record.ActorID = audit.Host, &o.host
 	default:
 		actor(&record, o)
 		if record.Actor == audit.Anonymous && (!open(rec.op) || result != audit.OK && code == "rate_limited") {
-			return nil
+			return record, false
 		}
 	}
 	if strings.HasPrefix(routed(rec.r).path, "/v1/admin/") {
 		record.Team = nil
 	}
 	record.Object, record.ObjectID = object(rec.r, rec.Header().Get("Location"))
+	return record, true
+}
+
+// write writes the record, unless the request has none.
+func (rec *recorder) write(result, code string) error {
+	record, ok := rec.record(result, code)
+	if !ok {
+		return nil
+	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(rec.r.Context()), recordWithin)
 	defer cancel()
 	if code == "quota_exceeded" && record.Team != nil {
 		if err := rec.api.Channels.Quota(ctx, *record.Team, ""); err != nil {
 			rec.api.log(rec.r).Warn("emit event for a reached quota", "error", err)
 		}
+	}
+	if rec.early != nil {
+		return rec.early.End(ctx, record)
 	}
 	return rec.api.Audit.Write(ctx, record)
 }

@@ -92,7 +92,7 @@ func (a *API) exec(r *http.Request, sandbox string) (*hostagentv1.ExecResponse, 
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), time.Duration(timeout)*time.Second+answerGrace)
 	defer cancel()
-	out, err := a.Sandboxes.Exec(ctx, caller(r).Team, u, c, stdin, observed(r).held)
+	out, err := a.Sandboxes.Exec(ctx, caller(r).Team, u, c, stdin, observed(r).held, func() { recordEarly(r) })
 	if r.Context().Err() != nil {
 		return nil, r.Context().Err()
 	}

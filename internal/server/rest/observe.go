@@ -48,6 +48,8 @@ type observation struct {
 	host uuid.UUID
 	// held is the memory that the request takes, once the caller is known.
 	held *budget.Reservation
+	// recorder writes the audit record; nil: the request has none.
+	recorder *recorder
 }
 
 type observationKey struct{}

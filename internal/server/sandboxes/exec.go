@@ -28,11 +28,13 @@ const (
 // Exec runs a command in a team's sandbox until it exits. Its output takes memory from
 // held, except for the first [budget.Free] bytes of each stream. Output that finds no
 // memory there, or exceeds 16 MiB of a stream, is dropped, because the command has
-// already run.
-func (s *Service) Exec(ctx context.Context, team, sandbox uuid.UUID, c *hostagentv1.Command, stdin []byte, held *budget.Reservation) (*hostagentv1.ExecResponse, error) {
+// already run. Exec calls begin, which must not block, each time before it sends the
+// command to a host.
+func (s *Service) Exec(ctx context.Context, team, sandbox uuid.UUID, c *hostagentv1.Command, stdin []byte, held *budget.Reservation, begin func()) (*hostagentv1.ExecResponse, error) {
 	stdout, stderr := kept{held: held}, kept{held: held}
 	var exited *hostagentv1.ExecStreamResponse_Exited
 	err := s.call(ctx, team, sandbox, func(host *hosts.Host) (err error) {
+		begin()
 		name := id.Format(id.Sandbox, sandbox)
 		take := func(m output) bool {
 			stdout.add(m.GetStdout())

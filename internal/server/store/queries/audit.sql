@@ -4,6 +4,9 @@ INSERT INTO audit_records (id, at, team_id, actor, actor_id, user_id, action, ob
 VALUES ($1, now(), $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
 ON CONFLICT (bucket) WHERE bucket IS NOT NULL DO UPDATE SET count = audit_records.count + 1;
 
+-- name: DeleteAudit :exec
+DELETE FROM audit_records WHERE id = $1;
+
 -- name: ListTeamAudit :many
 SELECT * FROM audit_records
 WHERE team_id = @team_id::uuid AND (at, id) < (@before_at::timestamptz, @before_id::uuid) AND at >= @from_at::timestamptz
