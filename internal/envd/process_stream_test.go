@@ -273,8 +273,8 @@ func TestProcessManySubscribers(t *testing.T) {
 func TestProcessBackpressure(t *testing.T) {
 	g := boot(t)
 	p := g.start("", &pb.StartRequest{Process: sh("exec head -c 67108864 /dev/zero")})
-	if !g.blocks(p.pid) {
-		t.Error("the daemon accepted 64 MiB that nobody read")
+	if n := g.blocks(p.pid); n >= 67108864 {
+		t.Errorf("the daemon accepted %d bytes that nobody read", n)
 	}
 	total := 0
 	for p.stream.Receive() {
@@ -302,9 +302,7 @@ func TestProcessBackpressure(t *testing.T) {
 		if err != nil || len(res.Msg.GetProcesses()) != 1 {
 			t.Fatalf("%v, %v", res, err)
 		}
-		if !g.blocks(res.Msg.GetProcesses()[0].GetPid()) {
-			t.Fatal("the process ended")
-		}
+		g.blocks(res.Msg.GetProcesses()[0].GetPid())
 		if ending == "signal" {
 			_, err := g.process.SendSignal(t.Context(), as("", &pb.SendSignalRequest{Process: byTag("yes"), Signal: pb.Signal_SIGNAL_SIGKILL}))
 			if err != nil {
@@ -336,30 +334,27 @@ func TestProcessBackpressure(t *testing.T) {
 	}
 }
 
-// blocks waits until a process that always writes does not write while the daemon answers
-// many requests. It returns false if the process ended.
-func (g *guest) blocks(pid uint32) bool {
+// blocks waits until a process writes nothing while the daemon answers many requests, because
+// nobody reads its output. It returns the number of bytes that the process has written.
+func (g *guest) blocks(pid uint32) (written int64) {
 	g.t.Helper()
-	written := func() (n int64, err error) {
-		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/io", pid))
-		if err == nil {
-			_, err = fmt.Sscanf(string(text), "rchar: %d\nwchar: %d", new(int64), &n)
-		}
-		return n, err
-	}
-	ended := false
 	await.Until(g.t, "the process blocks", func() bool {
-		before, _ := written()
+		before := written
 		for range 30 {
 			if _, err := g.process.List(g.t.Context(), as("", &pb.ListRequest{})); err != nil {
 				g.t.Fatal(err)
 			}
 		}
-		after, err := written()
-		ended = err != nil
-		return ended || before == after && after > 0
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/io", pid))
+		if err != nil {
+			g.t.Fatalf("the process does not block: %v", err)
+		}
+		if _, err := fmt.Sscanf(string(text), "rchar: %d\nwchar: %d", new(int64), &written); err != nil {
+			g.t.Fatal(err)
+		}
+		return written > 0 && written == before
 	})
-	return !ended
+	return written
 }
 
 func TestProcessKeepalive(t *testing.T) {
