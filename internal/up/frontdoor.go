@@ -35,12 +35,12 @@ type frontDoor struct {
 	env    []string
 	listen string
 	files  []*os.File // the listening sockets
-	// doorman answers until Caddy starts, and writes to log.
-	doorman *doorman
-	log     *logFile
+	// placeholder answers until Caddy starts, and writes to log.
+	placeholder *placeholder
+	log         *logFile
 }
 
-// newFrontDoor listens on listen, starts a doorman there, and writes Caddy's
+// newFrontDoor listens on listen, starts a placeholder there, and writes Caddy's
 // configuration. server has the server's settings.
 func newFrontDoor(ctx context.Context, dir layout.Dir, listen string, server settings.Values) (_ *frontDoor, err error) {
 	f := &frontDoor{config: filepath.Join(dir.Run(), "Caddyfile"), home: filepath.Join(dir.Run(), "caddy"), listen: listen, user: account{caddyID, caddyID}}
@@ -70,7 +70,7 @@ func newFrontDoor(ctx context.Context, dir layout.Dir, listen string, server set
 	if f.log, err = openLog(filepath.Join(dir.Logs(), "front-door.log")); err != nil {
 		return nil, err
 	}
-	if f.doorman, err = newDoorman(f.files, logging.New(f.log, format).Logger); err != nil {
+	if f.placeholder, err = newPlaceholder(f.files, logging.New(f.log, format).Logger); err != nil {
 		return nil, err
 	}
 	if err := f.user.ownDir(f.home); err != nil {
@@ -220,8 +220,8 @@ func covered(ip net.IP, files []*os.File) bool {
 
 // close closes the sockets. Caddy must have exited.
 func (f *frontDoor) close() {
-	if f.doorman != nil {
-		f.doorman.close()
+	if f.placeholder != nil {
+		f.placeholder.close()
 	}
 	if f.log != nil {
 		_ = f.log.Close()
@@ -238,7 +238,7 @@ func (f *frontDoor) program() program {
 	return program{
 		name: "Caddy",
 		command: func() *exec.Cmd {
-			f.doorman.leave()
+			f.placeholder.leave()
 			cmd := f.caddy.Command("run", "--config", f.config, "--adapter", "caddyfile")
 			cmd.ExtraFiles = append(slices.Clone(f.files), f.binary)
 			cmd.Path = fmt.Sprintf("/proc/self/fd/%d", firstFD+len(f.files))

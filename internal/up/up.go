@@ -307,7 +307,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 		return err
 	}
 	progress := func(step string) { s.say("%s", step) }
-	front.doorman.prepares("the kernel and the base image, which takes a minute or two the first time")
+	front.placeholder.prepares("the kernel and the base image, which takes a minute or two the first time")
 	kernel, err := image.Kernel(ctx, s.dir, envd, progress)
 	if err != nil {
 		return err
@@ -323,7 +323,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 	}
 	s.say("images are ready")
 
-	front.doorman.prepares("the databases")
+	front.placeholder.prepares("the databases")
 	pg, err := newPostgres(ctx, s.dir)
 	if err != nil {
 		return err
@@ -364,11 +364,11 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 		_, err := s.agent().Terminate(ctx, connect.NewRequest(&hostagentv1.TerminateRequest{}))
 		return err
 	}
-	front.doorman.prepares("the host agent")
+	front.placeholder.prepares("the host agent")
 	if err := s.launch(ctx, hostAgent); err != nil {
 		return err
 	}
-	front.doorman.prepares("the control plane")
+	front.placeholder.prepares("the control plane")
 	err = s.launch(ctx, s.own(self, all.ServerProgram, s.serverSettings, []string{
 		"WRENN_STOP_TIMEOUT=" + operationsTimeout.String(), "WRENN_INSECURE=" + strconv.FormatBool(o.insecure),
 		"WRENN_SPOOL_DIR=" + s.dir.Spool(),

@@ -22,9 +22,9 @@ import (
 // retryAfter is the Retry-After of responses while `wrenn up` starts.
 const retryAfter = 5 * time.Second
 
-// doorman answers every request at the front door's sockets until Caddy starts. The
+// placeholder answers every request at the front door's sockets until Caddy starts. The
 // first start takes minutes, during which clients would otherwise hang.
-type doorman struct {
+type placeholder struct {
 	server  *http.Server
 	serving sync.WaitGroup
 	log     *slog.Logger
@@ -34,48 +34,48 @@ type doorman struct {
 	leave func()
 }
 
-// newDoorman returns a doorman that answers at the sockets, and logs each request. It does
-// not close the sockets.
-func newDoorman(sockets []*os.File, logger *slog.Logger) (*doorman, error) {
-	d := &doorman{log: logger}
-	d.prepares("everything")
-	d.server = netaddr.Server(requestid.Handler(d))
-	d.server.ErrorLog = log.New(io.Discard, "", 0)
-	d.server.SetKeepAlivesEnabled(false) // Caddy gets the next request
+// newPlaceholder returns a placeholder that answers at the sockets, and logs each request. It
+// does not close the sockets.
+func newPlaceholder(sockets []*os.File, logger *slog.Logger) (*placeholder, error) {
+	p := &placeholder{log: logger}
+	p.prepares("everything")
+	p.server = netaddr.Server(requestid.Handler(p))
+	p.server.ErrorLog = log.New(io.Discard, "", 0)
+	p.server.SetKeepAlivesEnabled(false) // Caddy gets the next request
 	var listeners []net.Listener
-	d.leave = sync.OnceFunc(func() {
+	p.leave = sync.OnceFunc(func() {
 		for _, l := range listeners {
 			_ = l.Close()
 		}
-		d.serving.Wait()
+		p.serving.Wait()
 	})
 	for _, f := range sockets {
 		l, err := net.FileListener(f)
 		if err != nil {
-			d.close()
+			p.close()
 			return nil, fmt.Errorf("answer at the front door: %w", err)
 		}
 		listeners = append(listeners, l)
 	}
 	for _, l := range listeners {
-		d.serving.Go(func() { _ = d.server.Serve(linger.Listener(l)) })
+		p.serving.Go(func() { _ = p.server.Serve(linger.Listener(l)) })
 	}
-	return d, nil
+	return p, nil
 }
 
 // close stops accepting connections, and closes those that are still open.
-func (d *doorman) close() {
-	d.leave()
-	_ = d.server.Close()
+func (p *placeholder) close() {
+	p.leave()
+	_ = p.server.Close()
 }
 
 // prepares sets what the response says this machine is preparing. Anybody can read it.
-func (d *doorman) prepares(what string) { d.doing.Store(&what) }
+func (p *placeholder) prepares(what string) { p.doing.Store(&what) }
 
 // ServeHTTP implements [http.Handler].
-func (d *doorman) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	id, doing := requestid.From(r.Context()), *d.doing.Load()
-	d.log.InfoContext(r.Context(), "request refused, because wrenn up is starting", "request_id", id, "method", r.Method, "host", r.Host, "preparing", doing)
+func (p *placeholder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	id, doing := requestid.From(r.Context()), *p.doing.Load()
+	p.log.InfoContext(r.Context(), "request refused, because wrenn up is starting", "request_id", id, "method", r.Method, "host", r.Host, "preparing", doing)
 	h := w.Header()
 	h.Set(requestid.Header, id)
 	h.Set("Content-Type", "application/json")

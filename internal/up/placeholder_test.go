@@ -49,9 +49,9 @@ func takePassed(t *testing.T, s *service) net.Listener {
 	return linger.Listener(l)
 }
 
-// TestDoorman checks that from the moment the port is open until Caddy responds, clients
+// TestPlaceholder checks that from the moment the port is open until Caddy responds, clients
 // learn what the machine prepares. No client is refused, and none waits.
-func TestDoorman(t *testing.T) {
+func TestPlaceholder(t *testing.T) {
 	s := newService(t)
 	deploytest.Caddy(t)
 	front, err := newFrontDoor(t.Context(), s.dir, "127.0.0.1:0", nil)
@@ -69,7 +69,7 @@ func TestDoorman(t *testing.T) {
 		t.Helper()
 		return exchange(t, front.listen, method, "", "/v1/sandboxes", "{}")
 	}
-	front.doorman.prepares("the base image")
+	front.placeholder.prepares("the base image")
 	for _, method := range []string{"GET", "POST", "HEAD"} {
 		resp, body := get(method)
 		if resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" || resp.Header.Get("Content-Type") != "application/json" {
@@ -111,9 +111,9 @@ func TestDoorman(t *testing.T) {
 	}
 }
 
-// TestDoormanLeaves lets another server take over repeatedly while clients connect. One
+// TestPlaceholderLeaves lets another server take over repeatedly while clients connect. One
 // of the two responds on each connection.
-func TestDoormanLeaves(t *testing.T) {
+func TestPlaceholderLeaves(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -172,12 +172,12 @@ func TestDoormanLeaves(t *testing.T) {
 		}
 	}
 	for range 50 {
-		d, err := newDoorman([]*os.File{socket}, slog.New(slog.DiscardHandler))
+		p, err := newPlaceholder([]*os.File{socket}, slog.New(slog.DiscardHandler))
 		if err != nil {
 			t.Fatal(err)
 		}
 		until(http.StatusServiceUnavailable)
-		d.leave()
+		p.leave()
 		l, err := net.FileListener(socket)
 		if err != nil {
 			t.Fatal(err)
