@@ -8,7 +8,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"connectrpc.com/connect"
 
@@ -212,8 +211,8 @@ func testStream(t *testing.T, h *host, sandbox string) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if n += len(m.GetStdout()); n < 1<<20 {
-				time.Sleep(5 * time.Millisecond)
+			if n += len(m.GetStdout()); n < 1<<18 {
+				h.exec(t, sandbox, sh("true"), nil) // while the output waits for its client
 			}
 			if m.GetExited() != nil {
 				break

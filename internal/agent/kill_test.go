@@ -233,7 +233,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 			took := make(chan error, 1)
 			go func() { took <- s.doPause(t.Context()) }()
 			select {
-			case <-time.After(time.Duration(10+25*i) * time.Millisecond):
+			case <-time.After(time.Duration(10+25*i) * time.Millisecond): // real time: the kill comes at any moment
 			case <-took:
 			}
 			_ = s.Cmd.Process.Kill()

@@ -237,6 +237,7 @@ func TestSnapshot(t *testing.T) {
 		t.Errorf("template %v", tpl)
 	}
 	next := h.counts(t, sandbox, pid, last)
+	// The guests' clocks need real time to become wrong.
 	await.Until(t, "the captured clock is wrong by more than the tolerance", func() bool { return time.Since(captured) > 2*clockTolerance })
 	begin := func() string {
 		r := request()

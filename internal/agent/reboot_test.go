@@ -232,7 +232,7 @@ func TestSilentGuest(t *testing.T) {
 		signal("STOP")
 		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
 		defer cancel()
-		_, err := h.Exec(ctx, connect.NewRequest(&pb.ExecRequest{SandboxId: sandbox, Command: sh("sleep 0.1")}))
+		_, err := h.Exec(ctx, connect.NewRequest(&pb.ExecRequest{SandboxId: sandbox, Command: sh("true")}))
 		return err != nil
 	})
 	begun := time.Now()

@@ -182,26 +182,57 @@ func testBadRequests(t *testing.T, h *host, sandbox string) {
 	}
 }
 
+// TestExpiryAndUse checks what counts as a use of a sandbox, and that one that is not used
+// expires. A use delays the expiry, which package sandbox tests.
 func TestExpiryAndUse(t *testing.T) {
 	h := newHost(t)
 	r := request()
-	r.TimeoutSeconds = 6
+	r.TimeoutSeconds = 3600
 	sandbox := h.create(t, r)
-	// Use and pings extend its life.
-	if got := h.exec(t, sandbox, sh("sleep 8; echo done"), nil); string(got.GetStdout()) != "done\n" {
-		t.Fatalf("%v", got)
+	idle := func() time.Duration {
+		t.Helper()
+		got, err := h.Get(t.Context(), connect.NewRequest(&pb.GetRequest{SandboxId: sandbox}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got.Msg.GetSandbox().GetIdle() == nil {
+			t.Fatalf("the sandbox does not report whether it is in use: %v", got.Msg)
+		}
+		return got.Msg.GetSandbox().GetIdle().AsDuration()
 	}
+
+	// A command.
+	ended := make(chan *connect.Response[pb.ExecResponse], 1)
+	go func() {
+		res, err := h.Exec(t.Context(), connect.NewRequest(&pb.ExecRequest{SandboxId: sandbox, Command: sh("touch /tmp/begun; until [ -e /tmp/end ]; do sleep 0.1; done; echo done")}))
+		if err != nil {
+			t.Error(err)
+		}
+		ended <- res
+	}()
+	await.Until(t, "the command starts", func() bool { return h.exec(t, sandbox, sh("test -e /tmp/begun"), nil).GetExitCode() == 0 })
+	if d := idle(); d != 0 {
+		t.Errorf("while a command runs, the sandbox is idle for %v", d)
+	}
+	h.exec(t, sandbox, sh("touch /tmp/end"), nil)
+	if res := await.Recv(t, "the command ends", ended); res == nil || string(res.Msg.GetStdout()) != "done\n" {
+		t.Fatalf("%v", res)
+	}
+	await.Until(t, "the sandbox is idle after the command", func() bool { return idle() > 0 })
+
+	// A ping.
 	begun := time.Now()
 	p, err := h.Ping(t.Context(), connect.NewRequest(&pb.PingRequest{SandboxId: sandbox}))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if at := p.Msg.GetSandbox().GetExpiresAt().AsTime(); at.Before(begun.Add(6*time.Second)) || at.After(time.Now().Add(6*time.Second)) {
+	if at := p.Msg.GetSandbox().GetExpiresAt().AsTime(); at.Before(begun.Add(time.Hour)) || at.After(time.Now().Add(time.Hour)) {
 		t.Errorf("after a ping at %v it expires at %v", begun, at)
 	}
-	// So does an idle connection through the proxy.
-	h.exec(t, sandbox, sh("setsid python3 -c 'import socket;s=socket.create_server((\"0.0.0.0\",7000));c=s.accept();import time;time.sleep(600)' >/dev/null 2>&1 </dev/null &"), nil)
-	h.exec(t, sandbox, sh("until ss -ltn | grep -q :7000; do sleep 0.1; done"), nil)
+
+	// A connection through the proxy, on which nothing is sent.
+	h.exec(t, sandbox, sh("setsid python3 -c 'import socket;s=socket.create_server((\"0.0.0.0\",7000));c=s.accept();import time;time.sleep(600)' >/dev/null 2>&1 </dev/null & until ss -ltn | grep -q :7000; do sleep 0.1; done"), nil)
+	await.Until(t, "the sandbox is idle after a command", func() bool { return idle() > 0 })
 	// Not earlier, because the agent closes connections that are idle for long.
 	conn, err := net.Dial("unix", h.Dir.AgentSocket())
 	if err != nil {
@@ -211,12 +242,16 @@ func TestExpiryAndUse(t *testing.T) {
 	if _, err := fmt.Fprintf(conn, "GET /proxy/%s/7000/ HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n\r\n", sandbox, token); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(8 * time.Second)
-	if _, err := h.Get(t.Context(), connect.NewRequest(&pb.GetRequest{SandboxId: sandbox})); err != nil {
-		t.Fatalf("it expired with a connection in flight: %v", err)
-	}
+	await.Until(t, "the sandbox is in use by the connection", func() bool { return idle() == 0 })
 	conn.Close()
-	if e := h.event(t, sandbox); e.GetKind() != pb.Event_KIND_EXPIRED || !strings.Contains(e.GetReason(), "6s") {
+	await.Until(t, "the sandbox is idle after the connection", func() bool { return idle() > 0 })
+	h.destroy(t, sandbox)
+
+	// No use.
+	r = request()
+	r.TimeoutSeconds = 1
+	sandbox = h.create(t, r)
+	if e := h.event(t, sandbox); e.GetKind() != pb.Event_KIND_EXPIRED || !strings.Contains(e.GetReason(), "1s") {
 		t.Errorf("event %v", e)
 	}
 	h.awaitGone(t, sandbox)

@@ -431,20 +431,18 @@ func (a *Agent) Start(t testing.TB) {
 		_ = cmd.Wait()
 		close(ended)
 	}(a.Cmd)
-	deadline := time.Now().Add(await.Scale(90 * time.Second))
-	for {
-		_, err := a.Host(t.Context(), connect.NewRequest(&pb.HostRequest{}))
-		if err == nil {
-			return
+	if !await.Within(await.Scale(90*time.Second), func() bool {
+		if _, err = a.Host(t.Context(), connect.NewRequest(&pb.HostRequest{})); err == nil {
+			return true
 		}
 		select {
 		case <-a.Ended:
 			t.Fatalf("the agent ended: %s", a.Log())
-		case <-time.After(50 * time.Millisecond):
+		default:
 		}
-		if time.Now().After(deadline) {
-			t.Fatalf("the agent did not answer: %v: %s", err, a.Log())
-		}
+		return false
+	}) {
+		t.Fatalf("the agent did not answer: %v: %s", err, a.Log())
 	}
 }
 
