@@ -142,7 +142,8 @@ func TestBuildPhases(t *testing.T) {
 		}
 	}
 
-	// apt takes a while, but needs no server here.
+	// apt takes a while, but needs no server here. real time: a server that starts again must
+	// find each step running, and the step must then end.
 	base, err := c.Build(t.Context(), client.BuildOptions{Name: "base", SkipPrePost: true, NoCache: true, Recipe: `FROM minimal
 RUN rm -rf /etc/apt/sources.list*; printf '#!/bin/sh\nsleep 1.5\nexec /usr/bin/apt-get "$@"\n' > /usr/local/bin/apt-get; chmod +x /usr/local/bin/apt-get
 HEALTHCHECK CMD true
@@ -154,6 +155,7 @@ HEALTHCHECK CMD true
 		t.Fatalf("%s: %s", b.State, b.Error)
 	}
 	nothing("the base")
+	// real time: as above.
 	const text = "FROM base\nRUN echo so far; sleep 2\nSTART sleep 1000\nHEALTHCHECK CMD sleep 2\n"
 	phases := map[string]int{"pre": 1, "recipe": 2, "post": 3, "start": 6, "check": 7, "capture": 8}
 	// reach waits until a step runs.

@@ -161,17 +161,15 @@ func keepImages(dir string) error {
 // nobody finds them once their files are gone.
 func end(dir string) (left map[int]string) {
 	all := make(map[int]string)
-	for until := time.Now().Add(await.Hang); ; {
+	await.Within(await.Hang, func() bool {
 		now := processes(dir)
-		if len(now) == 0 || time.Now().After(until) {
-			return all
-		}
 		for pid, line := range now {
 			all[pid] = line
 			_ = syscall.Kill(pid, syscall.SIGKILL)
 		}
-		time.Sleep(10 * time.Millisecond)
-	}
+		return len(now) == 0
+	})
+	return all
 }
 
 // discard ends what a test may have left of an installation, and removes it.

@@ -21,6 +21,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/client"
 	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
@@ -74,11 +75,8 @@ func (r *role) signal(s syscall.Signal) {
 func within(t *testing.T, limit time.Duration, what string, ok func() bool) time.Duration {
 	t.Helper()
 	began := time.Now()
-	for !ok() {
-		if time.Since(began) > limit {
-			t.Fatalf("not within %v: %s", limit, what)
-		}
-		time.Sleep(50 * time.Millisecond)
+	if !await.Within(limit, ok) {
+		t.Fatalf("not within %v: %s", limit, what)
 	}
 	return time.Since(began)
 }

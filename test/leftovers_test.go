@@ -25,6 +25,7 @@ import (
 	"github.com/wrenn-dev/wrenn/client"
 	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
 	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -146,7 +147,7 @@ func follow(t *testing.T, dir string) *trace {
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(stopped)
-		tick := time.NewTicker(10 * time.Millisecond)
+		tick := time.NewTicker(10 * time.Millisecond) // real time: the interval of the notes
 		defer tick.Stop()
 		for {
 			tr.note()
@@ -496,14 +497,15 @@ func TestVMKilledWhileItStarts(t *testing.T) {
 			box, err = c.Create(t.Context(), client.CreateOptions{Metadata: mark})
 		}()
 		killed := false
-		for wait := true; wait && !killed; {
+		await.Within(await.Hang, func() bool {
 			select {
 			case <-done:
-				wait = false
-			case <-time.After(5 * time.Millisecond):
+				return true
+			default:
 				killed = kill()
+				return killed
 			}
-		}
+		})
 		<-done
 		if killed && err != nil {
 			t.Log(err)

@@ -137,7 +137,7 @@ func TestAnswerDoesNotWaitForBody(t *testing.T) {
 	answered := make(chan struct{})
 	var sending sync.WaitGroup
 	sending.Go(func() {
-		for tick := time.NewTicker(time.Millisecond); ; <-tick.C { // Never end the body.
+		for tick := time.NewTicker(time.Millisecond); ; <-tick.C { // real time: a slow body, which never ends
 			select {
 			case <-answered:
 				return
