@@ -78,6 +78,7 @@ check: go $(LINTERS)
 		if [ -n "$$out" ]; then echo "not gofumpt'd:"; echo "$$out"; exit 1; fi
 	@out=$$(git ls-files '*.go' | grep -v '^internal/gen/' | xargs wc -l | awk '$$1 > 800 && $$2 != "total"'); \
 		if [ -n "$$out" ]; then echo "over 800 lines, to be split by subject:"; echo "$$out"; exit 1; fi
+	go test -run '^TestNoFixedWaits$$' ./internal/await
 	go vet $(GO_PACKAGES)
 	go run $(STATICCHECK) $$(go list $(GO_PACKAGES) | grep -v /internal/gen/)
 	.ci/lint/node_modules/.bin/spectral lint --fail-severity=warn --ruleset api/spectral.yaml api/openapi.yaml
