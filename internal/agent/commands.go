@@ -10,6 +10,7 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
+	"github.com/wrenn-dev/wrenn/internal/cork"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 )
 
@@ -86,6 +87,7 @@ func (s *service) Run(ctx context.Context, req *connect.Request[pb.RunRequest], 
 			m := &pb.RunResponse{}
 			switch {
 			case out.Exit != nil:
+				cork.Set(ctx, true) // The exit leaves together with the end of the stream.
 				m.Message = &pb.RunResponse_Exited{Exited: exited(out.Exit)}
 			case len(out.Stdout) > 0:
 				m.Message = &pb.RunResponse_Stdout{Stdout: out.Stdout}

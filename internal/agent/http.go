@@ -15,6 +15,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/clienterr"
 	"github.com/wrenn-dev/wrenn/internal/agent/proxy"
+	"github.com/wrenn-dev/wrenn/internal/cork"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/patience"
@@ -29,7 +30,8 @@ const maxMessage = 40 << 20
 // routes returns the handler of all the agent's paths. All but /health need the token.
 func (a *Agent) routes() http.Handler {
 	rpc := http.NewServeMux()
-	rpc.Handle(hostagentv1connect.NewHostAgentHandler(&service{Agent: a}, a.options()...))
+	path, handler := hostagentv1connect.NewHostAgentHandler(&service{Agent: a}, a.options()...)
+	rpc.Handle(path, cork.Handler(handler))
 	rpc.Handle("GET /metrics", a.Metrics())
 	rpc.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
 		proxy.Answer(w, http.StatusNotFound, "not_found", "no such path")

@@ -17,6 +17,7 @@ import (
 	"connectrpc.com/connect"
 	"github.com/creack/pty"
 
+	"github.com/wrenn-dev/wrenn/internal/cork"
 	"github.com/wrenn-dev/wrenn/internal/envd/account"
 	"github.com/wrenn-dev/wrenn/internal/envd/cgroup"
 	"github.com/wrenn-dev/wrenn/internal/envd/fault"
@@ -79,7 +80,7 @@ func New(cfg Config) *Service {
 // Handler returns the path to mount the service at, and its handler.
 func (s *Service) Handler(opts ...connect.HandlerOption) (string, http.Handler) {
 	path, h := processconnect.NewProcessHandler(s, append(opts, connect.WithReadMaxBytes(maxMessage))...)
-	return path, withFlusher(h)
+	return path, cork.Handler(h)
 }
 
 // Close kills every process, with cgroups also their descendants, and waits until they are
