@@ -1,6 +1,7 @@
 package agent_test
 
 import (
+	"maps"
 	"net/http"
 	"strings"
 	"testing"
@@ -8,6 +9,7 @@ import (
 
 	"connectrpc.com/connect"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
 	"github.com/wrenn-dev/wrenn/internal/await"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
@@ -17,7 +19,8 @@ import (
 func TestMachine(t *testing.T) {
 	h := newHost(t)
 	r := request()
-	r.Envs = map[string]string{"FROM": "the sandbox", "JSON": `{"a": "it's b\\c"}`, "PATH": "/opt/tool/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+	r.Envs = agenttest.Awkward()
+	maps.Copy(r.Envs, map[string]string{"FROM": "the sandbox", "HOME": "/srv", "PATH": "/opt/tool/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"})
 	sandbox := h.create(t, r)
 	defer h.destroy(t, sandbox)
 	says := func(t *testing.T, what, user, script, want string) {
@@ -53,12 +56,38 @@ func TestMachine(t *testing.T) {
 			"login without a start": {"root", "su - user -c mytool", "tool has the sandbox \n"},
 			"sudo":                  {"", "sudo mytool", "tool has the sandbox \n"},
 			"sudo's login":          {"", "sudo -i mytool", "tool has the sandbox \n"},
-			"quotes in sudo":        {"", `sudo printenv JSON`, `{"a": "it's b\\c"}` + "\n"},
 			"sudo in a login shell": {"", "bash -l -c 'sudo mytool'", "tool has the sandbox \n"},
-			// Processes of cron get what PAM reads here.
-			"cron": {"", "grep ^FROM= /etc/environment", "FROM=the sandbox\n"},
+			"a login's own home":    {"root", "su - user -c 'pwd; echo $HOME'", "/home/user\n/home/user\n"},
 		} {
 			says(t, what, c.user, c.script, c.want)
+		}
+		want := maps.Clone(r.GetEnvs())
+		delete(want, "HOME")
+		for what, c := range map[string]struct {
+			user, script string
+			without      []string
+		}{
+			"exec":                          {"", "env -0", nil},
+			"login shell":                   {"", "bash -l -c 'env -0'", nil},
+			"login shell sh":                {"", "sh -l -c 'env -0'", nil},
+			"login shell without a start":   {"", "env -i bash -l -c 'env -0'", nil},
+			"login shell sh without one":    {"", "env -i sh -l -c 'env -0'", nil},
+			"su -":                          {"root", "su - user -c 'env -0'", nil},
+			"su - to sh":                    {"root", "env -i su - user -s /bin/sh -c 'env -0'", nil},
+			"su":                            {"root", "su user -c 'env -0'", nil},
+			"sudo":                          {"", "sudo env -0", nil},
+			"sudo -i":                       {"", "sudo -i env -0", nil},
+			"sudo -u":                       {"root", "sudo -u user env -0", nil},
+			"sudo without an environment":   {"", `env -i "PATH=$PATH" sudo env -0`, agenttest.Inexpressible},
+			"pam_env, which cron uses, too": {"root", "env -i su user -s /bin/sh -c 'env -0'", agenttest.Inexpressible},
+		} {
+			command := sh(c.script)
+			command.User = c.user
+			got := h.exec(t, sandbox, command, nil)
+			agenttest.CheckEnvironment(t, what, got.GetStdout(), want, c.without...)
+			if len(got.GetStderr()) > 0 {
+				t.Errorf("%s: %s", what, got.GetStderr())
+			}
 		}
 		s, cancel := h.stream(t, &pb.ExecStreamRequest_Start{SandboxId: sandbox, Command: &pb.Command{Cmd: "bash", Args: []string{"-l", "-i", "-c", "mytool; echo $TERM"}}, Terminal: &pb.TerminalSize{Cols: 80, Rows: 24}})
 		defer cancel()

@@ -22,7 +22,14 @@ import (
 func TestMain(m *testing.M) { agenttest.Main(m) }
 
 // TestImages builds the kernel and the template for the other tests.
-func TestImages(t *testing.T) { imagetest.Prepare(t) }
+func TestImages(t *testing.T) {
+	in := imagetest.Prepare(t)
+	if os.Getenv("WRENN_SLOW") != "" {
+		if err := fetchAlpine(t, realAlpine(in)); err != nil {
+			t.Log("fetch Alpine: ", err)
+		}
+	}
+}
 
 const token = agenttest.Token
 

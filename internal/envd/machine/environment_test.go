@@ -35,10 +35,10 @@ func TestExport(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(etc, "environment"), []byte("MINE=1\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Mkdir(filepath.Join(etc, "sudoers.d"), 0o755); err != nil {
-		t.Fatal(err)
+	envs := map[string]string{
+		"PATH": "/opt/tool/bin:/bin:/usr/bin", "NAME": "it's\na $HOME `x`", "SET": "sandbox's", "odd-name": "x", "HASH": "a#b", "JSON": `{"a": 'b\\'}`,
+		"EMPTY": "", "END": `"a\`, "HOME": "/app", "LONG": strings.Repeat("x", 2000), "TOO_LONG": strings.Repeat("x", 8192), "SPACES": " a\tb ",
 	}
-	envs := map[string]string{"PATH": "/opt/tool/bin:/bin:/usr/bin", "NAME": "it's\na $HOME `x`", "SET": "sandbox's", "odd-name": "x", "HASH": "a#b", "JSON": `{"a": 'b\\'}`}
 	for range 2 { // a repetition changes nothing
 		if err := m.Export(envs); err != nil {
 			t.Fatal(err)
@@ -51,11 +51,19 @@ func TestExport(t *testing.T) {
 		}
 		return string(b)
 	}
-	if got, want := read("environment"), "MINE=1\n"+ownBegin+"\nPATH=/opt/tool/bin:/bin:/usr/bin\n"+ownEnd+"\n"; got != want {
+	const short = "EMPTY=\nEND=\"\"a\\\"\n"
+	const shared = "JSON=\"{\"a\": 'b\\\\'}\"\n"
+	const last = "PATH=/opt/tool/bin:/bin:/usr/bin\nSET=\"sandbox's\"\nSPACES=\" a\tb \"\n"
+	long := "LONG=" + envs["LONG"] + "\n"
+	// pam_env stops at a line that is too long for it, so these come last.
+	if got, want := read("environment"), "MINE=1\n"+ownBegin+"\n"+short+shared+last+long+ownEnd+"\n"; got != want {
 		t.Errorf("/etc/environment is %q, not %q", got, want)
 	}
-	if got, want := read("sudoers.d/zz-wrenn.env"), "JSON=\"{\"a\": 'b\\\\'}\"\nPATH=\"/opt/tool/bin:/bin:/usr/bin\"\nSET=\"sandbox's\"\n"; got != want {
+	if got, want := read("sudoers.d/zz-wrenn.env"), short+"HOME=/app\n"+shared+long+last+"TOO_LONG="+envs["TOO_LONG"]+"\n"; got != want {
 		t.Errorf("sudo's environment is %q, not %q", got, want)
+	}
+	if got := read("sudoers.d/zz-wrenn"); !strings.HasSuffix(got, "\nDefaults env_keep += \"HASH NAME\"\n") {
+		t.Errorf("the rules for sudo are %q", got)
 	}
 	if info, err := os.Stat(filepath.Join(etc, "sudoers.d/zz-wrenn")); err != nil || info.Mode() != 0o440 {
 		t.Errorf("for sudo: %v, %v", info, err)
@@ -64,11 +72,14 @@ func TestExport(t *testing.T) {
 		t.Error("an image without a profile did not get one")
 	}
 	// What a login shell gets.
-	cmd := exec.CommandContext(t.Context(), "sh", "-c", `PATH=/reset; . "$0"; echo "$PATH|$NAME|$SET|"`, filepath.Join(etc, "profile.d/zz-wrenn.sh"))
-	cmd.Env = []string{"PATH=/bin:/usr/bin", "SET=request's"}
-	out, err := cmd.CombinedOutput()
-	if want := "/opt/tool/bin:/bin:/usr/bin|it's\na $HOME `x`|request's|\n"; err != nil || string(out) != want {
-		t.Errorf("a login shell gets %q, not %q: %v", out, want, err)
+	for path, want := range map[string]string{"/reset": envs["PATH"], "/venv:" + envs["PATH"]: "/venv:" + envs["PATH"], "/bin:/usr/bin": envs["PATH"]} {
+		cmd := exec.CommandContext(t.Context(), "sh", "-uc", `PATH=$1; . "$0"; printf "%s|" "$PATH" "$NAME" "$SET" "$HASH" "$JSON" "$EMPTY" "$END" "$SPACES"`, filepath.Join(etc, "profile.d/zz-wrenn.sh"), path)
+		cmd.Env = []string{"PATH=/bin:/usr/bin", "SET=request's"}
+		out, err := cmd.CombinedOutput()
+		want := strings.Join([]string{want, envs["NAME"], "request's", envs["HASH"], envs["JSON"], "", envs["END"], envs["SPACES"], ""}, "|")
+		if err != nil || string(out) != want {
+			t.Errorf("a login shell gets %q, not %q: %v", out, want, err)
+		}
 	}
 	// An empty environment removes everything of the previous one.
 	if err := m.Export(map[string]string{}); err != nil {
@@ -77,7 +88,9 @@ func TestExport(t *testing.T) {
 	if got := read("environment"); got != "MINE=1\n" {
 		t.Errorf("/etc/environment is %q", got)
 	}
-	if got := read("profile.d/zz-wrenn.sh"); strings.Contains(got, "NAME") {
-		t.Errorf("these are left: %q", got)
+	for _, name := range []string{"profile.d/zz-wrenn.sh", "sudoers.d/zz-wrenn", "sudoers.d/zz-wrenn.env"} {
+		if got := read(name); strings.Contains(got, "NAME") || strings.Contains(got, "SET") {
+			t.Errorf("%s still has %q", name, got)
+		}
 	}
 }
