@@ -240,6 +240,11 @@ func (b *Bench) Must(err error) {
 	if b.VM != nil {
 		console, _ := b.VM.Console(context.Background())
 		b.Logf("console: %s", console[max(0, len(console)-2000):])
+		select {
+		case <-b.VM.Done():
+			b.Logf("the machine has ended: %v", b.VM.Err())
+		default:
+		}
 	}
 	b.Fatal(err)
 }
