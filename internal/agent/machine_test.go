@@ -1,8 +1,12 @@
 package agent_test
 
 import (
+	"fmt"
 	"maps"
 	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -10,10 +14,30 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
+	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
 	"github.com/wrenn-dev/wrenn/internal/await"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
+
+// debianCron is the folder with the package that fetchCron downloads.
+func debianCron(in imagetest.Images) string { return filepath.Join(string(in.Dir), "cron") }
+
+// fetchCron downloads Debian's cron, which minimal lacks (80 KB), unless it is there.
+func fetchCron(t *testing.T, dir string) error {
+	if had, _ := filepath.Glob(filepath.Join(dir, "*.deb")); len(had) > 0 {
+		return nil
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	cmd := exec.CommandContext(t.Context(), "apt-get", "download", "--quiet", "cron")
+	cmd.Dir = dir
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	return nil
+}
 
 // TestMachine checks that a guest behaves like an ordinary Linux machine.
 func TestMachine(t *testing.T) {
@@ -155,6 +179,46 @@ S((sys.argv[1], int(sys.argv[2])), H).serve_forever()`
 				return code == http.StatusOK && body == strings.Fields(args)[0]
 			})
 			t.Logf("a server at %s answered %v after it was started", args, time.Since(begun))
+		}
+	})
+	t.Run("cron", func(t *testing.T) {
+		packages, _ := filepath.Glob(filepath.Join(debianCron(h.Images), "*.deb"))
+		if len(packages) == 0 {
+			t.Skip("needs Debian's cron, which TestImages could not download")
+		}
+		cron, err := os.ReadFile(packages[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		// Debian's cron gives jobs a PATH of its own, so the second job reads the sandbox's from
+		// the file that login shells read. The jobs start when the next minute begins, which the
+		// guest's clock says is near; chronyd would correct it.
+		c := sh(`set -e
+dpkg-deb --fsys-tarfile /dev/stdin | tar -x --keep-directory-symlink -C / && mkdir -p /var/spool/cron/crontabs && cd /var/spool/cron/crontabs
+for u in root user; do
+	printf '* * * * * env -0 >/tmp/%s.part && mv /tmp/%s.part /tmp/%s.job\n* * * * * . /etc/profile.d/zz-wrenn.sh; env -0 >/tmp/%s.more && mv /tmp/%s.more /tmp/%s.login\n' $u $u $u $u $u $u >$u
+	chmod 600 $u && chown $u $u
+done
+pkill chronyd && date -s @$(($(date +%s)/60*60+58)) >/dev/null && cron`)
+		c.User = "root"
+		if got := h.exec(t, sandbox, c, cron); got.GetExitCode() != 0 {
+			t.Fatalf("start cron: %s", got.GetStderr())
+		}
+		for _, user := range []string{"root", "user"} {
+			for kind, c := range map[string]struct {
+				path    string
+				without []string
+			}{"job": {"/usr/bin:/bin", agenttest.Inexpressible}, "login": {r.GetEnvs()["PATH"], nil}} {
+				var got []byte
+				await.Until(t, "cron runs the job of "+user, func() bool {
+					got = h.exec(t, sandbox, sh("cat /tmp/"+user+"."+kind), nil).GetStdout()
+					return len(got) > 0
+				})
+				want := maps.Clone(r.GetEnvs())
+				delete(want, "HOME")
+				want["PATH"] = c.path
+				agenttest.CheckEnvironment(t, "cron's "+kind+" of "+user, got, want, c.without...)
+			}
 		}
 	})
 	// This comes last, because it fills the memory.

@@ -24,6 +24,9 @@ func TestMain(m *testing.M) { agenttest.Main(m) }
 // TestImages builds the kernel and the template for the other tests.
 func TestImages(t *testing.T) {
 	in := imagetest.Prepare(t)
+	if err := fetchCron(t, debianCron(in)); err != nil {
+		t.Log("fetch Debian's cron: ", err)
+	}
 	if os.Getenv("WRENN_SLOW") != "" {
 		if err := fetchAlpine(t, realAlpine(in)); err != nil {
 			t.Log("fetch Alpine: ", err)
