@@ -122,16 +122,24 @@ func newDir() (string, error) {
 		return "", err
 	}
 	for _, part := range []string{"kernels", "images"} {
-		if err := copyTree(filepath.Join(from, part), filepath.Join(dir, part)); err != nil {
+		if err := linkTree(filepath.Join(from, part), filepath.Join(dir, part)); err != nil {
 			return "", err
 		}
 	}
 	return dir, os.Chmod(dir, 0o711)
 }
 
-func copyTree(from, to string) error {
+// linkTree makes the folder to, with hard links to the files in from. Agents replace the
+// files of images, and never write to them. On another file system, it copies.
+func linkTree(from, to string) error {
 	if _, err := os.Stat(from); errors.Is(err, os.ErrNotExist) {
 		return nil
+	}
+	if exec.Command("cp", "-a", "--link", from, to).Run() == nil {
+		return nil
+	}
+	if err := os.RemoveAll(to); err != nil {
+		return err
 	}
 	if out, err := exec.Command("cp", "-a", "--sparse=always", from, to).CombinedOutput(); err != nil {
 		return fmt.Errorf("copy images: %w: %s", err, out)
@@ -149,7 +157,7 @@ func keepImages(dir string) error {
 		if err := os.RemoveAll(filepath.Join(to, part)); err != nil {
 			return err
 		}
-		if err := copyTree(filepath.Join(dir, part), filepath.Join(to, part)); err != nil {
+		if err := linkTree(filepath.Join(dir, part), filepath.Join(to, part)); err != nil {
 			return err
 		}
 	}

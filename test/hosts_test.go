@@ -282,28 +282,17 @@ func (c *control) startServer(listen string) *role {
 	}, c.env...), c.wrenn, "server")
 }
 
-// TestAgentRefuses checks that an agent accepts calls from its control plane only.
-func TestAgentRefuses(t *testing.T) {
-	if why := unable(); why != "" {
-		t.Skip(why)
-	}
-	c := newControl(t)
-	called, envCalled := c.host("called", "127.0.0.2:7070")
-	b, env := c.host("calling", "127.0.0.3:7070")
-	launch(t, "called", envCalled, c.wrenn, "agent")
-	launch(t, "calling", env, c.wrenn, "agent")
-	// The control plane's calls succeed: a host is online once it has responded.
-	for _, h := range []string{called, b} {
-		within(t, 5*time.Minute, "the host is online", func() bool { return c.status(h) == "online" })
-	}
-	if resp, err := http.Get("http://127.0.0.2:7070/health"); err == nil {
+// refusesOthers checks that an agent accepts calls from its control plane only. other is
+// the data directory of another host.
+func refusesOthers(t *testing.T, agent, other string) {
+	if resp, err := http.Get("http://" + agent + "/health"); err == nil {
 		resp.Body.Close()
 		if resp.StatusCode < 400 {
 			t.Error("an agent responds to plain HTTP")
 		}
 	}
 	var stolen struct{ Certificate, Key string }
-	text, err := os.ReadFile(layout.Dir(c.dirs[b]).Enrollment())
+	text, err := os.ReadFile(layout.Dir(other).Enrollment())
 	if err == nil {
 		err = json.Unmarshal(text, &stolen)
 	}
@@ -316,7 +305,7 @@ func TestAgentRefuses(t *testing.T) {
 	}
 	for who, certificates := range map[string][]tls.Certificate{"nobody": nil, "another host": {leaf}} {
 		web := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true, Certificates: certificates}}}
-		resp, err := web.Get("https://127.0.0.2:7070/health")
+		resp, err := web.Get("https://" + agent + "/health")
 		if err == nil {
 			resp.Body.Close()
 			t.Errorf("an agent responds to %s: %s", who, resp.Status)
@@ -326,9 +315,9 @@ func TestAgentRefuses(t *testing.T) {
 	}
 }
 
-// TestHosts has two hosts on this machine, called over mutual TLS. Sandboxes spread over
-// both; those of a host whose agent is killed are missing, and return with their memory
-// when it is back.
+// TestHosts has two hosts on this machine, called over mutual TLS. Their agents refuse
+// everybody but the control plane. Sandboxes spread over both; those of a host whose agent
+// is killed are missing, and return with their memory when it is back.
 func TestHosts(t *testing.T) {
 	if why := unable(); why != "" {
 		t.Skip(why)
@@ -343,9 +332,11 @@ func TestHosts(t *testing.T) {
 	b, envB := c.host("b", "127.0.0.3:7070")
 	agentA := launch(t, "a", envA, wrenn, "agent")
 	launch(t, "b", envB, wrenn, "agent")
+	// The control plane's calls succeed: a host is online once it has responded.
 	for _, h := range []string{a, b} {
 		within(t, 5*time.Minute, "the host is online", func() bool { return c.status(h) == "online" })
 	}
+	t.Run("agents refuse others", func(t *testing.T) { refusesOthers(t, "127.0.0.2:7070", c.dirs[b]) })
 	_, isA := c.call("GET", "/v1/admin/hosts/"+a, nil)
 	_, isB := c.call("GET", "/v1/admin/hosts/"+b, nil)
 	if isA["network_block"] == isB["network_block"] || isA["url"] != "https://127.0.0.2:7070" || isB["url"] != "https://127.0.0.3:7070" {
