@@ -22,7 +22,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
-	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qemu"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/drivers"
 )
 
 // job is one run of a test program.
@@ -41,7 +41,8 @@ var jobs = []job{
 	{title: "driver", pkg: "internal/agent/vmm/qemu", run: "^(TestProbe.*|TestTSC|TestGuestUnderKVM|TestModules|TestConformance)$/^(boot|end|console|failed-start|save)$"},
 	{title: "pauses under load", pkg: "internal/agent/vmm/qemu", run: "^TestConformance$/^pauses$", env: "WRENN_TEST_PAUSES=5"},
 	{title: "one life", pkg: "internal/agent", run: "^TestWholeLife$"},
-	{title: "driver, the rest", pkg: "internal/agent/vmm/qemu", run: "^(TestTrackedPages|TestProcessors|TestEarlierModels|TestConformance)$/^(failed-restore|pages|standstill|hostile|the_host.*|named.*|qemu-.*)$", slow: true},
+	{title: "driver, the rest", pkg: "internal/agent/vmm/qemu", run: "^(TestTrackedPages|TestProcessors|TestEarlierModels|TestLibrary|TestConformance)$/^(failed-restore|pages|standstill|hostile|descriptors|rates|the_host.*|named.*|qemu-.*)$", slow: true},
+	{title: "freed memory", pkg: "internal/agent/vmm/qemu", run: "^TestFreedMemoryReturns$", env: "WRENN_SLOW=1", slow: true, shown: true},
 	{title: "agent", pkg: "internal/agent", run: "^TestSandbox$|^TestOtherProcessor$|^TestMachineIsKilled|^TestAgentRestarts|^TestSnapshot|^TestFailedCreates|^TestFork|^TestWarm|^TestKilledAtEveryStep", slow: true},
 	{title: "one long life", pkg: "internal/agent", run: "^TestWholeLife$", env: "WRENN_SLOW=1 WRENN_TEST_PAUSES=25", slow: true},
 	{title: "figures", pkg: "test/bench", run: "^TestImages$|^TestCreate$|^TestPause$/^256_MiB$|^TestIdle$", env: "WRENN_BENCH=1 WRENN_TEST_IDLE=20", slow: true, shown: true},
@@ -104,7 +105,7 @@ func TestKVM(t *testing.T) {
 			command(t, root, "go", "test", "-c", "-o", filepath.Join(home, j.program()), "./"+j.pkg)
 		}
 	}
-	reason := qemu.KVMWorks(t.Context(), vmm.Config{Dir: dir, Kernel: in.Kernel.Vmlinux, Initrd: in.Kernel.Initrd, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
+	_, reason := drivers.Probe(t.Context(), vmm.KVM, vmm.Config{Dir: dir, Kernel: in.Kernel.Vmlinux, Initrd: in.Kernel.Initrd, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
 	var skip string // why no job can run
 	if reason == nil {
 		t.Log("with this machine's own KVM")

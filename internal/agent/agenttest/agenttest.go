@@ -147,7 +147,7 @@ func runAgent() error {
 	a, err := agent.New(ctx, agent.Config{
 		BootTimeout: await.Scale(2 * time.Minute),
 		NoSeccomp:   bounds.NoSeccomp, Rates: bounds.Rates,
-		Dir: layout.Dir(os.Getenv("WRENN_DIR")), Token: Token, Accel: os.Getenv("WRENN_VMM_ACCEL"), Envd: os.Getenv("WRENN_ENVD"),
+		Dir: layout.Dir(os.Getenv("WRENN_DIR")), Token: Token, Accel: os.Getenv("WRENN_VMM_ACCEL"), Envd: os.Getenv("WRENN_ENVD"), Balloon: os.Getenv("WRENN_FREE_PAGE_REPORTING") == "true",
 		DefaultVCPUs: number("WRENN_DEFAULT_VCPUS"), DefaultMemoryMiB: 256, Warm: number("WRENN_WARM"), Hook: hook(layout.Dir(os.Getenv("WRENN_DIR"))),
 		DNS: []netip.Addr{netip.MustParseAddr("192.0.2.53")}, MemoryMiB: memory, LocalRegistries: os.Getenv("WRENN_LOCAL_REGISTRIES") != "", Version: "test",
 		Log: slog.New(slog.NewTextHandler(os.Stderr, nil)),
