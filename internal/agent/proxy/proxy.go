@@ -266,7 +266,7 @@ func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 	}
 	name, rest, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, hostwire.ProxyPrefix), "/")
 	port, _, _ := strings.Cut(rest, "/")
-	if level == slog.LevelDebug || p.log.Enabled(r.Context(), slog.LevelDebug) || p.refusals.Allow(name) {
+	if level != slog.LevelInfo || p.log.Enabled(r.Context(), slog.LevelDebug) || p.refusals.Allow(name) {
 		p.log.Log(r.Context(), level, "request refused", "request_id", requestid.From(r.Context()), "sandbox", name, "port", port, "code", own.code, "error", err)
 	}
 	p.requests.WithLabelValues(own.code).Inc()
