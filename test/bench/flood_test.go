@@ -80,7 +80,7 @@ print(json.dumps(all))
 // TestFlood measures how a guest that takes everything it can get affects a neighbour,
 // with the agent's default limits. The goal is a p99 of at most 1.5 times the quiet one.
 // Each round has all phases, so that other work on the machine affects them alike. It
-// takes some four minutes on a quiet machine; -short has one round.
+// takes some six minutes on a quiet machine; -short has one round.
 func TestFlood(t *testing.T) {
 	asked(t)
 	floodTable(flooded(t, "default", nil))

@@ -217,8 +217,13 @@ func (g Group) setWeight(weight float64) error {
 	if !v2() {
 		path, unit = filepath.Join(root, "cpu", parent, g.Name, "cpu.shares"), sharesUnit
 	}
+	f, err := os.OpenFile(path, os.O_WRONLY, 0) // not created: that is EACCES if the file is missing
+	if err != nil {
+		return err
+	}
 	value := max(int(min(weight, maxWeight)*unit), 2) // 2 is the least of version 1
-	return os.WriteFile(path, []byte(strconv.Itoa(value)), 0)
+	_, err = f.WriteString(strconv.Itoa(value))
+	return errors.Join(err, f.Close())
 }
 
 // AddThread moves a thread of this process into the group, so that the processes it

@@ -37,6 +37,7 @@ func (m *Manager) Yield(ctx context.Context) {
 	for {
 		select {
 		case <-ctx.Done():
+			m.endYielding(&y)
 			return
 		case <-tick.C:
 			m.yield(&y, time.Now())
@@ -67,31 +68,57 @@ func (m *Manager) yield(y *yielding, now time.Time) {
 			continue // it has ended
 		}
 		st := vm.State()
-		u, old := y.uses[st.ID]
-		if !old {
-			u = &use{spent: spent, at: now}
+		u := y.uses[st.ID]
+		if u == nil {
+			u = &use{sandbox: spec.ID, machine: st, vcpus: spec.VCPUs, spent: spent, at: now, told: true}
 		}
 		uses[st.ID] = u
-		yielded := u.yields
 		u.next(spent, now)
-		// A machine that yields is told so each time, because its control group may have been
-		// made again. A new one is told once, because an earlier agent may have left it
-		// yielding.
-		if old && !yielded && !u.yields {
-			continue
-		}
-		if err := y.driver.Yield(st, vmm.Spec{VCPUs: spec.VCPUs}, u.yields); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			m.Log.Warn("cannot change a machine's share of the processors", "sandbox", id.Format(id.Sandbox, spec.ID), "error", err)
-		}
+		m.tell(y, u)
 	}
 	y.uses = uses
 }
 
-// use is what a machine had used of the processors at a time.
+// endYielding makes the share of every machine normal. The next agent may be of an earlier
+// release, which would leave them as they are.
+func (m *Manager) endYielding(y *yielding) {
+	for _, u := range y.uses {
+		u.yields = false
+		m.tell(y, u)
+	}
+}
+
+// tell makes a machine yield or not, as it should.
+func (m *Manager) tell(y *yielding, u *use) {
+	// A machine that yields is told so each time, because its control group may have been
+	// made again.
+	if !u.yields && !u.told {
+		return
+	}
+	err := y.driver.Yield(u.machine, vmm.Spec{VCPUs: u.vcpus}, u.yields)
+	if err == nil {
+		u.told, u.failed = u.yields, false
+		return
+	}
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+		return // The machine has ended, or its control group will be made again.
+	}
+	if !u.failed {
+		m.Log.Warn("cannot change a machine's share of the processors", "sandbox", id.Format(id.Sandbox, u.sandbox), "error", err)
+	}
+	u.failed = true
+}
+
+// use is what a running machine had used of the processors at a time.
 type use struct {
-	spent  time.Duration
-	at     time.Time
-	yields bool
+	sandbox uuid.UUID
+	machine vmm.State
+	vcpus   int
+	spent   time.Duration
+	at      time.Time
+	yields  bool // it should
+	told    bool // what it was told last; at first, what an earlier agent may have told it
+	failed  bool // telling it failed
 }
 
 // next decides whether the machine yields, from the processor time that it has used
