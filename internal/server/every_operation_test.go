@@ -98,11 +98,19 @@ func checkRates(t *testing.T, p *plane) {
 			})
 			call()
 			now, err := client.Get(t.Context(), key).Float64()
-			if each := 60 / float64(most); err != nil || math.Abs(now-at-each) > each/10 {
+			// The server may count some of the caller's next calls together with this one.
+			each := 60 / float64(most)
+			calls := math.Round((now - at) / each)
+			if err != nil || calls < 1 || calls > 16 || math.Abs(now-at-calls*each) > each/10 {
 				t.Errorf("%s: a call is counted as %v s of a minute, want %v (%v)", o, now-at, each, err)
 			}
 			client.IncrByFloat(t.Context(), key, 60)
-			if call(); r.Status != http.StatusTooManyRequests {
+			for range int(calls) {
+				if call(); r.Status == http.StatusTooManyRequests {
+					break
+				}
+			}
+			if r.Status != http.StatusTooManyRequests {
 				t.Errorf("%s: beyond its rate the status is %d", o, r.Status)
 				continue
 			}

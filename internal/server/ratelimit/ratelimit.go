@@ -32,7 +32,9 @@ const (
 	// dropping a counter would reset it.
 	maxLocal = 65536
 	// A server leases at most maxLease calls, and at most 1/leaseShare of a limit's, for
-	// at most leaseLasts. maxLeases bounds the callers with leases.
+	// at most leaseLasts. It leases nothing if that is less than minLease, as for strangers'
+	// calls. maxLeases bounds the callers with leases.
+	minLease   = 4
 	maxLease   = 16
 	leaseShare = 256
 	leaseLasts = 10 * time.Second
@@ -173,7 +175,7 @@ func (l *Limiter) lease(tries []Try, keys []string) (leased bool, more int, gran
 	for _, t := range tries {
 		most = min(most, t.Limit.Burst/leaseShare)
 	}
-	if most <= 1 {
+	if most < minLease {
 		return false, 0, func(int) {}
 	}
 	name := strings.Join(keys, " ")
