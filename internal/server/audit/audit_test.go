@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
@@ -19,22 +20,30 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// TestCharge checks that audit records, sandboxes' run times, tags and deliveries are
-// charged to a team and its owner at once, and that a team keeps its newest audit records.
-func TestCharge(t *testing.T) {
-	ctx, url := t.Context(), storetest.New(t)
-	s, err := store.Open(context.Background(), url)
+// open returns a store on a new database, another connection to it, and a function that
+// executes a statement there. options is added to the store's URL.
+func open(t *testing.T, options string) (*store.Store, *pgx.Conn, func(statement string, args ...any)) {
+	t.Helper()
+	url := storetest.New(t)
+	s, err := store.Open(context.Background(), url+options)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(s.Close)
 	conn := pgtest.Connect(t, url)
-	exec := func(query string, args ...any) {
+	return s, conn, func(statement string, args ...any) {
 		t.Helper()
-		if _, err := conn.Exec(ctx, query, args...); err != nil {
-			t.Fatalf("%s: %v", query, err)
+		if _, err := conn.Exec(t.Context(), statement, args...); err != nil {
+			t.Fatalf("%s: %v", statement, err)
 		}
 	}
+}
+
+// TestCharge checks that audit records, sandboxes' run times, tags and deliveries are
+// charged to a team and its owner at once, and that a team keeps its newest audit records.
+func TestCharge(t *testing.T) {
+	ctx := t.Context()
+	s, conn, exec := open(t, "")
 	number := func(query string, args ...any) (n int64) {
 		t.Helper()
 		if err := conn.QueryRow(ctx, query, args...).Scan(&n); err != nil {
@@ -130,19 +139,8 @@ func TestCharge(t *testing.T) {
 // TestUsersAudit checks that a user keeps the newest of the records that no team is charged
 // for, and that those of admins, hosts and the platform stay.
 func TestUsersAudit(t *testing.T) {
-	ctx, url := t.Context(), storetest.New(t)
-	s, err := store.Open(context.Background(), url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(s.Close)
-	conn := pgtest.Connect(t, url)
-	exec := func(query string, args ...any) {
-		t.Helper()
-		if _, err := conn.Exec(ctx, query, args...); err != nil {
-			t.Fatalf("%s: %v", query, err)
-		}
-	}
+	ctx := t.Context()
+	s, conn, exec := open(t, "")
 	user, admin, team := uuid.New(), uuid.New(), uuid.New()
 	exec("INSERT INTO users (id, email, admin) VALUES ($1, 'a@example.com', false), ($2, 'b@example.com', true)", user, admin)
 	exec("INSERT INTO teams (id, name) VALUES ($1, 't')", team)
@@ -180,16 +178,9 @@ func TestUsersAudit(t *testing.T) {
 // TestRefusalsTakeNothing checks that refused requests share one record per minute, and
 // that a team is charged for that record alone.
 func TestRefusalsTakeNothing(t *testing.T) {
-	ctx, url := t.Context(), storetest.New(t)
-	s, err := store.Open(context.Background(), url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(s.Close)
-	conn, team := pgtest.Connect(t, url), uuid.New()
-	if _, err := conn.Exec(ctx, "INSERT INTO teams (id, name) VALUES ($1, 't')", team); err != nil {
-		t.Fatal(err)
-	}
+	ctx, team := t.Context(), uuid.New()
+	s, conn, exec := open(t, "")
+	exec("INSERT INTO teams (id, name) VALUES ($1, 't')", team)
 	l := New(s, time.Hour, slog.New(slog.DiscardHandler))
 	const requests = 300
 	begun := time.Now().Unix() / 60
@@ -211,18 +202,10 @@ func TestRefusalsTakeNothing(t *testing.T) {
 // TestChargesTogether recounts charges while others write and remove records and check
 // quotas: nothing is lost or counted twice.
 func TestChargesTogether(t *testing.T) {
-	ctx, url := t.Context(), storetest.New(t)
-	s, err := store.Open(context.Background(), url+"&pool_max_conns=10")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(s.Close)
-	conn, team := pgtest.Connect(t, url), uuid.New()
-	for _, query := range []string{"INSERT INTO teams (id, name) VALUES ($1, 't')", "INSERT INTO team_quotas (team_id) VALUES ($1)"} {
-		if _, err := conn.Exec(ctx, query, team); err != nil {
-			t.Fatal(err)
-		}
-	}
+	ctx, team := t.Context(), uuid.New()
+	s, conn, exec := open(t, "&pool_max_conns=10")
+	exec("INSERT INTO teams (id, name) VALUES ($1, 't')", team)
+	exec("INSERT INTO team_quotas (team_id) VALUES ($1)", team)
 	l := New(s, time.Hour, slog.New(slog.DiscardHandler))
 	const each = 40
 	var writers, recounts sync.WaitGroup
@@ -277,19 +260,8 @@ func TestChargesTogether(t *testing.T) {
 // TestEarly checks that a request whose record is written early ends up with exactly one
 // record, which has the request's result.
 func TestEarly(t *testing.T) {
-	ctx, url := t.Context(), pgtest.New(t)
-	s, err := store.Open(context.Background(), url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(s.Close)
-	conn := pgtest.Connect(t, url)
-	exec := func(query string, args ...any) {
-		t.Helper()
-		if _, err := conn.Exec(ctx, query, args...); err != nil {
-			t.Fatalf("%s: %v", query, err)
-		}
-	}
+	ctx := t.Context()
+	s, conn, exec := open(t, "")
 	team, key := uuid.New(), uuid.New()
 	exec("INSERT INTO teams (id, name) VALUES ($1, 't')", team)
 	l := New(s, time.Hour, slog.New(slog.DiscardHandler))
