@@ -56,7 +56,7 @@ type Try struct {
 
 // allow counts tries by the generic cell rate algorithm, in order, until one is refused.
 // A key has the time at which all its tries are paid off, in seconds since 2017, where
-// doubles are precise enough. It returns how long to wait, "0" if nothing was refused.
+// doubles are precise enough. It returns how many seconds to wait, "0" if nothing was refused.
 // Its keys and values are those of redis_rate, which earlier releases used.
 //
 // It counts ARGV[1] calls more for each try, as a lease, if none is refused then. The
@@ -141,18 +141,16 @@ func (l *Limiter) AllowAll(ctx context.Context, tries ...Try) error {
 	if leased {
 		return nil
 	}
-	left := 0
-	defer func() { granted(left) }()
+	var leases int
+	defer func() { granted(leases) }()
 	if !l.mayAsk() {
 		return l.allowLocally(tries, keys)
 	}
 	ask, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
 	args[0] = more
-	wait, err := waits(allow.Run(ask, l.redis, keys, args...))
-	if err == nil && wait < 0 {
-		left = int(-wait / time.Second)
-	}
+	wait, counted, err := result(allow.Run(ask, l.redis, keys, args...))
+	leases = counted
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
@@ -206,18 +204,21 @@ func (l *Limiter) lease(tries []Try, keys []string) (leased bool, more int, gran
 	}
 }
 
-// waits reads what the script allow returned: how long to wait, or minus the number of
-// leased calls, in seconds.
-func waits(answer *redis.Cmd) (time.Duration, error) {
+// result reads what the script allow returned: how long to wait, or how many calls it has
+// leased.
+func result(answer *redis.Cmd) (wait time.Duration, leased int, err error) {
 	text, err := answer.Text()
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
-	seconds, err := strconv.ParseFloat(text, 64)
+	n, err := strconv.ParseFloat(text, 64)
 	if err != nil {
-		return 0, fmt.Errorf("read Redis's count: %w", err)
+		return 0, 0, fmt.Errorf("read Redis's count: %w", err)
 	}
-	return time.Duration(seconds * float64(time.Second)), nil
+	if n < 0 {
+		return 0, int(-n), nil
+	}
+	return time.Duration(n * float64(time.Second)), 0, nil
 }
 
 // Forget resets a caller's counter.
