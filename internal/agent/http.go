@@ -47,7 +47,7 @@ func (a *Agent) routes() http.Handler {
 		patience.Trust(r)
 		r.Header.Del("Authorization") // a guest must never see the token
 		r = r.WithContext(requestid.Received(r.Context(), r.Header, hostwire.RequestID))
-		toPort := strings.HasPrefix(r.URL.Path, hostwire.ProxyPrefix)
+		toPort := a.ToPort(r)
 		name := "proxy"
 		if !toPort {
 			name = r.URL.Path[strings.LastIndexByte(r.URL.Path, '/')+1:]
