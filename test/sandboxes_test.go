@@ -377,8 +377,8 @@ func TestTwentyAtOnce(t *testing.T) {
 	i.same(t, before)
 }
 
-// TestIdempotencyAndFilters makes several requests with one idempotency key, and looks for
-// the sandbox in lists.
+// TestIdempotencyAndFilters checks that several requests with one idempotency key create one
+// sandbox, and that the filters of lists find it.
 func TestIdempotencyAndFilters(t *testing.T) {
 	i := up(t)
 	c := i.client(t)

@@ -91,7 +91,7 @@ func withAlpineEnvironment(t *testing.T, img v1.Image) v1.Image {
 	return img
 }
 
-// alpineEnvironment is the environment of the tests' images, as an image has it.
+// alpineEnvironment returns the environment of the tests' Alpine images, as NAME=value.
 func alpineEnvironment() []string {
 	l := []string{"PATH=/opt/tool/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "FROM=the image"}
 	for k, v := range agenttest.Awkward() {

@@ -298,8 +298,8 @@ func hasNftables(context.Context, layout.Dir) (string, error) {
 
 func hasCgroups(context.Context, layout.Dir) (string, error) { return "", cgroup.Available() }
 
-// kvmCheck returns a check that boots a kernel under KVM. If the agent has prepared no
-// kernel, the check does, with the guest daemon envd.
+// kvmCheck returns a check that boots a kernel under KVM. If no agent has prepared a
+// kernel, the check prepares one, with the guest daemon envd.
 func kvmCheck(envd string) func(context.Context, layout.Dir) (string, error) {
 	return func(ctx context.Context, dir layout.Dir) (string, error) { return hasKVM(ctx, dir, envd) }
 }

@@ -40,8 +40,8 @@ type frontDoor struct {
 	log         *logFile
 }
 
-// newFrontDoor listens on listen, starts a placeholder there, and writes Caddy's
-// configuration. server has the server's settings.
+// newFrontDoor listens on the address listen, starts a placeholder there, and writes
+// Caddy's configuration. server has the server's settings.
 func newFrontDoor(ctx context.Context, dir layout.Dir, listen string, server settings.Values) (_ *frontDoor, err error) {
 	f := &frontDoor{config: filepath.Join(dir.Run(), "Caddyfile"), home: filepath.Join(dir.Run(), "caddy"), listen: listen, user: account{caddyID, caddyID}}
 	defer func() {

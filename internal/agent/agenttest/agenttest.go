@@ -7,7 +7,7 @@
 //
 // Most tests of a package use its [Shared] agent, at the same time. A test calls [New] if
 // it has settings of its own, kills the agent, or counts what the host has. Only one agent
-// runs at a time, because nothing on the host tells whose leftover it is.
+// runs at a time, because a leftover does not show which agent left it.
 package agenttest
 
 import (
@@ -222,7 +222,7 @@ const mounts = "/proc/thread-self/mounts"
 
 // New calls prepare, unless it is nil, and starts an agent. When the test ends, New
 // terminates the agent, and fails the test if the agent left anything behind. The test
-// must not be parallel, because the shared agent would be among the leftovers.
+// must not be parallel, because New would take what the shared agent has for a leftover.
 func New(t testing.TB, prepare func(*Agent)) *Agent {
 	t.Helper()
 	// With -count, the parallel tests of the round before have used one.

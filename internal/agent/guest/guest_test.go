@@ -97,7 +97,7 @@ func prepareHost() error {
 
 var lastAddr atomic.Uint32
 
-// start runs a daemon with flags and returns its initialised client.
+// start starts a guest daemon with flags and returns a client that has initialised it.
 func start(t *testing.T, flags ...string) *Client {
 	t.Helper()
 	bin, err := daemon()

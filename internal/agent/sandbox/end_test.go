@@ -16,7 +16,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// TestExpiry checks that a use delays a sandbox's expiry until its timeout after the use.
+// TestExpiry checks that a sandbox that is used expires when its timeout has passed since
+// the use, and not earlier.
 func TestExpiry(t *testing.T) {
 	h := newHost(t)
 	s := spec()

@@ -14,11 +14,11 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// A machine that used more than yieldAbove processors in the last yieldEvery yields to
-// others, until it uses less than yieldBelow. Between the two it stays as it is.
+// A machine yields to others once it has used more than 0.6 of a processor for a second,
+// until it uses less than 0.4. Between the two it stays as it is.
 const (
 	yieldEvery = time.Second
-	yieldAbove = 0.6
+	yieldAbove = 0.6 // processors
 	yieldBelow = 0.4
 )
 
@@ -117,7 +117,7 @@ type use struct {
 	spent   time.Duration
 	at      time.Time
 	yields  bool // it should
-	told    bool // what it was told last; at first, what an earlier agent may have told it
+	told    bool // what it was told last; true at first, because an earlier agent may have told it to
 	failed  bool // telling it failed
 }
 

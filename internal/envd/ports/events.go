@@ -56,6 +56,7 @@ func newEvents(tracefs string) (*events, error) {
 	return e, nil
 }
 
+// poll adds fd to the descriptors that watch polls, and free closes.
 func (e *events) poll(fd int) {
 	e.polls = append(e.polls, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
 }

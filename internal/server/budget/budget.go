@@ -180,7 +180,7 @@ func (b *Budget) give(owner string, n int64) {
 	}
 }
 
-// Release returns everything. The account can be used again.
+// Release returns everything. The reservation can be used again.
 func (h *Reservation) Release() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
